@@ -1,0 +1,1 @@
+"""Checkpoints: slices in safetensors, a manifest, published by rename; Hugging Face folders in and out."""

@@ -1,0 +1,198 @@
+"""The life of a SAVE folder: iterations written aside, published by one rename, named by the tracker, retired by one rename.
+
+    iter_0000100.tmp             being written, or left by a run that was killed
+    iter_0000100                 published: complete, synced
+    iter_0000100.replaced.tmp    an older iter_0000100 while a new one takes its name; it counts as published until that is done
+    iter_0000100.removed.tmp     retired, being deleted
+    latest_checkpointed_iteration.txt    the tracker, Megatron's: the iteration to resume from; people edit it
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from ..logs import get_logger
+from .manifest import FILE_NAME, CheckpointError, read_text
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_PUBLISHED = re.compile(r"iter_(\d{7,})")
+_REPLACED = re.compile(r"iter_(\d{7,})\.replaced\.tmp")
+_STALE = re.compile(r"(iter_\d{7,}(\.removed|\.replaced)?|" + re.escape(TRACKER) + r")\.tmp")
+
+
+def folder_name(iteration: int) -> str:
+    """Megatron's name: seven digits, more where needed."""
+    return f"iter_{iteration:07d}"
+
+
+def sync(path: Path) -> None:
+    """Ask the disk to hold what was written to a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that after a power cut it is the old one or the new one, never half of either."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    sync(temporary)
+    temporary.rename(path)
+    sync(path.parent)
+
+
+def begin(save_dir: Path, iteration: int) -> Path:
+    """Clear what killed runs left and make the folder to write `iteration` into."""
+    save_dir.mkdir(parents=True, exist_ok=True)
+    clean(save_dir)
+    folder = save_dir / f"{folder_name(iteration)}.tmp"
+    folder.mkdir()
+    return folder
+
+
+def clean(save_dir: Path) -> None:
+    """Remove what killed runs left; a published folder that a kill caught aside gets its name back first."""
+    for iteration in published_iterations(save_dir):
+        settle(save_dir / folder_name(iteration))
+    for path in save_dir.iterdir():
+        if _STALE.fullmatch(path.name):
+            remove(path)
+
+
+def publish(save_dir: Path, iteration: int) -> Path:
+    """Give the complete iter_N.tmp its name, then name it in the tracker. Its files are synced already."""
+    final = save_dir / folder_name(iteration)
+    swap_in(final.with_name(final.name + ".tmp"), final)
+    write_text(save_dir / TRACKER, f"{iteration}")
+    return final
+
+
+def swap_in(temporary: Path, final: Path) -> None:
+    """Rename `temporary` to `final`; a folder of that name steps aside first and is deleted last, so no half folder ever bears the name."""
+    sync(temporary)
+    settle(final)
+    if final.exists():
+        final.rename(_aside(final))
+    temporary.rename(final)
+    sync(final.parent)
+    settle(final)
+
+
+def settle(final: Path) -> None:
+    """Finish or undo a `swap_in` that was killed: the folder aside is deleted if its successor is there, else gets its name back."""
+    if _aside(final).exists():
+        remove(_aside(final)) if final.exists() else _aside(final).rename(final)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder with all it holds, or a file, or a link but not what it points to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def published_folders(save_dir: Path) -> dict[int, Path]:
+    """Iteration -> folder, oldest first. One that a kill caught between stepping aside and being replaced is found under its name aside."""
+    found: dict[int, Path] = {}
+    for pattern in (_REPLACED, _PUBLISHED):
+        for path in save_dir.iterdir() if save_dir.is_dir() else ():
+            match = pattern.fullmatch(path.name)
+            if match and path.is_dir():
+                found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def published_iterations(save_dir: Path) -> list[int]:
+    """The iterations with a published folder, in ascending order."""
+    return list(published_folders(save_dir))
+
+
+def tracked_iteration(save_dir: Path) -> int | None:
+    """The iteration the tracker names; None without a tracker. Raises CheckpointError where it holds no number."""
+    if not (save_dir / TRACKER).exists():
+        return None
+    text = read_text(save_dir / TRACKER).strip()
+    if not re.fullmatch(r"[0-9]+", text):
+        raise CheckpointError(f"{save_dir / TRACKER} holds {text[:40]!r} instead of an iteration")
+    return int(text)
+
+
+def named_iteration(load_dir: Path) -> int | None:
+    """N where `load_dir` is itself a SAVE/iter_N, else None."""
+    match = _PUBLISHED.fullmatch(load_dir.name)
+    return int(match[1]) if match else None
+
+
+def candidates(load_dir: Path, ckpt_step: int | None = None) -> list[int]:
+    """The iterations to try, best first; [] where nothing was ever published.
+
+    `load_dir` is SAVE or SAVE/iter_N. An explicit step or folder stands alone. Else the tracker decides if it names a
+    published folder, otherwise the newest; then come the older ones. Raises CheckpointError where what is named is not there.
+    """
+    named = named_iteration(load_dir)
+    if named is not None:
+        if not load_dir.is_dir():
+            raise CheckpointError(f"{load_dir} does not exist")
+        if ckpt_step not in (None, named):
+            raise CheckpointError(f"{load_dir} holds iteration {named}, not the {ckpt_step} asked for")
+        return [named]
+    published = published_iterations(load_dir)
+    if ckpt_step is not None:
+        if ckpt_step not in published:
+            raise CheckpointError(f"{load_dir} has no iteration {ckpt_step}; published: {_listed(published)}")
+        return [ckpt_step]
+    newest = _newest(load_dir, published)
+    return [n for n in reversed(published) if n <= newest]
+
+
+def locate(load_dir: Path, iteration: int) -> Path:
+    """The folder of a candidate."""
+    if named_iteration(load_dir) is not None:
+        return load_dir
+    return published_folders(load_dir).get(iteration, load_dir / folder_name(iteration))
+
+
+def retain(save_dir: Path, keep_last: int | None = None, interval: int | None = None) -> list[int]:
+    """Retire published iterations and return them: all but the newest `keep_last` and the multiples of `interval`.
+
+    None keeps no one by that rule; with both None nothing is retired. What the tracker names always stays, and folders
+    without a manifest are neither counted nor touched: they are not ours.
+    """
+    if keep_last is None and interval is None:
+        return []
+    ours = [n for n, folder in published_folders(save_dir).items() if (folder / FILE_NAME).is_file()]
+    kept = {tracked_iteration(save_dir), *ours[-max(1, keep_last or 1) :]}
+    retired = [n for n in ours if n not in kept and not (interval and n % interval == 0)]
+    for n in retired:
+        folder = save_dir / folder_name(n)
+        removed = folder.with_name(folder.name + ".removed.tmp")
+        folder.rename(removed)
+        remove(removed)
+    return retired
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(final.name + ".replaced.tmp")
+
+
+def _newest(load_dir: Path, published: list[int]) -> int:
+    """Where to start: the tracker's word, or the newest folder if there is none. -1 where nothing was published."""
+    newest = published[-1] if published else -1
+    try:
+        tracked = tracked_iteration(load_dir)
+    except CheckpointError as error:
+        if not published:
+            raise
+        get_logger().warning(f"{error}; taking the newest published, iteration {newest}")
+        return newest
+    if tracked is None or tracked in published:
+        return newest if tracked is None else tracked
+    if not published:
+        raise CheckpointError(f"{load_dir / TRACKER} names iteration {tracked}, but no iteration is published there")
+    get_logger().warning(f"{load_dir / TRACKER} names iteration {tracked}, which is not there; taking the newest published, iteration {newest}")
+    return newest
+
+
+def _listed(iterations: list[int]) -> str:
+    return ", ".join(map(str, iterations)) or "none"

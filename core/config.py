@@ -1,0 +1,248 @@
+"""What a run is, as frozen values: one dataclass per subject, a sentence per field. Flags and YAML keys are made from these fields (flags.py)."""
+
+from dataclasses import dataclass, field, fields, replace
+from math import ceil
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """Everything wrong with a configuration, one problem a line."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the configuration"
+        super().__init__("\n".join([count, *(f"  {problem}" for problem in problems)]))
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, many: bool = False) -> Any:
+    """A field that is also a flag: its default, its sentence, its allowed values, whether it takes several."""
+    return field(default=default, metadata={"help": help, "choices": choices, "many": many})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the model."""
+
+    num_layers: int | None = option(None, "Number of transformer layers.")
+    hidden_size: int | None = option(None, "Width of the residual stream.")
+    ffn_hidden_size: int | None = option(None, "Width of the feed-forward layer; 4h if not given, int(8h/3/64)*64 with --swiglu.")
+    num_attention_heads: int | None = option(None, "Number of query heads.")
+    kv_channels: int | None = option(None, "Size of one head; hidden size / heads if not given.")
+    group_query_attention: bool = option(False, "Share each key-value head among several query heads.")
+    num_query_groups: int = option(1, "Number of key-value heads, with --group-query-attention.")
+    max_position_embeddings: int | None = option(None, "Longest sequence the model accepts; the sequence length if not given.")
+    position_embedding_type: str = option("learned_absolute", "How positions enter the model.", ("learned_absolute", "rope", "none"))
+    rotary_base: float = option(10000.0, "Base of the rotary frequencies (theta).")
+    rotary_percent: float = option(1.0, "Share of each head's dims that are rotated.")
+    rotary_interleaved: bool = option(False, "Rotate neighbouring dims instead of the two halves of a head.")
+    use_rope_scaling: bool = option(False, "Scale the rotary frequencies as Llama 3.1 does.")
+    rope_scaling_factor: float = option(8.0, "Factor of --use-rope-scaling: 8 for Llama 3.1, 32 for Llama 3.2.")
+    normalization: str = option("LayerNorm", "Kind of norm.", ("LayerNorm", "RMSNorm"))
+    norm_epsilon: float = option(1e-5, "Added to the variance inside every norm.")
+    swiglu: bool = option(False, "Gated SiLU in the feed-forward layer.")
+    squared_relu: bool = option(False, "Squared ReLU in the feed-forward layer.")
+    disable_bias_linear: bool = option(False, "No bias in the linear layers.")
+    add_qkv_bias: bool = option(False, "Bias in the query, key and value projections, even with --disable-bias-linear.")
+    qk_layernorm: bool = option(False, "Normalize queries and keys per head, before the rotation.")
+    untie_embeddings_and_output_weights: bool = option(False, "Give the output head weights of its own.")
+    make_vocab_size_divisible_by: int = option(128, "Pad the vocabulary to a multiple of this times the tensor parallel size; padding never changes the loss.")
+    init_method_std: float = option(0.02, "Standard deviation of the initial weights; residual projections start at this / sqrt(2 layers).")
+    attention_dropout: float = option(0.1, "Dropout of the attention probabilities.")
+    hidden_dropout: float = option(0.1, "Dropout of the embeddings and of each residual branch.")
+
+    @property
+    def head_size(self) -> int:
+        return self.kv_channels
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_query_groups if self.group_query_attention else self.num_attention_heads
+
+    @property
+    def linear_bias(self) -> bool:
+        return not self.disable_bias_linear
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.linear_bias or self.add_qkv_bias
+
+    @property
+    def tied(self) -> bool:
+        return not self.untie_embeddings_and_output_weights
+
+    def padded_vocabulary(self, vocab_size: int, tp: int) -> int:
+        """Rows of the embedding for a vocabulary of `vocab_size`."""
+        multiple = self.make_vocab_size_divisible_by * tp
+        return ceil(vocab_size / multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the run is laid out over processes."""
+
+    tensor_model_parallel_size: int = option(1, "Processes that share each layer.")
+    pipeline_model_parallel_size: int = option(1, "Stages the layers are cut into.")
+    context_parallel_size: int = option(1, "Processes that share each sequence.")
+    expert_model_parallel_size: int = option(1, "Processes that share the experts.")
+    distributed_backend: str | None = option(None, "Transport; nccl on GPUs and gloo on CPUs if not given.", ("nccl", "gloo"))
+    distributed_timeout_minutes: float = option(10, "Minutes a collective may take before the run ends with an error.")
+    deterministic_mode: bool = option(False, "Only deterministic kernels; an operation without one is an error.")
+    device: str = option("auto", "Where to run (new).", ("auto", "cpu", "cuda"))
+    kernels: str = option("auto", "Which implementation of the fused operations to use (new).", ("auto", "torch", "triton", "native"))
+    attention_backend: str = option("auto", "Which scaled-dot-product attention of PyTorch to use.", ("auto", "flash", "fused", "unfused", "local"))
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How much is trained on, and when the run ends."""
+
+    seq_length: int | None = option(None, "Tokens of a sample.")
+    micro_batch_size: int | None = option(None, "Samples of one forward pass on one process.")
+    global_batch_size: int | None = option(None, "Samples of one update over all processes; micro-batch size x data parallel if not given.")
+    train_iters: int | None = option(None, "Updates to train for.")
+    train_samples: int | None = option(None, "Samples to train for, instead of --train-iters.")
+    exit_interval: int | None = option(None, "Save and exit after an iteration that this number divides.")
+    exit_duration_in_mins: float | None = option(None, "Save and exit after this many minutes.")
+    exit_signal_handler: bool = option(False, "Save and exit at the end of the step on SIGTERM or SIGUSR1.")
+    seed: int = option(1234, "Everything random follows from it.")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How the weights are updated."""
+
+    optimizer: str = option("adam", "adam and adamw are the same: Adam with decoupled weight decay.", ("adam", "adamw"))
+    lr: float | None = option(None, "Highest learning rate.")
+    min_lr: float = option(0.0, "Lowest learning rate, also past the end of the decay.")
+    lr_decay_style: str = option("linear", "Shape of the decay.", ("constant", "linear", "cosine", "inverse-square-root", "WSD"))
+    lr_decay_iters: int | None = option(None, "Iterations until the lowest rate, warm-up included; all of them if not given.")
+    lr_warmup_iters: int = option(0, "Iterations of linear warm-up.")
+    lr_warmup_fraction: float | None = option(None, "Warm-up as a share of the decay iterations, instead of --lr-warmup-iters.")
+    lr_warmup_init: float = option(0.0, "Learning rate at the start of the warm-up.")
+    lr_wsd_decay_style: str = option("exponential", "Shape of the last phase of WSD.", ("linear", "cosine", "exponential", "minus_sqrt"))
+    lr_wsd_decay_iters: int | None = option(None, "Iterations of the last phase of WSD.")
+    weight_decay: float = option(0.01, "Decoupled weight decay; biases and other 1-D tensors are not decayed.")
+    clip_grad: float = option(1.0, "Clip the global gradient norm to this; 0 does not clip.")
+    adam_beta1: float = option(0.9, "Decay of the first moment.")
+    adam_beta2: float = option(0.999, "Decay of the second moment.")
+    adam_eps: float = option(1e-8, "Added to the root of the second moment.")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats. fp32 if neither bf16 nor fp16 is asked for."""
+
+    bf16: bool = option(False, "bf16 weights and activations with fp32 masters and fp32 gradient accumulation.")
+    fp16: bool = option(False, "fp16 weights and activations with fp32 masters and loss scaling.")
+    loss_scale: float | None = option(None, "Constant loss scale for fp16; dynamic if not given.")
+    initial_loss_scale: float = option(2.0**32, "First value of the dynamic loss scale.")
+    min_loss_scale: float = option(1.0, "Lowest value of the dynamic loss scale.")
+    loss_scale_window: int = option(1000, "Good updates in a row after which the loss scale doubles.")
+    hysteresis: int = option(2, "Bad updates after which the loss scale is halved.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    data_path: tuple[str, ...] = option((), "Prefixes of .bin/.idx files, or weight prefix pairs.", many=True)
+    split: str = option("969,30,1", "Shares of training, validation and test.")
+    train_data_path: tuple[str, ...] = option((), "Data for training alone, in place of --data-path and --split.", many=True)
+    valid_data_path: tuple[str, ...] = option((), "Data for validation alone.", many=True)
+    test_data_path: tuple[str, ...] = option((), "Data for testing alone.", many=True)
+    data_cache_path: str | None = option(None, "Folder of the index cache; beside the data if not given.")
+    mock_data: bool = option(False, "Train on made-up tokens.")
+    num_workers: int = option(2, "Processes that read data, per rank.")
+    eod_mask_loss: bool = option(False, "Leave predictions made from an end-of-document token out of the loss.")
+    tokenizer_type: str | None = option(
+        None, "Kind of tokenizer.", ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "GPT2BPETokenizer", "NullTokenizer")
+    )
+    tokenizer_model: str | None = option(None, "Folder or file of the tokenizer.")
+    vocab_file: str | None = option(None, "vocab.json of GPT2BPETokenizer.")
+    merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer.")
+    vocab_size: int | None = option(None, "With NullTokenizer ids run from 0 to this - 1 and the end of document is this; with others it may only enlarge.")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved and loaded."""
+
+    save: str | None = option(None, "Folder that checkpoints are published in.")
+    load: str | None = option(None, "Folder to resume from: that of --save, or one iter_N in it.")
+    save_interval: int | None = option(None, "Iterations between checkpoints; the last iteration is saved as well.")
+    save_keep_last: int | None = option(None, "Keep this many of the newest checkpoints and delete older ones (new).")
+    save_retain_interval: int | None = option(None, "Keep the newest checkpoint and those of iterations that this number divides; delete the others.")
+    ckpt_step: int | None = option(None, "Load this iteration and no other.")
+    finetune: bool = option(False, "Load the weights alone and start at iteration 0.")
+    no_load_optim: bool = option(False, "Leave the optimizer's moments as they start.")
+    exit_on_missing_checkpoint: bool = option(True, "A missing --load is an error; --no-exit-on-missing-checkpoint starts from scratch.")
+    save_hf: str | None = option(None, "At the end, export the weights as a Hugging Face folder (new).")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is reported, and how often the model is evaluated."""
+
+    log_interval: int = option(100, "Iterations between log lines.")
+    eval_interval: int = option(1000, "Iterations between evaluations.")
+    eval_iters: int = option(100, "Global batches of one evaluation; 0 for none.")
+    log_throughput: bool = option(False, "Add tokens/s, TFLOP/s and MFU to the log line.")
+    tensorboard_dir: str | None = option(None, "Folder for TensorBoard.")
+    metrics_jsonl: str | None = option(None, "File of one JSON object per iteration; metrics.jsonl under --save if not given (new).")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> "Config":
+        """From field names to values, whatever the section; names that no section has are the caller's error."""
+        sections = {}
+        for section in fields(Config):
+            names = {f.name for f in fields(section.type)}
+            sections[section.name] = section.type(**{name: value for name, value in values.items() if name in names})
+        return Config(**sections)
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """Plain nested values, section by section, as the resolved configuration is printed and saved."""
+        plain = {}
+        for section in fields(self):
+            value = getattr(self, section.name)
+            items = {f.name: getattr(value, f.name) for f in fields(value)}
+            plain[section.name] = {name: list(item) if isinstance(item, tuple) else item for name, item in items.items()}
+        return plain
+
+
+def resolve(config: Config, world_size: int) -> Config:
+    """Fill in what was left to its default rule. Fields whose inputs are missing stay None: `validate` names those inputs."""
+    model, batch, optimizer = config.model, config.batch, config.optimizer
+    h = model.hidden_size
+    if h and model.ffn_hidden_size is None:
+        model = replace(model, ffn_hidden_size=int(4 * h * 2 / 3 / 64) * 64 if model.swiglu else 4 * h)
+    if h and model.num_attention_heads and model.kv_channels is None:
+        model = replace(model, kv_channels=h // model.num_attention_heads)
+    if model.max_position_embeddings is None:
+        model = replace(model, max_position_embeddings=batch.seq_length)
+    if batch.global_batch_size is None and batch.micro_batch_size:
+        batch = replace(batch, global_batch_size=batch.micro_batch_size * data_parallel_size(config.parallel, world_size))
+    if batch.train_iters is None and batch.train_samples and batch.global_batch_size:
+        batch = replace(batch, train_iters=batch.train_samples // batch.global_batch_size)
+    if optimizer.lr_decay_iters is None:
+        optimizer = replace(optimizer, lr_decay_iters=batch.train_iters)
+    return replace(config, model=model, batch=batch, optimizer=optimizer)
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Copies of the model in a world of `world_size`; 1 where the sizes do not divide (validate says so)."""
+    per_model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    return max(1, world_size // max(1, per_model))

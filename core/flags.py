@@ -1,0 +1,280 @@
+"""From a command line and YAML files to a Config: Megatron's flag names, generated from the fields of config.py.
+
+Later wins: defaults, then --preset, then each --config file from left to right, then the command line.
+"""
+
+import argparse
+import difflib
+import json
+import types
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from .config import Config, ConfigError
+from .presets import PRESETS
+
+# Flags of Megatron that change nothing here: accepted, and listed in one notice.
+WITHOUT_EFFECT = frozenset(
+    """
+    use-mcore-models transformer-impl spec local-rank no-load-rng no-save-rng ckpt-format use-dist-ckpt dist-ckpt-format auto-detect-ckpt-format
+    calculate-per-token-loss accumulate-allreduce-grads-in-fp32 attention-softmax-in-fp32 no-query-key-layer-scaling
+    no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion no-gradient-accumulation-fusion
+    no-persist-layer-norm no-async-tensor-model-parallel-allreduce no-create-attention-mask-in-dataloader cross-entropy-loss-fusion
+    no-check-for-nan-in-loss-and-grad check-for-nan-in-loss-and-grad use-checkpoint-opt-param-scheduler override-opt-param-scheduler
+    no-mmap-bin-files no-ckpt-fully-parallel-save ckpt-fully-parallel-load use-flash-attn manual-gc manual-gc-interval
+    tensorboard-log-interval tensorboard-queue-size log-validation-ppl-to-tensorboard log-timers-to-tensorboard
+    log-learning-rate-to-tensorboard log-loss-scale-to-tensorboard timing-log-level timing-log-option log-progress
+    no-one-logger dataloader-type data-impl use-cpu-initialization distributed-timeout-seconds-after-init no-barrier-with-level-1-timing
+    """.split()
+)
+
+# Flags of Megatron and of this project's plan that ask for something else than happens here: refused, with what to use instead.
+_LATER = "is not available in this version"
+REFUSED = {
+    "sequence-parallel": f"{_LATER}; leave it out (it needs tensor parallelism)",
+    "num-layers-per-virtual-pipeline-stage": f"{_LATER}; leave it out",
+    "num-virtual-stages-per-pipeline-rank": f"{_LATER}; leave it out",
+    "decoder-first-pipeline-num-layers": f"{_LATER}; leave it out",
+    "decoder-last-pipeline-num-layers": f"{_LATER}; leave it out",
+    "pipeline-model-parallel-layout": f"{_LATER}; leave it out",
+    "account-for-embedding-in-pipeline-split": f"{_LATER}; leave it out",
+    "account-for-loss-in-pipeline-split": f"{_LATER}; leave it out",
+    "pipeline-schedule": f"{_LATER}; leave it out",
+    "cp-comm-type": f"{_LATER}; leave it out",
+    "use-distributed-optimizer": f"{_LATER}; leave it out: every rank keeps the whole optimizer",
+    "overlap-grad-reduce": f"{_LATER}; leave it out: gradients are reduced after the last micro-batch",
+    "overlap-param-gather": f"{_LATER}; leave it out",
+    "data-parallel-sharding-strategy": f"{_LATER}; leave it out",
+    "num-distributed-optimizer-instances": f"{_LATER}; leave it out",
+    "use-torch-fsdp2": f"{_LATER}; leave it out",
+    "use-megatron-fsdp": f"{_LATER}; leave it out",
+    "step-batch-size-schedule": f"{_LATER}; use a constant --global-batch-size",
+    "rampup-batch-size": f"{_LATER}; use a constant --global-batch-size",
+    "recompute-granularity": f"{_LATER}; lower --micro-batch-size to save memory",
+    "recompute-activations": f"{_LATER}; lower --micro-batch-size to save memory",
+    "recompute-method": f"{_LATER}; leave it out",
+    "recompute-num-layers": f"{_LATER}; leave it out",
+    "compile": f"{_LATER}; leave it out",
+    "window-size": f"{_LATER}; leave it out: attention is full",
+    "reset-position-ids": f"{_LATER}; leave it out: positions run through a sample",
+    "reset-attention-mask": f"{_LATER}; leave it out: attention crosses documents within a sample",
+    "async-save": f"{_LATER}; leave it out: training waits for a save",
+    "load-mode": f"{_LATER}; use --finetune or --no-load-optim",
+    "hf-config": f"{_LATER}; give the shape by flags or --preset",
+    "wandb-project": f"{_LATER}; use --tensorboard-dir or --metrics-jsonl",
+    "num-experts": f"{_LATER}; leave it out",
+    "expert-tensor-parallel-size": f"{_LATER}; leave it out",
+    "use-legacy-models": "has no counterpart; leave it out",
+    "apply-layernorm-1p": "has no counterpart; leave it out",
+    "apply-query-key-layer-scaling": "has no counterpart; leave it out: scores are computed in fp32",
+    "fp32-residual-connection": "has no counterpart; leave it out, or train in fp32",
+    "init-method-xavier-uniform": "has no counterpart; use --init-method-std",
+    "train-data-exact-num-epochs": "has no counterpart; use --train-samples",
+    "data-args-path": f"{_LATER}; use --data-path",
+    "no-save-optim": "has no counterpart: a checkpoint always resumes; use --save-hf for weights alone",
+    "lr-decay-samples": "has no counterpart; use --lr-decay-iters",
+    "lr-warmup-samples": "has no counterpart; use --lr-warmup-iters or --lr-warmup-fraction",
+    "fp8-format": f"{_LATER}; use --bf16",
+    "profile": f"{_LATER}; leave it out",
+}
+
+# Other spellings of Megatron: the flag it stands for, and its value.
+ALIASES = {
+    "use-rotary-position-embeddings": ("position-embedding-type", "rope"),
+    "no-position-embedding": ("position-embedding-type", "none"),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for: the configuration, and the flags it named that have no effect here."""
+
+    config: Config
+    without_effect: tuple[str, ...] = ()
+    list_presets: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaint is a ConfigError instead of an exit."""
+
+    def error(self, message: str):
+        raise ConfigError([message.removeprefix("argument ")])
+
+
+def parse(argv: list[str]) -> Request:
+    """The request behind `argv` (without the program's name).
+
+    Raises ConfigError with every unknown flag or key (each with the nearest one that exists), refused flag and bad value.
+    """
+    argv, ignored, problems = _sort_out(argv)
+    given = vars(_parser().parse_args(argv))
+    files, list_presets = given.pop("config", []), given.pop("list_presets", False)
+    layers = [_read_layer(Path(path), problems) for path in files]
+    layers.append(_convert_all({_flag(name): value for name, value in given.items()}, "", problems))
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values |= layer
+    name = values.pop("preset", None)
+    if name is not None and name not in PRESETS:
+        problems.append(f"--preset {name} is unknown{_nearest(str(name), PRESETS)}; --list-presets shows all")
+    if problems:
+        raise ConfigError(problems)
+    values = (PRESETS[name] if name else {}) | values
+    return Request(Config.of(values), tuple(ignored), list_presets)
+
+
+def read_config(text: str) -> Config:
+    """A configuration from the YAML text that was saved beside a checkpoint."""
+    problems: list[str] = []
+    values = _flatten(yaml.safe_load(text), "config.yaml", problems)
+    if problems:
+        raise ConfigError(problems)
+    return Config.of(values)
+
+
+def write_config(config: Config) -> str:
+    """The resolved configuration as YAML; `--config` reads it back."""
+    return yaml.safe_dump(config.sections(), sort_keys=False, default_flow_style=None)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="pretrain_gpt.py",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Pretrain a GPT. Flags have Megatron-LM's names, meanings and defaults.",
+        epilog="example: python pretrain_gpt.py --preset tiny --data-path DATA_text_document --tokenizer-type HuggingFaceTokenizer "
+        "--tokenizer-model TOKENIZER --seq-length 256 --micro-batch-size 8 --train-iters 100 --lr 1e-3 --save RUN",
+    )
+    parser.add_argument("--config", nargs="+", metavar="FILE", help="YAML or JSON files, layered left to right; the command line wins (new).")
+    parser.add_argument("--preset", metavar="NAME", help="A named model shape; see --list-presets (new).")
+    parser.add_argument("--list-presets", action="store_true", help="Print every preset with its parameter count, and exit (new).")
+    for section in fields(Config):
+        group = parser.add_argument_group(section.name, section.type.__doc__)
+        for option in fields(section.type):
+            _add_flag(group, option)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, option) -> None:
+    name, kind, meta = "--" + option.name.replace("_", "-"), _kind(option.type), option.metadata
+    text = meta["help"].replace("%", "%%") + ("" if option.default in (None, (), False) else f" Default: {option.default}.")
+    if kind is bool and option.name.startswith("no_"):
+        group.add_argument(name, action="store_true", help=text)
+    elif kind is bool:
+        group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+    else:
+        # Values stay text here: `_convert` checks those of the command line and of YAML alike, and all of them at once.
+        metavar = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else kind.__name__.upper()
+        group.add_argument(name, help=text, metavar=metavar, nargs="+" if meta["many"] else None)
+
+
+def _kind(annotation: Any) -> type:
+    """int for `int | None`, str for `tuple[str, ...]`."""
+    if isinstance(annotation, types.UnionType):
+        return next(kind for kind in get_args(annotation) if kind is not type(None))
+    return get_args(annotation)[0] if get_args(annotation) else annotation
+
+
+def _sort_out(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Dashes for underscores, aliases resolved; flags without effect are taken out (with their values) and named; unknown and refused ones are problems."""
+    known = {flag.removeprefix("--") for action in _parser()._actions for flag in action.option_strings}
+    kept, ignored, problems, dropping = [], [], [], False
+    for word in argv:
+        if not word.startswith("--"):
+            if not dropping:
+                kept.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("_", "-")
+        dropping = name not in known and name not in ALIASES
+        if name in known:
+            kept.append(f"--{name}{equals}{value}")
+        elif name in ALIASES:
+            flag, value = ALIASES[name]
+            kept += [f"--{flag}", value]
+        elif name in WITHOUT_EFFECT:
+            ignored.append(f"--{name}")
+        else:
+            problems.append(f"--{name} {REFUSED[name]}" if name in REFUSED else f"--{name} is unknown{_nearest(name, known, '--')}")
+    return kept, ignored, problems
+
+
+def _nearest(name: str, known: Any, prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _read_layer(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        problems.append(f"--config {path}: {error.strerror}")
+    except (yaml.YAMLError, ValueError) as error:
+        problems.append(f"--config {path}: {' '.join(str(error).split())}")
+    else:
+        return _flatten({} if content is None else content, f"{path}: ", problems)
+    return {}
+
+
+def _flatten(content: Any, source: str, problems: list[str]) -> dict[str, Any]:
+    """Keys are flag names, alone or under the name of their section."""
+    if not isinstance(content, dict):
+        problems.append(f"{source}expected keys and values, found {type(content).__name__}")
+        return {}
+    sections = {section.name for section in fields(Config)}
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= value if key in sections and isinstance(value, dict) else {key: value}
+    return _convert_all(flat, source, problems)
+
+
+def _convert_all(given: dict[str, Any], source: str, problems: list[str]) -> dict[str, Any]:
+    """Field names and checked values for keys from a file or a command line; what cannot be is added to `problems`."""
+    options = {option.name: option for section in fields(Config) for option in fields(section.type)}
+    values = {}
+    for key, value in given.items():
+        flag = str(key).removeprefix("--").replace("_", "-")
+        name = flag.replace("-", "_")
+        if name == "preset":
+            values[name] = value
+        elif name in options:
+            try:
+                values[name] = _convert(options[name], value)
+            except (TypeError, ValueError):
+                choices, kind = options[name].metadata["choices"], _kind(options[name].type)
+                expected = f"one of {', '.join(choices)}" if choices else {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+                problems.append(f"{source}{key} {value!r} is not {expected}")
+        elif flag in REFUSED:
+            problems.append(f"{source}{key} {REFUSED[flag]}")
+        elif flag not in WITHOUT_EFFECT:
+            problems.append(f"{source}{key} is unknown{_nearest(name, options)}")
+    return values
+
+
+def _convert(option, value: Any) -> Any:
+    kind, meta = _kind(option.type), option.metadata
+    if value is None:
+        return option.default
+    if meta["many"]:
+        return tuple(str(item) for item in (value if isinstance(value, list) else str(value).split()))
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    if isinstance(value, bool) or isinstance(value, (list, dict)):
+        raise TypeError
+    if kind is int and float(value) != int(float(value)):
+        raise ValueError
+    value = int(float(value)) if kind is int else kind(value)
+    if meta["choices"] and value not in meta["choices"]:
+        raise ValueError
+    return value

@@ -1,0 +1,59 @@
+"""Where this process stands: its rank, the number of processes, its device. Reads torchrun's or Slurm's variables, sets none but the rendezvous."""
+
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process of a job, as its launcher describes it."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def read_environment(env: dict[str, str] | None = None) -> Place:
+    """torchrun's RANK, WORLD_SIZE, LOCAL_RANK first; else the step that srun started; else a single process.
+
+    A batch script itself also sees SLURM_PROCID, but belongs to no step: it is one process, whatever SLURM_NTASKS says.
+    """
+    env = os.environ if env is None else env
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
+    return Place()
+
+
+def set_rendezvous(env: dict[str, str] | None = None) -> None:
+    """Under srun, name the meeting point that torchrun would have named: the first node of the step, a port made from the job id."""
+    env = os.environ if env is None else env
+    if "SLURM_STEP_NODELIST" in env:
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: `gpu[003-010,17],login1` gives `gpu003`."""
+    head = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodelist)
+    if not head:
+        raise ValueError(f"SLURM_STEP_NODELIST {nodelist!r} names no host")
+    name, ranges, rest = head.groups()
+    return name + (re.split(r"[-,]", ranges)[0] if ranges else "") + (rest or "")
+
+
+def choose_device(requested: str, local_rank: int) -> torch.device:
+    """The device of this process for `--device {auto,cpu,cuda}`; a ROCm build of torch answers to cuda as well."""
+    available = torch.cuda.is_available()
+    if requested == "cpu" or (requested == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise ValueError("--device cuda, but torch sees no CUDA or ROCm device here; use --device cpu, or install a torch build for your accelerator")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"local rank {local_rank} has no device of its own: {torch.cuda.device_count()} on this node; start at most that many processes on it")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

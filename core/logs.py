@@ -1,0 +1,34 @@
+"""The one logger: every line a rank writes goes through here, rank 0 bare, the others with their rank in front."""
+
+import logging
+import sys
+
+LOGGER_NAME = "trivium"
+
+
+class _Formatter(logging.Formatter):
+    """`message` on rank 0; `[rank 3] message` elsewhere; WARNING and ERROR say so."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.prefix = f"[rank {rank}] " if rank else ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"{self.prefix}{level}{record.getMessage()}"
+
+
+def get_logger() -> logging.Logger:
+    """The logger of the engine. Without `setup` it is silent below WARNING, as a library should be."""
+    return logging.getLogger(LOGGER_NAME)
+
+
+def setup(rank: int = 0) -> logging.Logger:
+    """Lines go to stdout, each flushed as it is written. Ranks other than 0 speak only from WARNING up."""
+    logger = get_logger()
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_Formatter(rank))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+    return logger

@@ -1,0 +1,133 @@
+"""The mesh: which ranks stand along which axis. `plan` is arithmetic, `connect` makes the process groups."""
+
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from math import prod
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One line of processes. `group` is None at size 1, and until the mesh is connected."""
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The axes that meet in one process. Passed in, never looked up: two meshes can live in one process.
+
+    Ranks are laid out in Megatron's order tp-cp-ep-dp-pp, tensor parallel innermost. Experts regroup the cp x dp block into
+    ep x expert_dp, so `ep` and `expert_dp` share ranks with `cp` and `dp`.
+    """
+
+    rank: int
+    world_size: int
+    world: Axis
+    tp: Axis
+    cp: Axis
+    dp: Axis
+    pp: Axis
+    ep: Axis
+    expert_dp: Axis
+    dp_cp: Axis  # every copy of a dense parameter: gradients are summed over it
+    model: Axis  # tp x pp: the ranks that together hold one model
+    embedding: Axis  # first and last stage, where a tied embedding lives; size 1 in between
+
+    @staticmethod
+    def plan(world_size: int, rank: int, *, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1) -> "Mesh":
+        """Place `rank` in a world of `world_size`; no process is asked.
+
+        Raises ValueError where the sizes do not divide the world.
+        """
+        per_model = tp * pp * cp
+        if world_size % per_model:
+            raise ValueError(f"{world_size} processes are not a multiple of tensor {tp} x pipeline {pp} x context {cp} = {per_model}")
+        dp = world_size // per_model
+        if (dp * cp) % ep:
+            raise ValueError(f"expert parallel {ep} does not divide data {dp} x context {cp} = {dp * cp} ranks")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in a world of {world_size}")
+        dense = _Grid({"tp": tp, "cp": cp, "dp": dp, "pp": pp}, rank)
+        expert = _Grid({"tp": tp, "ep": ep, "expert_dp": dp * cp // ep, "pp": pp}, rank)
+        return Mesh(
+            rank=rank,
+            world_size=world_size,
+            world=Axis("world", world_size, rank, tuple(range(world_size))),
+            tp=dense.axis("tp", "tp"),
+            cp=dense.axis("cp", "cp"),
+            dp=dense.axis("dp", "dp"),
+            pp=dense.axis("pp", "pp"),
+            ep=expert.axis("ep", "ep"),
+            expert_dp=expert.axis("expert_dp", "expert_dp"),
+            dp_cp=dense.axis("dp_cp", "cp", "dp"),
+            model=dense.axis("model", "tp", "pp"),
+            embedding=_ends(dense.axis("pp", "pp"), rank),
+        )
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Every axis, in one order for all ranks."""
+        return tuple(value for value in (getattr(self, field.name) for field in fields(self)) if isinstance(value, Axis))
+
+    def connect(self, backend: str, timeout_minutes: float, init_method: str | None = None) -> "Mesh":
+        """The same mesh with its process groups, made in one order on every rank. A world of one makes none.
+
+        Axes with the same ranks share a group. `init_method` None: the launcher's environment (MASTER_ADDR, MASTER_PORT).
+        """
+        if self.world_size == 1:
+            return self
+        timeout = timedelta(minutes=timeout_minutes)
+        if not dist.is_initialized():
+            dist.init_process_group(backend, init_method=init_method, rank=self.rank, world_size=self.world_size, timeout=timeout)
+        groups = {self.world.ranks: dist.group.WORLD}
+        connected = {}
+        for axis in self.axes():
+            if axis.size == 1:
+                continue
+            if axis.ranks not in groups:
+                # Only members make a group: at 4,096 ranks the alternative is thousands of calls on each.
+                groups[axis.ranks] = dist.new_group(list(axis.ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
+            connected[self._field_of(axis)] = replace(axis, group=groups[axis.ranks])
+        return replace(self, **connected)
+
+    def close(self) -> None:
+        """Take the process groups down, if there are any."""
+        if self.world.group is not None:
+            dist.destroy_process_group()
+
+    def _field_of(self, axis: Axis) -> str:
+        return next(field.name for field in fields(self) if getattr(self, field.name) is axis)
+
+
+class _Grid:
+    """A rank's place in a grid of named dimensions, the first one innermost."""
+
+    def __init__(self, sizes: dict[str, int], rank: int):
+        self.sizes = sizes
+        self.rank = rank
+        self.strides, self.coordinates = {}, {}
+        stride = 1
+        for name, size in sizes.items():
+            self.strides[name] = stride
+            self.coordinates[name] = rank // stride % size
+            stride *= size
+
+    def axis(self, name: str, *dimensions: str) -> Axis:
+        """The line (or plane) of ranks that differ from this one only along `dimensions`, in rank order."""
+        corner = self.rank - sum(self.coordinates[d] * self.strides[d] for d in dimensions)
+        ranks = [corner]
+        for d in dimensions:
+            ranks = [r + i * self.strides[d] for i in range(self.sizes[d]) for r in ranks]
+        return Axis(name, prod(self.sizes[d] for d in dimensions), ranks.index(self.rank), tuple(ranks))
+
+
+def _ends(pp: Axis, rank: int) -> Axis:
+    ends = tuple(dict.fromkeys((pp.ranks[0], pp.ranks[-1])))
+    if rank not in ends:
+        return Axis("embedding", ranks=(rank,))
+    return Axis("embedding", len(ends), ends.index(rank), ends)

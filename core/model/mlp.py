@@ -1,0 +1,28 @@
+"""The feed-forward layer: gated SiLU, GELU or squared ReLU."""
+
+import torch
+from torch import nn
+
+from .. import rng
+from ..config import ModelConfig
+from ..mesh import Axis
+from ..ops import Ops
+from ..parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class MLP(nn.Module):
+    """x [B, T, H] -> [B, T, H] through F/tp hidden features on each rank; gate and up are one GEMM."""
+
+    def __init__(self, name: str, config: ModelConfig, tp: Axis, ops: Ops, seed: int | None, residual_std: float):
+        super().__init__()
+        self.config, self.ops = config, ops
+        width, init = config.ffn_hidden_size, rng.Init(seed, config.init_method_std)
+        rows = {f"{name}.gate": width, f"{name}.up": width} if config.swiglu else {f"{name}.up": width}
+        self.up = ColumnParallelLinear(config.hidden_size, rows, tp, bias=config.linear_bias, init=init)
+        self.down = RowParallelLinear(f"{name}.down", width, config.hidden_size, tp, bias=config.linear_bias, init=rng.Init(seed, residual_std))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x)
+        if self.config.swiglu:
+            return self.down(self.ops.swiglu(*x.chunk(2, dim=-1)))
+        return self.down(self.ops.squared_relu(x) if self.config.squared_relu else self.ops.gelu(x))

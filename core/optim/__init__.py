@@ -1,0 +1,1 @@
+"""Flat buffers, schedules, clipping and the update."""

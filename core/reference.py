@@ -1,0 +1,89 @@
+"""Every op in plain PyTorch: what the kernels are tested against, and what runs where there is none. Only ops may import this."""
+
+import torch
+import torch.nn.functional as F
+
+# Elements of a flat buffer that one pass over all of AdamW's arrays handles: 64K x 6 arrays x 4 bytes = 1.5 MiB stays in a core's
+# cache, so that the dozen elementwise steps read memory once. On a device the chunk is the whole buffer: there, launches cost more.
+_CPU_CHUNK = 1 << 16
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., H] over its root mean square, in fp32 (float64 stays), rounded to x's dtype before the weight [H]: as Llama does.
+
+    Zhang and Sennrich 2019.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    x_hat = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * x_hat.to(x.dtype)
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """See Ops.rope."""
+    return _Rope.apply(x, _per_head(cos, x.dtype), _per_head(sin, x.dtype), interleaved)
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation: its gradient is the rotation by the opposite angle. Autograd would pad each half of x with zeros and add them up."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, interleaved):
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _rotate(x, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return _rotate(dy, cos, -sin, ctx.interleaved), None, None, None
+
+
+def _per_head(table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[T, R/2] -> [T, 1, R/2], [B, T, R/2] -> [B, T, 1, R/2]: the same angles for every head."""
+    return table.to(dtype).unsqueeze(-2)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    half = cos.shape[-1]
+    first, second = _pairs(x, half, interleaved)
+    y = torch.empty_like(x)
+    y_first, y_second = _pairs(y, half, interleaved)
+    y_first.copy_(first * cos - second * sin)
+    y_second.copy_(second * cos + first * sin)
+    y[..., 2 * half :] = x[..., 2 * half :]
+    return y
+
+
+def _pairs(x: torch.Tensor, half: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two coordinates of each rotated plane, as views."""
+    if interleaved:
+        return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+    return x[..., :half], x[..., half : 2 * half]
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (Shazeer 2020)."""
+    return F.silu(gate) * up
+
+
+def adamw_(masters, exp_avg, exp_avg_sq, grads, weights, *, lr, beta1, beta2, eps, weight_decay, step, grad_scale, skip) -> None:
+    """See Ops.adamw_."""
+    # In fp64, as torch.optim computes them on the host: 1 - 0.999**t in fp32 has lost four digits at t = 1.
+    t = step.to(torch.float64)
+    step_size = (lr / (1 - beta1**t)).float()
+    root_correction = (1 - beta2**t).sqrt().float()
+    chunk = _CPU_CHUNK if masters.device.type == "cpu" else max(1, masters.numel())
+    buffers = (masters, exp_avg, exp_avg_sq, grads, weights)
+    for start in range(0, masters.numel(), chunk):
+        p, m, v, g, w = (buffer[start : start + chunk] for buffer in buffers)
+        g = g * grad_scale
+        new_m = torch.lerp(m, g, 1 - beta1)
+        new_v = (v * beta2).addcmul_(g, g, value=1 - beta2)
+        update = (new_m * step_size).div_((new_v.sqrt() / root_correction).add_(eps))
+        new_p = (p * (1 - lr * weight_decay)).sub_(update)
+        # Selected, never multiplied by zero: 0 x NaN is NaN.
+        torch.where(skip, m, new_m, out=m)
+        torch.where(skip, v, new_v, out=v)
+        torch.where(skip, p, new_p, out=p)
+        if weights is not masters:
+            torch.where(skip, w, new_p.to(w.dtype), out=w)

@@ -1,0 +1,65 @@
+"""The loop: steps, evaluations, checkpoints, and the reasons to end."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .. import logs
+from ..data.loader import Batch
+from .evaluate import mean_loss
+from .guard import StopWish
+from .progress import Progress
+from .report import Reporter
+from .resume import RunState
+from .step import Trainer
+
+
+@dataclass(frozen=True)
+class Data:
+    """The run's data as calls: training batches from a position on, and the fixed batches of each evaluation (None: no such split)."""
+
+    train: Callable[[int], Iterator[Batch]]
+    valid: Callable[[], Iterator[Batch]] | None
+    test: Callable[[], Iterator[Batch]] | None
+
+
+def run(trainer: Trainer, data: Data, state: RunState, reporter: Reporter, progress: Progress) -> Progress:
+    """Train from `progress` to --train-iters, or to the first reason to stop; how far it came."""
+    batch = trainer.config.batch
+    if progress.iteration >= batch.train_iters:
+        logs.get_logger().info(f" nothing to train: iteration {progress.iteration} of {batch.train_iters} is done")
+        return progress
+    wish, batches = StopWish(batch), data.train(progress.consumed_samples)
+    reporter.restart_clock()
+    stop = at_interval = False
+    while progress.iteration < batch.train_iters and not stop:
+        result = trainer.step(progress, batches, bool(wish))
+        progress = result.progress
+        last = progress.iteration == batch.train_iters
+        at_interval = _due(progress, batch.exit_interval, False)
+        stop = reporter.add(result) or at_interval
+        if _due(progress, trainer.config.logging.eval_interval, last):
+            stop |= reporter.drain()
+            _evaluate(trainer, data.valid, "valid", reporter, progress)
+        if trainer.config.checkpoint.save and (stop or _due(progress, trainer.config.checkpoint.save_interval, last)):
+            stop |= reporter.drain()
+            state.save(progress)
+            reporter.restart_clock()
+    if progress.iteration < batch.train_iters:
+        reason = f"--exit-interval {batch.exit_interval}" if at_interval and not wish else wish.reason
+        logs.get_logger().info(f" stopped at iteration {progress.iteration}: {reason}")
+    if progress.iteration == batch.train_iters:
+        reporter.drain()
+        _evaluate(trainer, data.test, "test", reporter, progress)
+    return progress
+
+
+def _due(progress: Progress, interval: int | None, last: bool) -> bool:
+    return last or (interval is not None and progress.iteration % interval == 0)
+
+
+def _evaluate(trainer: Trainer, batches: Callable[[], Iterator[Batch]] | None, split: str, reporter: Reporter, progress: Progress) -> None:
+    if batches is None:
+        return
+    loss = mean_loss(trainer.model, batches(), trainer.mesh.dp, trainer.device)
+    reporter.evaluation(progress.iteration, split, loss)
+    reporter.restart_clock()

@@ -1,0 +1,62 @@
+"""A trained model for use rather than training: from a checkpoint of ours or from a Hugging Face folder."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .. import ops
+from ..checkpoint.hf import HFFolder
+from ..checkpoint.load import open_checkpoint
+from ..checkpoint.manifest import CheckpointError
+from ..config import DataConfig
+from ..flags import read_config
+from ..layout import Piece
+from ..mesh import Axis
+from ..model import families
+from ..model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model in evaluation mode on its device, and how the text it was trained on was tokenized (as far as its folder tells)."""
+
+    model: GPT
+    tokenizer: DataConfig
+
+
+def load_pretrained(path: Path, *, device: torch.device, dtype: torch.dtype, kernels: str = "auto", ckpt_step: int | None = None) -> Pretrained:
+    """Load SAVE, SAVE/iter_N or a Hugging Face folder of the llama family, with weights in `dtype`.
+
+    Raises CheckpointError for a folder that is neither, or that does not verify.
+    """
+    run_ops = ops.choose(kernels, device, dtype)
+    model, tokenizer = _from_hf(path, run_ops) if (path / "config.json").exists() else _from_checkpoint(path, run_ops, ckpt_step)
+    return Pretrained(model.place(device, dtype).eval(), tokenizer)
+
+
+def _from_checkpoint(path: Path, run_ops: ops.Ops, ckpt_step: int | None) -> tuple[GPT, DataConfig]:
+    checkpoint = open_checkpoint(path, ckpt_step=ckpt_step, world=Axis("world"), device=torch.device("cpu"))
+    config = read_config(checkpoint.config_yaml)
+    model = GPT(config.model, checkpoint.state["vocab_size"], tp=Axis("tp"), ops=run_ops, seed=None)
+    checkpoint.read_into(_pieces(model))
+    return model, config.data
+
+
+def _from_hf(path: Path, run_ops: ops.Ops) -> tuple[GPT, DataConfig]:
+    folder = HFFolder(path)
+    try:
+        config, vocab_size = families.from_llama_config(folder.config)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path / 'config.json'}: {error}") from error
+    model, names = GPT(config, vocab_size, tp=Axis("tp"), ops=run_ops, seed=None), families.llama_names(config)
+    for piece in _pieces(model):
+        name = names[piece.name]
+        if folder.shape(name) != piece.shape:
+            raise CheckpointError(f"{path}: {name} is {list(folder.shape(name))}, config.json makes it {list(piece.shape)}")
+        piece.tensor.copy_(folder.read(name, piece.box))
+    return model, replace(DataConfig(), tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(path))
+
+
+def _pieces(model: GPT) -> list[Piece]:
+    return [piece for parameter in model.parameters() for piece in parameter.param_layout.pieces(parameter.data)]

@@ -1,0 +1,235 @@
+"""What can be wrong with a configuration: every problem at once, each with its flag, both numbers and a remedy. Nothing is started or written here."""
+
+import os
+from collections.abc import Iterator
+
+from .config import BatchConfig, Config, ModelConfig, data_parallel_size
+
+
+def validate(config: Config, world_size: int) -> list[str]:
+    """All problems of a resolved configuration on `world_size` processes; empty where there are none."""
+    checks = (_missing, _model, _parallel, _batch, _optimizer, _precision, _data, _checkpoint, _logging)
+    return [problem for check in checks for problem in check(config, world_size)]
+
+
+def _missing(config: Config, world_size: int) -> Iterator[str]:
+    needed = {
+        "num_layers": config.model.num_layers,
+        "hidden_size": config.model.hidden_size,
+        "num_attention_heads": config.model.num_attention_heads,
+        "seq_length": config.batch.seq_length,
+        "micro_batch_size": config.batch.micro_batch_size,
+        "lr": config.optimizer.lr,
+    }
+    for name, value in needed.items():
+        if value is None:
+            preset = ", or a model by --preset" if hasattr(config.model, name) else ""
+            yield f"{_flag(name)} is missing; give it on the command line, in a --config file{preset}"
+    if config.batch.train_iters is None and config.batch.train_samples is None:
+        yield "--train-iters is missing; give it, or --train-samples"
+
+
+def _model(config: Config, world_size: int) -> Iterator[str]:
+    model, length = config.model, config.batch.seq_length
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_query_groups", "make_vocab_size_divisible_by")
+    yield from _positive(model, *names)
+    heads = model.num_attention_heads
+    if model.hidden_size and heads and heads > 0 and model.hidden_size % heads and model.hidden_size // heads == model.kv_channels:
+        near = _nearest_multiples(model.hidden_size, heads)
+        yield f"--hidden-size {model.hidden_size} is not a multiple of --num-attention-heads {heads}; use {near}, or set --kv-channels"
+    if model.group_query_attention and heads and model.num_query_groups > 0 and heads % model.num_query_groups:
+        divisors = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+        yield f"--num-query-groups {model.num_query_groups} does not divide --num-attention-heads {heads}; use one of {divisors}"
+    if model.num_query_groups > 1 and not model.group_query_attention:
+        yield f"--num-query-groups {model.num_query_groups} needs --group-query-attention"
+    if model.swiglu and model.squared_relu:
+        yield "--swiglu and --squared-relu exclude each other; give one"
+    if model.use_rope_scaling and model.position_embedding_type != "rope":
+        yield f"--use-rope-scaling needs --position-embedding-type rope, not {model.position_embedding_type}"
+    if length and model.max_position_embeddings and length > model.max_position_embeddings:
+        yield f"--seq-length {length} is longer than --max-position-embeddings {model.max_position_embeddings}; raise the latter to {length}"
+    yield from _rotary(model)
+    for name in ("attention_dropout", "hidden_dropout"):
+        if not 0 <= getattr(model, name) < 1:
+            yield f"{_flag(name)} {getattr(model, name)} is not in [0, 1)"
+
+
+def _rotary(model: ModelConfig) -> Iterator[str]:
+    if model.position_embedding_type != "rope" or not model.kv_channels:
+        return
+    rotated = int(model.kv_channels * model.rotary_percent)
+    if not 0 < model.rotary_percent <= 1:
+        yield f"--rotary-percent {model.rotary_percent} is not in (0, 1]"
+    elif rotated % 2:
+        yield f"--rotary-percent {model.rotary_percent} of a head of {model.kv_channels} rotates {rotated} dims; the number must be even"
+
+
+def _parallel(config: Config, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+    }
+    for name, size in sizes.items():
+        if size != 1:
+            yield f"{_flag(name)} {size}: only 1 works in this version; all {world_size} processes run data parallel"
+    if parallel.distributed_timeout_minutes <= 0:
+        yield f"--distributed-timeout-minutes {parallel.distributed_timeout_minutes} must be above 0"
+    if parallel.device == "cpu" and parallel.distributed_backend == "nccl":
+        yield "--distributed-backend nccl cannot carry --device cpu; use gloo"
+
+
+def _batch(config: Config, world_size: int) -> Iterator[str]:
+    batch: BatchConfig = config.batch
+    yield from _positive(batch, "seq_length", "micro_batch_size", "global_batch_size", "train_iters", "train_samples", "exit_interval")
+    micro, total = batch.micro_batch_size, batch.global_batch_size
+    if micro and total and micro > 0 and total > 0:
+        dp = data_parallel_size(config.parallel, world_size)
+        if total % (micro * dp):
+            near = _nearest_multiples(total, micro * dp)
+            yield f"--global-batch-size {total} is not a multiple of --micro-batch-size {micro} x data parallel {dp} = {micro * dp}; nearest that work: {near}"
+    if batch.train_samples and batch.train_iters and total and batch.train_iters != batch.train_samples // total:
+        yield f"--train-samples {batch.train_samples} and --train-iters {batch.train_iters} are both given; give one"
+    if not 0 <= batch.seed < 2**32:
+        yield f"--seed {batch.seed} is not in [0, 2^32)"
+
+
+def _optimizer(config: Config, world_size: int) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer.lr is not None and optimizer.lr <= 0:
+        yield f"--lr {optimizer.lr} must be above 0"
+    if optimizer.lr is not None and not 0 <= optimizer.min_lr <= optimizer.lr:
+        yield f"--min-lr {optimizer.min_lr} is not between 0 and --lr {optimizer.lr}"
+    if optimizer.lr is not None and not 0 <= optimizer.lr_warmup_init <= optimizer.lr:
+        yield f"--lr-warmup-init {optimizer.lr_warmup_init} is not between 0 and --lr {optimizer.lr}"
+    yield from _positive(optimizer, "lr_decay_iters", "lr_wsd_decay_iters")
+    fraction, decay = optimizer.lr_warmup_fraction, optimizer.lr_decay_iters
+    if fraction is not None and not 0 <= fraction < 1:
+        yield f"--lr-warmup-fraction {fraction} is not in [0, 1)"
+    if fraction is not None and optimizer.lr_warmup_iters:
+        yield f"--lr-warmup-fraction {fraction} and --lr-warmup-iters {optimizer.lr_warmup_iters} are both given; give one"
+    if decay and fraction is None and not 0 <= optimizer.lr_warmup_iters < decay:
+        yield f"--lr-warmup-iters {optimizer.lr_warmup_iters} is not below --lr-decay-iters {decay}; warm up for at most {decay - 1}"
+    if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
+        yield "--lr-decay-style WSD needs --lr-wsd-decay-iters"
+    if optimizer.lr_wsd_decay_iters and decay and optimizer.lr_wsd_decay_iters > decay:
+        yield f"--lr-wsd-decay-iters {optimizer.lr_wsd_decay_iters} is more than --lr-decay-iters {decay}"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            yield f"{_flag(name)} {getattr(optimizer, name)} is not in [0, 1)"
+    for name in ("weight_decay", "clip_grad", "adam_eps"):
+        if getattr(optimizer, name) < 0:
+            yield f"{_flag(name)} {getattr(optimizer, name)} must not be negative"
+
+
+def _precision(config: Config, world_size: int) -> Iterator[str]:
+    precision = config.precision
+    if precision.bf16 and precision.fp16:
+        yield "--bf16 and --fp16 exclude each other; give one"
+    if precision.loss_scale is not None and not precision.fp16:
+        yield f"--loss-scale {precision.loss_scale} needs --fp16"
+    yield from _positive(precision, "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+
+
+def _data(config: Config, world_size: int) -> Iterator[str]:
+    data = config.data
+    per_split = [name for name in ("train_data_path", "valid_data_path", "test_data_path") if getattr(data, name)]
+    sources = [f for f, given in (("--data-path", data.data_path), ("--mock-data", data.mock_data), ("--train-data-path", per_split)) if given]
+    if not sources:
+        yield "no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data"
+    if len(sources) > 1:
+        yield f"{' and '.join(sources)} exclude each other; give one"
+    if per_split and not data.train_data_path:
+        yield f"{_flag(per_split[0])} needs --train-data-path"
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        yield from _prefixes(name, getattr(data, name))
+    yield from _split(data.split)
+    if data.num_workers < 0:
+        yield f"--num-workers {data.num_workers} must not be negative"
+    yield from _tokenizer(config)
+
+
+def _prefixes(name: str, items: tuple[str, ...]) -> Iterator[str]:
+    """Both files of every prefix must be there; a number may be a weight."""
+    for item in items:
+        missing = [item + suffix for suffix in (".idx", ".bin") if not os.path.exists(item + suffix)]
+        if missing and not _is_number(item):
+            yield f"{_flag(name)} {item}: no file {' and no file '.join(missing)}; give the path without .bin or .idx"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _split(split: str) -> Iterator[str]:
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        yield f"--split {split!r} is not up to three shares such as 969,30,1"
+
+
+def _tokenizer(config: Config) -> Iterator[str]:
+    data, kind = config.data, config.data.tokenizer_type
+    needs = {
+        None: (),
+        "NullTokenizer": ("vocab_size",),
+        "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+        "HuggingFaceTokenizer": ("tokenizer_model",),
+        "SentencePieceTokenizer": ("tokenizer_model",),
+        "TikTokenizer": ("tokenizer_model",),
+    }
+    if kind is None:
+        yield "--tokenizer-type is missing; give it with --tokenizer-model, or NullTokenizer with --vocab-size for data without text"
+    for name in needs[kind]:
+        if getattr(data, name) is None:
+            yield f"--tokenizer-type {kind} needs {_flag(name)}"
+    yield from _positive(data, "vocab_size")
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        path = getattr(data, name)
+        if path is not None and name in needs[kind] and not os.path.exists(path):
+            yield f"{_flag(name)} {path}: no such file or folder"
+
+
+def _checkpoint(config: Config, world_size: int) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    for name in ("save_interval", "save_keep_last", "save_retain_interval"):
+        yield from _positive(checkpoint, name)
+        if getattr(checkpoint, name) and not checkpoint.save:
+            yield f"{_flag(name)} {getattr(checkpoint, name)} needs --save FOLDER"
+    if checkpoint.ckpt_step is not None and not checkpoint.load:
+        yield f"--ckpt-step {checkpoint.ckpt_step} needs --load FOLDER"
+    for name in ("finetune", "no_load_optim"):
+        if getattr(checkpoint, name) and not checkpoint.load:
+            yield f"{_flag(name)} needs --load FOLDER"
+    if checkpoint.save and os.path.exists(checkpoint.save) and not os.path.isdir(checkpoint.save):
+        yield f"--save {checkpoint.save} is a file; name a folder"
+
+
+def _logging(config: Config, world_size: int) -> Iterator[str]:
+    yield from _positive(config.logging, "log_interval", "eval_interval")
+    if config.logging.eval_iters < 0:
+        yield f"--eval-iters {config.logging.eval_iters} must not be negative"
+
+
+def _positive(section: object, *names: str) -> Iterator[str]:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not value > 0:
+            yield f"{_flag(name)} {value} must be above 0"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below, above = value // unit * unit, (value // unit + 1) * unit
+    return f"{below}, {above}" if below else str(above)

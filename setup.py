@@ -1,0 +1,29 @@
+"""core/ installs as `trivium`, kernels/triton/ as `trivium.kernels`, csrc/ as the native module `trivium._native`.
+
+The native module needs only a C++17 compiler: no torch headers, no CUDA. It is optional: without a compiler the
+install succeeds and the numpy and PyTorch references run in its place, with a notice at start-up.
+"""
+
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import find_packages, setup
+
+SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+
+native = Pybind11Extension(
+    "trivium._native",
+    SOURCES,
+    depends=HEADERS,
+    include_dirs=["csrc"],
+    cxx_std=17,
+    extra_compile_args=["-O3"],
+    optional=True,
+)
+
+setup(
+    packages=["trivium", *(f"trivium.{name}" for name in find_packages("core")), "trivium.kernels"],
+    package_dir={"trivium": "core", "trivium.kernels": "kernels/triton"},
+    ext_modules=[native],
+)
