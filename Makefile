@@ -19,17 +19,17 @@ $(VENV)/.requirements: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Trivium needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); try: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "setup: installing requirements.txt into $(VENV)"
-	@$(PIP) install -q -r requirements.txt
+	@$(PIP) install -qq -r requirements.txt
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.requirements pyproject.toml setup.py $(CSRC)
 	@echo "setup: building the package"
-	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@$(PIP) install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 
 # Peers are only compared with: without them the conformance tests skip.
 $(VENV)/.peers: $(VENV)/.ready requirements-peers.txt
-	@$(PIP) install -q --no-deps -r requirements-peers.txt 2>/dev/null || echo "setup: requirements-peers.txt did not install; the conformance tests will skip"
+	@$(PIP) install -qq --no-deps -r requirements-peers.txt 2>/dev/null || echo "setup: requirements-peers.txt did not install; the conformance tests will skip"
 	@touch $@
 
 test: $(VENV)/.peers lint  ## ruff and every test that needs neither a GPU nor patience

@@ -1,16 +1,18 @@
 """Pretrain a GPT: configuration, mesh, data, model, optimizer, checkpoint, training. `python pretrain_gpt.py --help` lists the flags."""
 
 import sys
-from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from trivium import flags, launch, logs, ops
+from trivium.checkpoint.load import open_checkpoint
 from trivium.checkpoint.manifest import CheckpointError
 from trivium.config import Config, ConfigError, resolve
 from trivium.data.dataset import Datasets, build_datasets
 from trivium.data.errors import DataError
-from trivium.data.loader import loader
+from trivium.data.loader import MicroBatches
 from trivium.data.tokenizer import Tokenizer, build_tokenizer
 from trivium.mesh import Mesh
 from trivium.model import families
@@ -20,7 +22,7 @@ from trivium.optim.adamw import AdamW
 from trivium.optim.buckets import make_buckets
 from trivium.precision import LossScaler, working_dtype
 from trivium.presets import PRESETS, published_vocabulary
-from trivium.train.export import export
+from trivium.train.export import export_hf
 from trivium.train.loop import Data, run
 from trivium.train.report import Reporter
 from trivium.train.resume import RunState, load_problems
@@ -33,31 +35,124 @@ def main(argv: list[str], place: launch.Place) -> None:
     log = logs.setup(place.rank)
     request = flags.parse(argv)
     if request.list_presets:
-        return list_presets()
+        list_presets()
+        return
     config = checked(request.config, place.world_size)
-    device = launch.choose_device(config.parallel.device, place.local_rank)
-    dtype = working_dtype(config.precision)
+    device, dtype = launch.choose_device(config.parallel.device, place.local_rank), working_dtype(config.precision)
     run_ops = ops.choose(config.parallel.kernels, device, dtype, config.parallel.attention_backend)
-    tokenizer = build_tokenizer(config.data)
-    log.info(flags.write_config(config).rstrip())
-    announce(config, request.without_effect, run_ops, device, dtype)
+    tokenizer = build_tokenizer(**config.data.tokenizer)
+    announce(config, request.without_effect, run_ops, device)
 
     launch.set_rendezvous()
     torch.use_deterministic_algorithms(config.parallel.deterministic_mode)
     backend = config.parallel.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     mesh = Mesh.plan(place.world_size, place.rank).connect(backend, config.parallel.distributed_timeout_minutes)
-    datasets = build_datasets(config.data, config.batch, config.logging, tokenizer.vocab_size)
+    datasets = build_datasets_of(config, tokenizer)
+
     model = GPT(config.model, tokenizer.vocab_size, tp=mesh.tp, ops=run_ops, seed=config.batch.seed).place(device, torch.float32)
     optimizer = AdamW(make_buckets(model.parameters(), dtype, device), config.optimizer, run_ops)
     trainer = Trainer(config, mesh, device, model, optimizer, LossScaler(config.precision, device))
     state = RunState(trainer, {"tokenizer": tokenizer.fingerprint, "data": datasets.fingerprint})
     progress = state.restore()
-    reporter = Reporter(config, mesh, device, tokenizer.vocab_size, progress.iteration)
     log.info(f" {total_parameters(config.model, tokenizer.vocab_size):,} parameters; training from iteration {progress.iteration}")
-    progress = run(trainer, batches(config, datasets, tokenizer, mesh), state, reporter, progress)
+
+    reporter = Reporter(config, mesh, device, tokenizer.vocab_size, progress.iteration)
+    progress = run(trainer, data_of(config, datasets, tokenizer, mesh, device), state, reporter, progress)
     picture = reporter.close()
     if picture:
         log.info(f" loss curve: {picture}")
-    if config.checkpoint.save_hf:
-        export(trainer, tokenizer, config.checkpoint.save_hf)
+    if config.checkpoint.save_hf and mesh.rank == 0 and progress.iteration == config.batch.train_iters:
+        checkpoint = open_checkpoint(Path(config.checkpoint.save), ckpt_step=progress.iteration, world=Mesh.plan(1, 0).world, device=device)
+        export_hf(checkpoint, Path(config.checkpoint.save_hf), tokenizer.eod, tokenizer.files)
+        log.info(f" Hugging Face export: {config.checkpoint.save_hf}")
     mesh.close()
+
+
+def checked(config: Config, world_size: int) -> Config:
+    """The resolved configuration; ConfigError with everything that is wrong with it."""
+    config = resolve(config, world_size)
+    problems = validate(config, world_size) + load_problems(config.checkpoint)
+    if config.checkpoint.save_hf:
+        problems += families.export_problems(config.model)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def announce(config: Config, without_effect: tuple[str, ...], run_ops: ops.Ops, device: torch.device) -> None:
+    """What runs, and what the user should know about it."""
+    log = logs.get_logger()
+    log.info(flags.write_config(config).rstrip())
+    if without_effect:
+        log.info(f"flags without effect here: {' '.join(without_effect)}")
+    log.info(f"device {device}, {working_dtype(config.precision)}; {run_ops.describe()}")
+    if config.model.attention_dropout > 0:
+        log.info(f"--attention-dropout {config.model.attention_dropout}: its masks depend on the layout; all else is the same under every layout")
+    if config.logging.eval_iters == 0:
+        log.info("--eval-iters 0: no validation")
+
+
+def build_datasets_of(config: Config, tokenizer: Tokenizer) -> Datasets:
+    """Training, validation and test, each as long as the run needs; the last two are one evaluation long."""
+    data, batch = config.data, config.batch
+    evaluated = config.logging.eval_iters * batch.global_batch_size
+    return build_datasets(
+        data.data_path,
+        data.split,
+        batch.seq_length,
+        batch.seed,
+        (batch.train_samples or batch.train_iters * batch.global_batch_size, evaluated, evaluated),
+        train_data_path=data.train_data_path,
+        valid_data_path=data.valid_data_path,
+        test_data_path=data.test_data_path,
+        cache_path=data.data_cache_path,
+        mock=data.mock_data,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def data_of(config: Config, datasets: Datasets, tokenizer: Tokenizer, mesh: Mesh, device: torch.device) -> Data:
+    """The datasets as micro-batches of this rank."""
+    batches = partial(
+        MicroBatches,
+        micro_batch_size=config.batch.micro_batch_size,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
+        eod_mask_loss=config.data.eod_mask_loss,
+        num_workers=config.data.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    evaluated = config.logging.eval_iters * config.batch.global_batch_size
+    valid, test = (dataset and partial(batches, dataset, end=evaluated) for dataset in (datasets.valid, datasets.test))
+    return Data(lambda start: batches(datasets.train, start=start), valid, test)
+
+
+def list_presets() -> None:
+    """Every preset, with the parameters its shape really has at its published vocabulary."""
+    for name, values in PRESETS.items():
+        model, vocabulary = resolve(Config.of(values | {"seq_length": 1024}), 1).model, published_vocabulary(name)
+        shape = f"{model.num_layers} layers, {model.hidden_size} wide, {model.num_attention_heads} heads"
+        logs.get_logger().info(f"{name:15} {total_parameters(model, vocabulary):>15,} parameters with a vocabulary of {vocabulary:,}: {shape}")
+
+
+def cli(argv: list[str]) -> int:
+    """Run, and turn what a user can mend into one clear message and an exit status: 2 for the configuration, 1 for everything else."""
+    place = launch.read_environment()
+    try:
+        main(argv, place)
+    except ConfigError as error:
+        if place.rank == 0:  # every rank finds the same
+            sys.stderr.write(f"pretrain_gpt.py: {error}\n")
+        return 2
+    except (CheckpointError, DataError) as error:
+        sys.stderr.write(f"pretrain_gpt.py: {error}\n")
+        return 2 if str(error).startswith("--") else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv[1:]))

@@ -18,7 +18,8 @@ native = Pybind11Extension(
     depends=HEADERS,
     include_dirs=["csrc"],
     cxx_std=17,
-    extra_compile_args=["-O3"],
+    # No -march: the CPU kernels choose their instruction set at run time. A square root that may set errno is not vectorised.
+    extra_compile_args=["-O3", "-fno-math-errno"],
     optional=True,
 )
 

@@ -162,6 +162,11 @@ class DataConfig:
     merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer.")
     vocab_size: int | None = option(None, "With NullTokenizer ids run from 0 to this - 1 and the end of document is this; with others it may only enlarge.")
 
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """The five tokenizer flags, as data.tokenizer.build_tokenizer takes them."""
+        return {name: getattr(self, name) for name in ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")}
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .config import ConfigError
+
 
 @dataclass(frozen=True)
 class Place:
@@ -52,8 +54,9 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
     if requested == "cpu" or (requested == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise ValueError("--device cuda, but torch sees no CUDA or ROCm device here; use --device cpu, or install a torch build for your accelerator")
+        raise ConfigError(["--device cuda, but torch sees no CUDA or ROCm device here; use --device cpu, or a torch built for your accelerator"])
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"local rank {local_rank} has no device of its own: {torch.cuda.device_count()} on this node; start at most that many processes on it")
+        count = torch.cuda.device_count()
+        raise ConfigError([f"local rank {local_rank} has no device of its own; start at most {count} processes on this node"])
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -11,9 +11,10 @@ from . import native, reference
 from .logs import get_logger
 
 try:
+    from .kernels import adamw as triton_adamw
     from .kernels import rms_norm as triton_rms_norm
 except ImportError:  # Triton has no wheel for every platform
-    triton_rms_norm = None
+    triton_adamw = triton_rms_norm = None
 
 # --attention-backend, Megatron's words. None: torch picks the fastest that fits.
 _ATTENTION = {
@@ -33,19 +34,20 @@ class Ops:
     neighbours, where a kernel of our own would be a wall between them.
     """
 
-    norm: str = "torch"  # torch, triton or native
+    kernels: str = "torch"  # torch, triton or native: of rms_norm and adamw_
+    attention_backend: str = "auto"  # as --attention-backend
 
     def describe(self) -> str:
         """One line for the log: what each op runs on."""
-        name = f"native ({native.simd()})" if self.norm == "native" else self.norm
-        return f"kernels: rms_norm {name} | attention sdpa | layer_norm, rope, swiglu, adamw torch"
+        name = f"native ({native.simd()})" if self.kernels == "native" else self.kernels
+        return f"kernels: rms_norm, adamw {name} | attention sdpa ({self.attention_backend}) | layer_norm, rope, activations torch"
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., H] / sqrt(mean(x^2) + eps) in fp32, rounded to x's dtype, times weight [H] cast to that dtype; shape and dtype of x."""
         weight = weight.to(x.dtype)
-        if self.norm == "torch" or torch.compiler.is_compiling():
+        if self.kernels == "torch" or torch.compiler.is_compiling():
             return reference.rms_norm(x, weight, eps)
-        if self.norm == "native":
+        if self.kernels == "native":
             return native.rms_norm(x, weight, eps)
         return triton_rms_norm.rms_norm(x, weight, eps)
 
@@ -82,14 +84,13 @@ class Ops:
         causal: bool,
         dropout: float = 0.0,
         scale: float | None = None,
-        backend: str = "auto",
     ) -> torch.Tensor:
         """softmax(q k^T * scale) v: q [B, T, A, D], k and v [B, S, K, D] where K divides A; returns [B, T, A, D].
 
         causal: the last query sees every key and each one before it sees one less (T < S with a KV cache). scale None: D^-1/2.
-        dropout: of the attention weights; give 0 when evaluating. backend: as --attention-backend; with 1 < T < S, which the fused
-        kernels cannot express, every one is allowed.
-        Raises ValueError on a backend this device lacks, or on causal with more queries than keys.
+        dropout: of the attention weights; give 0 when evaluating. With 1 < T < S, which flash and cuDNN cannot express, every backend
+        is allowed, whatever attention_backend says.
+        Raises ValueError on causal with more queries than keys.
         """
         queries, keys = q.shape[1], k.shape[1]
         if causal and queries > keys:
@@ -97,7 +98,7 @@ class Ops:
         # torch's is_causal aligns the first query with the first key, which is right only for T = S.
         aligned = causal and 1 < queries < keys
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries) if aligned else None
-        with nullcontext() if aligned else _restricted_to(backend, q.device):
+        with nullcontext() if aligned else _restricted_to(self.attention_backend):
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2),
                 k.transpose(1, 2),
@@ -135,43 +136,46 @@ class Ops:
         them. Where skip is true nothing changes, whatever the gradients hold. Same arithmetic as torch.optim.AdamW (Loshchilov and
         Hutter 2019).
         """
-        reference.adamw_(
+        _check_flat(masters, exp_avg, exp_avg_sq, grads, weights)
+        # In fp64, as torch.optim computes them on the host: 1 - 0.999**t in fp32 has lost three digits at t = 1.
+        t = step.to(torch.float64)
+        implementation = {"torch": reference, "native": native, "triton": triton_adamw}[self.kernels]
+        implementation.adamw_(
             masters,
             exp_avg,
             exp_avg_sq,
             grads,
             weights,
-            lr=lr,
+            step_size=(lr / (1 - beta1**t)).float(),
+            root_correction=(1 - beta2**t).sqrt().float(),
+            grad_scale=grad_scale.float(),
+            skip=skip.bool(),
+            lr_decay=1 - lr * weight_decay,
             beta1=beta1,
             beta2=beta2,
             eps=eps,
-            weight_decay=weight_decay,
-            step=step,
-            grad_scale=grad_scale,
-            skip=skip,
         )
 
 
-def choose(kernels: str, device: torch.device, dtype: torch.dtype) -> Ops:
+def choose(kernels: str, device: torch.device, dtype: torch.dtype, attention_backend: str = "auto") -> Ops:
     """The ops for --kernels {auto, torch, triton, native} on `device` with activations of `dtype`.
 
     auto: native on a CPU, triton on a GPU, each where it can serve, else torch, and the log says why.
-    Raises ValueError, naming the flag and the remedy, where an implementation asked for by name cannot serve.
+    Raises ValueError, naming the flag and the remedy, where an implementation or backend asked for by name cannot serve.
     """
+    _check_attention_backend(attention_backend, device)
+    if kernels not in ("auto", "torch", *_OBSTACLES):
+        raise ValueError(f"--kernels {kernels} is not one of auto, torch, {', '.join(_OBSTACLES)}")
     if kernels == "torch":
-        return Ops()
-    obstacles = {"native": _native_obstacle, "triton": _triton_obstacle}
-    if kernels in obstacles:
-        if obstacle := obstacles[kernels](device, dtype):
-            raise ValueError(f"--kernels {kernels}: {obstacle}, or use --kernels auto")
-        return Ops(kernels)
+        return Ops("torch", attention_backend)
+    wanted = kernels if kernels != "auto" else "native" if device.type == "cpu" else "triton"
+    obstacle = _OBSTACLES[wanted](device, dtype)
+    if obstacle is None:
+        return Ops(wanted, attention_backend)
     if kernels != "auto":
-        raise ValueError(f"--kernels {kernels} is not one of auto, torch, triton, native")
-    wanted = "native" if device.type == "cpu" else "triton"
-    if obstacle := obstacles[wanted](device, dtype):
-        get_logger().info(f"kernels: PyTorch in place of {wanted}: {obstacle}")
-        return Ops()
-    return Ops(wanted)
+        raise ValueError(f"--kernels {kernels}: {obstacle}, or use --kernels auto")
+    get_logger().info(f"kernels: PyTorch in place of {wanted}: {obstacle}")
+    return Ops("torch", attention_backend)
 
 
 def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -196,10 +200,25 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _restricted_to(backend: str, device: torch.device) -> AbstractContextManager:
+_OBSTACLES = {"triton": _triton_obstacle, "native": _native_obstacle}
+
+
+def _check_attention_backend(backend: str, device: torch.device) -> None:
     if backend not in _ATTENTION:
         raise ValueError(f"--attention-backend {backend} is not one of {', '.join(_ATTENTION)}")
     if backend == "fused" and device.type != "cuda":
         raise ValueError(f"--attention-backend fused is cuDNN's and the device is {device.type}; use --attention-backend auto")
+
+
+def _restricted_to(backend: str) -> AbstractContextManager:
     kernel = _ATTENTION[backend]
     return nullcontext() if kernel is None else sdpa_kernel(kernel)
+
+
+def _check_flat(masters: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, grads: torch.Tensor, weights: torch.Tensor) -> None:
+    """The kernels go by address: what has gaps, or ends early, they would write past."""
+    for name, buffer in {"masters": masters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grads": grads, "weights": weights}.items():
+        if buffer.shape != (masters.numel(),) or not buffer.is_contiguous():
+            raise ValueError(f"adamw_ takes flat buffers of one size; masters has {masters.numel()} elements, {name} is {tuple(buffer.shape)}")
+        if buffer.dtype != torch.float32 and name != "weights":
+            raise ValueError(f"adamw_ keeps its state in float32; {name} is {buffer.dtype}")

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 # Elements of a flat buffer that one pass over all of AdamW's arrays handles: 64K x 6 arrays x 4 bytes = 1.5 MiB stays in a core's
-# cache, so that the dozen elementwise steps read memory once. On a device the chunk is the whole buffer: there, launches cost more.
+# cache, so that the dozen elementwise steps read memory once. On a device the chunk is the whole buffer: launches cost more there.
 _CPU_CHUNK = 1 << 16
 
 
@@ -66,24 +66,23 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def adamw_(masters, exp_avg, exp_avg_sq, grads, weights, *, lr, beta1, beta2, eps, weight_decay, step, grad_scale, skip) -> None:
-    """See Ops.adamw_."""
-    # In fp64, as torch.optim computes them on the host: 1 - 0.999**t in fp32 has lost four digits at t = 1.
-    t = step.to(torch.float64)
-    step_size = (lr / (1 - beta1**t)).float()
-    root_correction = (1 - beta2**t).sqrt().float()
+def adamw_(masters, exp_avg, exp_avg_sq, grads, weights, *, step_size, root_correction, grad_scale, skip, lr_decay, beta1, beta2, eps) -> None:
+    """One update in place of flat buffers of one size, fp32 but for weights, which may be masters itself.
+
+    step_size = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t), grad_scale: 0-d fp32; skip: 0-d bool.
+    lr_decay = 1 - lr * weight_decay. Loshchilov and Hutter 2019.
+    """
     chunk = _CPU_CHUNK if masters.device.type == "cpu" else max(1, masters.numel())
-    buffers = (masters, exp_avg, exp_avg_sq, grads, weights)
     for start in range(0, masters.numel(), chunk):
-        p, m, v, g, w = (buffer[start : start + chunk] for buffer in buffers)
+        p, m, v, g, w = (buffer[start : start + chunk] for buffer in (masters, exp_avg, exp_avg_sq, grads, weights))
         g = g * grad_scale
         new_m = torch.lerp(m, g, 1 - beta1)
         new_v = (v * beta2).addcmul_(g, g, value=1 - beta2)
         update = (new_m * step_size).div_((new_v.sqrt() / root_correction).add_(eps))
-        new_p = (p * (1 - lr * weight_decay)).sub_(update)
+        new_p = (p * lr_decay).sub_(update)
         # Selected, never multiplied by zero: 0 x NaN is NaN.
+        torch.where(skip, w, new_p.to(w.dtype), out=w)
         torch.where(skip, m, new_m, out=m)
         torch.where(skip, v, new_v, out=v)
-        torch.where(skip, p, new_p, out=p)
-        if weights is not masters:
-            torch.where(skip, w, new_p.to(w.dtype), out=w)
+        if weights.data_ptr() != masters.data_ptr():
+            torch.where(skip, p, new_p, out=p)

@@ -103,7 +103,7 @@ def dropout(x: torch.Tensor, p: float, stream: DropoutStream | None, site: str) 
 
 def attention_dropout_seed(seed: int, iteration: int, micro_batch: int, dp_rank: int) -> int:
     """A 32-bit seed for torch's own generator, which attention dropout draws from: reproducible, but dependent on the layout."""
-    return splitmix64(splitmix64(seed) ^ splitmix64(iteration << 32 | micro_batch << 16 | dp_rank)) & 0xFFFFFFFF
+    return splitmix64(splitmix64(seed) ^ (iteration << 32 | micro_batch << 16 | dp_rank)) & 0xFFFFFFFF
 
 
 def splitmix64(x: int) -> int:

@@ -59,9 +59,18 @@ class Ranks:
                 results[rank], error = _receive(pipe, rank)
                 if error is not None and failure is None:
                     failure, deadline = error, time.monotonic() + _GRACE_SECONDS
+        self._release(n)
         if failure is not None:
             raise failure
         return [results[rank] for rank in range(n)]
+
+    def _release(self, n: int) -> None:
+        """Tell the ranks that all have answered. A pool in which one has died is given up."""
+        try:
+            for _, pipe in self.workers[:n]:
+                pipe.send(None)
+        except BrokenPipeError:
+            self.close()
 
     def close(self) -> None:
         """End all processes, whatever they do."""
@@ -91,7 +100,7 @@ def _start_worker():
 def _receive(pipe: Connection, rank: int):
     try:
         value, error, text = pickle.loads(pipe.recv_bytes())
-    except (EOFError, ConnectionError):
+    except (EOFError, ConnectionError):  # its end of the pipe is closed, so `_release` will find it too
         return None, RankError(f"rank {rank} died")
     if text is None:
         return value, None
@@ -105,24 +114,32 @@ def _serve(pipe: Connection) -> None:
     while True:
         try:
             path, *case = pipe.recv()
+            sys.path[:] = path
+            failed, answer = _answer(*case)
+            pipe.send_bytes(answer)
+            # After a failure the group goes down at once, so that the others fail too instead of waiting; but after the
+            # answer, so that their "connection closed" comes second. Without one it stays until all ranks have answered:
+            # a rank may be done while another is still connecting.
+            if not failed:
+                pipe.recv()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            if failed:
+                pipe.recv()
         except EOFError:
             return
-        sys.path[:] = path
-        answer = _answer(*case)
-        pipe.send_bytes(answer)  # before the group goes down: the other ranks' "connection closed" must come second
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
-def _answer(rank: int, n: int, store: str, timeout: float, axes: dict[str, int], call: bytes) -> bytes:
+def _answer(rank: int, n: int, store: str, timeout: float, axes: dict[str, int], call: bytes) -> tuple[bool, bytes]:
+    """Whether the case failed on this rank, and (value, exception, traceback) for the parent."""
     try:
         function, args = pickle.loads(call)
         mesh = Mesh.plan(n, rank, **axes)
         if n > 1:
             dist.init_process_group("gloo", store=dist.FileStore(store, n), rank=rank, world_size=n, timeout=timedelta(seconds=timeout))
-        return pickle.dumps((function(mesh.connect("gloo", timeout / 60), *args), None, None))
+        return False, pickle.dumps((function(mesh.connect("gloo", timeout / 60), *args), None, None))
     except BaseException as error:
-        return pickle.dumps((None, _sendable(error), traceback.format_exc()))
+        return True, pickle.dumps((None, _sendable(error), traceback.format_exc()))
 
 
 def _sendable(error: BaseException) -> BaseException | None:

@@ -86,9 +86,10 @@ def test_normals_have_the_tails_of_a_normal(bound, sign):
 
 
 def test_normals_are_finite_at_the_ends():
-    """24-bit uniforms from 2^-24 to 1: no log of zero, and no value beyond sqrt(48 ln 2) = 5.77."""
-    x = normal_rows(2, "ends", 0, 4000, 1000)
-    assert np.isfinite(x).all() and 4.9 < np.abs(x).max() <= math.sqrt(48 * math.log(2)) + 1e-5
+    """Rows found by search, where the 24 bits behind one radius are all zeros (the largest there is), and all ones (none)."""
+    longest, shortest = normal_rows(2, "ends", 21_560_157, 21_560_158, 8)[0, 6:], normal_rows(2, "ends", 1_525_134, 1_525_135, 8)[0, 2:4]
+    assert np.hypot(*longest) == pytest.approx(math.sqrt(48 * math.log(2)), rel=1e-5)
+    assert np.hypot(*shortest) == 0
 
 
 def test_names_seeds_rows_and_columns_are_uncorrelated():
@@ -157,6 +158,17 @@ def test_many_pairs_of_masks_are_independent():
         r = np.corrcoef(masks.astype(np.float64))[np.triu_indices(64, 1)] * math.sqrt(masks.shape[1])
         assert np.abs(r).max() < 5.5
         assert abs(r.var() - 1) < 5 * math.sqrt(2 / r.size)
+
+
+def test_masks_need_both_words_of_the_key_to_agree():
+    """Samples whose 64-bit keys share 32 bits, one pair in 4 billion: still other masks, and not the same one in another order."""
+    keys = torch.tensor([[7, 7, 6, 9], [1, 2, 2, 1]], dtype=torch.int32).unsqueeze(-1)
+    masks = DropoutStream(keys).keep(torch.Size((4, 128, 256)), 0.5, "layers.0.mlp").numpy().reshape(4, -1)
+    neighbours = np.arange(masks.shape[1]) ^ 1
+    for a in range(4):
+        for b in range(a):
+            assert abs(correlation(masks[a], masks[b])) < 5 and abs(correlation(masks[a], masks[b][neighbours])) < 5, (a, b)
+    assert len({int(mask.sum()) for mask in masks}) == 4, "a reordered mask keeps its count"
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -74,14 +75,15 @@ class Manifest:
     @staticmethod
     def merge(parts: Iterable["Manifest"]) -> "Manifest":
         """The union of what several ranks wrote. Raises CheckpointError where two disagree on a tensor's shape or dtype."""
-        merged: dict[str, Entry] = {}
+        heads: dict[str, Entry] = {}
+        slices: dict[str, list[Slice]] = defaultdict(list)
         for part in parts:
             for name, entry in part.tensors.items():
-                known = merged.get(name, Entry(entry.shape, entry.dtype, ()))
-                if (known.shape, known.dtype) != (entry.shape, entry.dtype):
-                    raise CheckpointError(f"{name} is {known.dtype} {list(known.shape)} on one rank and {entry.dtype} {list(entry.shape)} on another")
-                merged[name] = Entry(entry.shape, entry.dtype, known.slices + entry.slices)
-        return Manifest(merged)
+                head = heads.setdefault(name, entry)
+                if (head.shape, head.dtype) != (entry.shape, entry.dtype):
+                    raise CheckpointError(f"{name} is {head.dtype} {list(head.shape)} on one rank and {entry.dtype} {list(entry.shape)} on another")
+                slices[name] += entry.slices
+        return Manifest({name: Entry(head.shape, head.dtype, tuple(slices[name])) for name, head in heads.items()})
 
     def check_cover(self, where: Path) -> None:
         """Raises CheckpointError, beginning with `where`, unless the slices of each tensor cover each of its elements exactly once."""

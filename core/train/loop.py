@@ -1,10 +1,10 @@
 """The loop: steps, evaluations, checkpoints, and the reasons to end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .. import logs
-from ..data.loader import Batch
+from ..data.loader import MicroBatches
 from .evaluate import mean_loss
 from .guard import StopWish
 from .progress import Progress
@@ -17,9 +17,9 @@ from .step import Trainer
 class Data:
     """The run's data as calls: training batches from a position on, and the fixed batches of each evaluation (None: no such split)."""
 
-    train: Callable[[int], Iterator[Batch]]
-    valid: Callable[[], Iterator[Batch]] | None
-    test: Callable[[], Iterator[Batch]] | None
+    train: Callable[[int], MicroBatches]
+    valid: Callable[[], MicroBatches] | None
+    test: Callable[[], MicroBatches] | None
 
 
 def run(trainer: Trainer, data: Data, state: RunState, reporter: Reporter, progress: Progress) -> Progress:
@@ -44,6 +44,7 @@ def run(trainer: Trainer, data: Data, state: RunState, reporter: Reporter, progr
             stop |= reporter.drain()
             state.save(progress)
             reporter.restart_clock()
+    batches.close()
     if progress.iteration < batch.train_iters:
         reason = f"--exit-interval {batch.exit_interval}" if at_interval and not wish else wish.reason
         logs.get_logger().info(f" stopped at iteration {progress.iteration}: {reason}")
@@ -57,7 +58,7 @@ def _due(progress: Progress, interval: int | None, last: bool) -> bool:
     return last or (interval is not None and progress.iteration % interval == 0)
 
 
-def _evaluate(trainer: Trainer, batches: Callable[[], Iterator[Batch]] | None, split: str, reporter: Reporter, progress: Progress) -> None:
+def _evaluate(trainer: Trainer, batches: Callable[[], MicroBatches] | None, split: str, reporter: Reporter, progress: Progress) -> None:
     if batches is None:
         return
     loss = mean_loss(trainer.model, batches(), trainer.mesh.dp, trainer.device)

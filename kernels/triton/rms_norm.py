@@ -7,6 +7,7 @@ first reduces each row to one number, then takes columns by blocks, so that regi
 """
 
 import torch
+
 import triton
 import triton.language as tl
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -130,12 +131,13 @@ def test_an_empty_folder_and_absent_parents_will_do(tmp_path):
     assert names(tmp_path / "empty") == names(tmp_path / "a" / "b" / "c") == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("foreign", ["thesis.tex", "pytorch_model.bin", "iter_0000100", ".git", "modeling.py"])
+@pytest.mark.parametrize("foreign", ["thesis.tex", "pytorch_model.bin", "iter_0000100/", ".git/", "modeling.py", "vocab.txt/"])
 def test_a_folder_with_other_content_is_refused_and_left_alone(tmp_path, foreign):
+    """A name that ends in / is a folder, even where a tokenizer has a file of that name."""
     export(tmp_path / "out")
-    (tmp_path / "out" / foreign).mkdir() if "." not in foreign[1:] else (tmp_path / "out" / foreign).write_text("mine")
+    (tmp_path / "out" / foreign).mkdir() if foreign.endswith("/") else (tmp_path / "out" / foreign).write_text("mine")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
-    with pytest.raises(CheckpointError, match=foreign.replace(".", r"\.")):
+    with pytest.raises(CheckpointError, match=re.escape(foreign.rstrip("/"))):
         export(tmp_path / "out", {"only": torch.zeros(2)})
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
     assert names(tmp_path) == ["out"]
@@ -163,12 +165,16 @@ def test_a_failed_export_leaves_the_former_one_and_no_rest(tmp_path):
     assert names(tmp_path) == ["out"] and HFFolder(tmp_path / "out").names() == sorted(TENSORS)
 
 
-def test_an_export_killed_between_its_renames_is_taken_up(tmp_path):
+def test_an_export_killed_between_or_after_its_renames_is_taken_up(tmp_path):
     export(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "out.replaced.tmp")
     (tmp_path / "out.tmp").mkdir()
     export(tmp_path / "out", {"only": torch.zeros(2)})
     assert names(tmp_path) == ["out"] and HFFolder(tmp_path / "out").names() == ["only"]
+    (tmp_path / "out.replaced.tmp").mkdir()
+    (tmp_path / "out.replaced.tmp" / "half").write_text("deleted")
+    export(tmp_path / "out")
+    assert names(tmp_path) == ["out"] and HFFolder(tmp_path / "out").names() == sorted(TENSORS)
 
 
 # --- folders that cannot be read ---

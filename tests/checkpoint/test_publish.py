@@ -14,7 +14,7 @@ import pytest
 
 from trivium.checkpoint import publish
 from trivium.checkpoint.load import NothingPublished
-from trivium.checkpoint.manifest import CheckpointError, Manifest
+from trivium.checkpoint.manifest import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -242,11 +242,3 @@ def test_a_linked_folder_is_retired_without_touching_its_target(tmp_path):
     (tmp_path / "save" / "iter_0000100").symlink_to(tmp_path / "elsewhere" / "iter_0000100")
     assert publish.retain(tmp_path / "save", keep_last=1) == [100]
     assert names(tmp_path / "save") == ["iter_0000200"] and names(tmp_path / "elsewhere" / "iter_0000100") == ["manifest.json"]
-
-
-def test_the_manifest_comes_back_as_it_was_written(tmp_path):
-    cases.write(tmp_path, 100, 1)
-    path = tmp_path / "iter_0000100" / "manifest.json"
-    manifest = Manifest.read(path)
-    manifest.write(tmp_path / "again.json")
-    assert Manifest.read(tmp_path / "again.json") == manifest and (tmp_path / "again.json").read_text() == path.read_text()

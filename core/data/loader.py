@@ -1,0 +1,166 @@
+"""Micro-batches of one data-parallel rank, from any sample on, read ahead by worker processes. The position is all the state there is."""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .dataset import Samples
+from .errors import DataError
+
+SIGNALS_OF_A_JOB = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank."""
+
+    tokens: torch.Tensor  # [B, T] int64, inputs
+    labels: torch.Tensor  # [B, T] int64, the id that follows each input
+    loss_mask: torch.Tensor  # [B, T] float32, 1 where the prediction counts
+    samples: torch.Tensor  # [B] int64, global positions in the order of the run
+
+    def pin_memory(self) -> "Batch":
+        return Batch(*(tensor.pin_memory() for tensor in (self.tokens, self.labels, self.loss_mask, self.samples)))
+
+
+class MicroBatches:
+    """Iterator over micro-batches: step i takes the samples start + i * mbs * dp_size on, and this rank its mbs of them.
+
+    dataset: its samples `start` to `end` (all by default). If the last step is short, rows beyond `end` hold zeros under a mask of zeros:
+    every rank gets the same number of micro-batches and every sample counts once.
+    vocab_size: ids must lie below; with eod_mask_loss predictions made from `eod` count nothing.
+    Raises DataError from `next` at the first id outside the vocabulary, naming its file, document and offset.
+    num_workers: processes that read ahead; 0 reads in this one. `close` ends them; so does the end of the data or of this process.
+    """
+
+    def __init__(
+        self,
+        dataset: Samples,
+        *,
+        micro_batch_size: int,
+        vocab_size: int,
+        eod: int,
+        start: int = 0,
+        end: int | None = None,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        eod_mask_loss: bool = False,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        end = len(dataset) if end is None else min(end, len(dataset))
+        reader = _Reader(dataset, micro_batch_size, vocab_size, eod if eod_mask_loss else None, end)
+        firsts = range(start + dp_rank * micro_batch_size, end + dp_rank * micro_batch_size, micro_batch_size * dp_size)
+        self._closing = multiprocessing.Event() if num_workers else None
+        self._batches: Iterator[Batch | str] | None = iter(
+            DataLoader(
+                reader,
+                batch_size=None,
+                sampler=firsts,
+                num_workers=num_workers,
+                collate_fn=_as_is,
+                pin_memory=pin_memory,
+                worker_init_fn=_Worker(self._closing) if num_workers else None,
+                # The loader draws a seed for its workers: not from the generator of the run.
+                generator=torch.Generator(),
+            )
+        )
+        # torch does not end its workers once the interpreter is going down: do so before, without keeping this object alive.
+        self._at_exit = _CloseAtExit(self)
+        atexit.register(self._at_exit)
+
+    def __iter__(self) -> "MicroBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            raise StopIteration
+        try:
+            batch = next(self._batches)
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(batch, str):
+            self.close()
+            raise DataError(batch)
+        return batch
+
+    def close(self) -> None:
+        """End the worker processes. Safe to call again."""
+        if self._batches is not None:
+            if self._closing is not None:
+                self._closing.set()
+            self._batches = None  # torch ends the workers of an iterator that is gone
+            atexit.unregister(self._at_exit)
+
+    def __del__(self) -> None:
+        if getattr(self, "_at_exit", None) is not None:
+            self.close()
+
+
+class _CloseAtExit:
+    def __init__(self, batches: MicroBatches):
+        self._batches = weakref.ref(batches)
+
+    def __call__(self) -> None:
+        if (batches := self._batches()) is not None:
+            batches.close()
+
+
+class _Worker:
+    """What a worker process does first: leave the job's signals to its parent, which may want to save before it ends.
+
+    A worker that took SIGTERM from the scheduler would take the run down with it. It ends when the loader closes or the parent is gone.
+    """
+
+    def __init__(self, closing):
+        self.closing = closing
+
+    def __call__(self, worker: int) -> None:
+        for number in SIGNALS_OF_A_JOB:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._on_term)
+
+    def _on_term(self, number, frame) -> None:
+        if self.closing.is_set():
+            os._exit(0)
+
+
+class _Reader(Dataset):
+    """The micro-batch whose first sample is `first`; a problem travels as its message, so that no worker's traceback surrounds it."""
+
+    def __init__(self, dataset: Samples, micro_batch_size: int, vocab_size: int, masked_id: int | None, end: int):
+        self.dataset, self.micro_batch_size, self.vocab_size, self.masked_id, self.end = dataset, micro_batch_size, vocab_size, masked_id, end
+
+    def __getitem__(self, first: int) -> Batch | str:
+        samples = torch.arange(first, first + self.micro_batch_size)
+        ids = torch.zeros(self.micro_batch_size, self.dataset.seq_length + 1, dtype=torch.int64)
+        mask = torch.zeros(self.micro_batch_size, self.dataset.seq_length)
+        try:
+            for row, sample in enumerate(range(first, min(first + self.micro_batch_size, self.end))):
+                ids[row] = torch.from_numpy(self.dataset.tokens(sample))
+                mask[row] = 1
+        except DataError as error:
+            return str(error)
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            return self._outside(ids, first)
+        tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        if self.masked_id is not None:
+            mask[tokens == self.masked_id] = 0
+        return Batch(tokens, labels, mask, samples)
+
+    def _outside(self, ids: torch.Tensor, first: int) -> str:
+        row, position = ((ids < 0) | (ids >= self.vocab_size)).nonzero()[0].tolist()
+        where = self.dataset.locate(first + row, position)
+        return f"{where}: token id {ids[row, position]} is outside the vocabulary of {self.vocab_size}; use the tokenizer that made the data"
+
+
+def _as_is(batch: Batch | str) -> Batch | str:
+    return batch

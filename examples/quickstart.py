@@ -1,0 +1,134 @@
+"""The main job on real input in a few minutes on two CPU cores: text, tokenizer, data, training, resume, sample, export.
+
+    make quickstart                 Python's own standard library
+    make quickstart INPUT=path      any folder or file of text
+
+Every step is one command of the project, printed before it runs; steps whose results are there are skipped.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trivium.data.indexed import IndexedDataset
+from trivium.train.pretrained import load_pretrained
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"}
+VOCABULARY, LENGTH, BATCH, FIRST_LEG, LAST = 4096, 256, 16, 300, 400
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--input", type=Path, help="file or folder of text; Python's standard library if not given")
+    parser.add_argument("--output", type=Path, default=ROOT / "quickstart", help="folder for everything that is made")
+    options = parser.parse_args()
+    out, start = options.output, time.monotonic()
+    name = "python" if options.input is None else options.input.resolve().name
+    inputs = standard_library() if options.input is None else [options.input]
+    listing = out / f"{name}.files"
+    out.mkdir(parents=True, exist_ok=True)
+    listing.write_text("\n".join(map(str, inputs)))
+
+    tokenizer, data, run, export = out / f"{name}_tokenizer", out / name, out / f"{name}_run", out / f"{name}_hf"
+    prefix = f"{data}_text_document"
+    step("1/6 tokenizer", tokenizer / "tokenizer.json", tool("train_tokenizer", *inputs_flag(listing), "--vocab-size", VOCABULARY, "--output", tokenizer))
+    step("2/6 data", f"{prefix}.idx", tool("preprocess_data", *inputs_flag(listing), "--output-prefix", data, *tokenizer_flags(tokenizer), "--append-eod", "--workers", 2))
+    train = training_flags(prefix, tokenizer, run)
+    step("3/6 training", run / f"iter_{FIRST_LEG:07d}", [sys.executable, ROOT / "pretrain_gpt.py", *train, "--exit-interval", FIRST_LEG])
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    step("4/6 resumed on 2 data-parallel processes", run / f"iter_{LAST:07d}", [*two, ROOT / "pretrain_gpt.py", *train, "--save-hf", export])
+    print("\n5/6 sample", flush=True)
+    run_command(tool("generate", "--load", run, "--prompt", "def ", "--max-new-tokens", 120, "--temperature", 0.7, "--top-k", 50, "--seed", 1))
+    print("\n6/6 export", flush=True)
+    difference = compare_with_transformers(run, export)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    loss = [row["lm_loss"] for row in rows if row.get("split") == "valid"][-1]
+    print(f"""
+done in {time.monotonic() - start:.0f} s
+  validation loss    {loss:.3f} nats per token; unigram entropy of the corpus: {unigram_entropy(prefix):.3f}
+  transformers loads the export; largest difference of logits: {difference:.1e}
+  tokenizer          {tokenizer}
+  data               {prefix}.bin, .idx
+  checkpoints        {run}
+  loss curve         {run / "loss.png"}
+  metrics            {run / "metrics.jsonl"}
+  Hugging Face       {export}""")
+
+
+def standard_library() -> list[Path]:
+    """Python's own modules and packages, without their tests."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    found = [path for path in sorted(library.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(library).parts)]
+    return found
+
+
+def training_flags(prefix: str, tokenizer: Path, run: Path) -> list:
+    """A small Llama, the same flags for both legs; bf16 where the processor multiplies it natively."""
+    flags = ["--config", ROOT / "examples" / "tiny_cpu.yaml", "--data-path", prefix, "--tokenizer-model", tokenizer]
+    flags += ["--train-iters", LAST, "--seq-length", LENGTH, "--global-batch-size", BATCH, "--save", run, "--load", run]
+    return [*flags, "--bf16" if native_bf16() else "--no-bf16"]
+
+
+def native_bf16() -> bool:
+    """Whether this processor has bf16 matrix products; elsewhere they are emulated and slow."""
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def tool(name: str, *arguments) -> list:
+    return [sys.executable, ROOT / "tools" / f"{name}.py", *arguments]
+
+
+def tokenizer_flags(tokenizer: Path) -> list:
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
+
+
+def step(title: str, product: Path | str, command: list) -> None:
+    """Run a command unless what it makes is there."""
+    print(f"\n{title}", flush=True)
+    if Path(product).exists():
+        print(f"  {product} is there: skipped", flush=True)
+    else:
+        run_command(command)
+
+
+def run_command(command: list) -> None:
+    words = [str(word) for word in command]
+    print("  $ " + shlex.join(words), flush=True)
+    status = subprocess.run(words).returncode
+    if status:
+        sys.exit(f"quickstart: the command above ended with status {status}")
+
+
+def unigram_entropy(prefix: str) -> float:
+    """Entropy of the corpus' token frequencies, nats: the loss of the best model without context."""
+    dataset = IndexedDataset(prefix)
+    counts = sum(np.bincount(dataset.get(i), minlength=VOCABULARY + 1) for i in range(dataset.num_sequences))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def compare_with_transformers(run: Path, export: Path) -> float:
+    """Load the export with transformers and give both models the same text; the largest difference of the logits."""
+    peer, tokenizer = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32), AutoTokenizer.from_pretrained(export)
+    tokens = tokenizer("def main(argv=None):\n    import sys\n", return_tensors="pt").input_ids
+    ours = load_pretrained(export, device=torch.device("cpu"), dtype=torch.float32).model
+    with torch.no_grad():
+        expected = peer(tokens).logits
+        return (ours(tokens)[..., : expected.shape[-1]] - expected).abs().max().item()
+
+
+if __name__ == "__main__":
+    main()

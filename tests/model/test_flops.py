@@ -1,0 +1,40 @@
+"""FLOP and parameter counts against numbers worked out by hand."""
+
+from trivium.config import ModelConfig
+from trivium.mesh import Axis
+from trivium.model.flops import flops_per_token, matrix_parameters, peak_flops, total_parameters
+from trivium.model.gpt import GPT
+from trivium.ops import Ops
+
+LLAMA = ModelConfig(
+    num_layers=2, hidden_size=8, ffn_hidden_size=24, num_attention_heads=4, kv_channels=2, group_query_attention=True, num_query_groups=2,
+    max_position_embeddings=16, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, disable_bias_linear=True,
+    untie_embeddings_and_output_weights=True,
+)  # fmt: skip
+GPT2 = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=32, num_attention_heads=4, kv_channels=2, max_position_embeddings=16)
+
+
+def test_matrix_parameters_by_hand():
+    """Per layer q 64, k 32, v 32, o 64, three of 8 x 24 = 192; the head 10 x 8, the embedding not."""
+    assert matrix_parameters(LLAMA, 10) == 2 * (64 + 32 + 32 + 64 + 3 * 192) + 80
+    assert matrix_parameters(GPT2, 10) == 2 * (4 * 64 + 2 * 256) + 80
+
+
+def test_flops_by_hand():
+    """6N, plus 12 (full) or 6 (causal) x layers x heads x head size x length."""
+    n = matrix_parameters(LLAMA, 10)
+    assert flops_per_token(LLAMA, 10, 100, causal=False) == 6 * n + 12 * 2 * 8 * 100
+    assert flops_per_token(LLAMA, 10, 100, causal=True) == 6 * n + 6 * 2 * 8 * 100
+
+
+def test_total_parameters_are_those_of_the_model():
+    for config in (LLAMA, GPT2):
+        model = GPT(config, 10, tp=Axis("tp"), ops=Ops(), seed=None)
+        pieces = [piece for p in model.parameters() for piece in p.param_layout.pieces(p.data)]
+        assert total_parameters(config, 10) == sum(piece.tensor.numel() for piece in pieces)
+
+
+def test_peak_is_known_by_name_or_not_at_all():
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("cpu") is None

@@ -1,0 +1,136 @@
+"""Flags, layers of YAML, and what validate says."""
+
+import pytest
+import yaml
+
+from trivium import flags
+from trivium.config import Config, ConfigError, resolve
+from trivium.presets import PRESETS, published_vocabulary
+from trivium.model.flops import total_parameters
+from trivium.validate import validate
+
+GOOD = "--preset tiny --seq-length 64 --micro-batch-size 2 --train-iters 10 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 100"
+
+
+def config_of(text: str, world_size: int = 1) -> Config:
+    return resolve(flags.parse(text.split()).config, world_size)
+
+
+def problems_of(text: str, world_size: int = 1) -> str:
+    return "\n".join(validate(config_of(text, world_size), world_size))
+
+
+def test_defaults_are_megatrons():
+    config = Config()
+    assert (config.model.attention_dropout, config.model.hidden_dropout, config.model.normalization) == (0.1, 0.1, "LayerNorm")
+    assert (config.optimizer.clip_grad, config.optimizer.weight_decay, config.optimizer.adam_beta2) == (1.0, 0.01, 0.999)
+    assert (config.optimizer.lr_decay_style, config.batch.seed, config.data.split) == ("linear", 1234, "969,30,1")
+    assert (config.logging.log_interval, config.logging.eval_interval, config.logging.eval_iters) == (100, 1000, 100)
+    assert (config.precision.initial_loss_scale, config.precision.hysteresis) == (2.0**32, 2)
+    assert config.model.tied and config.model.linear_bias and not config.model.swiglu
+
+
+def test_feed_forward_width_follows_megatrons_rule():
+    base = "--num-layers 2 --hidden-size 768 --num-attention-heads 12 --seq-length 8 --micro-batch-size 1 --train-iters 1 --lr 1"
+    assert config_of(base).model.ffn_hidden_size == 3072
+    assert config_of(base + " --swiglu").model.ffn_hidden_size == int(768 * 4 * 2 / 3 / 64) * 64 == 2048
+
+
+def test_dashes_and_underscores_are_the_same():
+    assert config_of(GOOD.replace("--seq-length", "--seq_length")) == config_of(GOOD)
+
+
+def test_command_line_wins_over_later_yaml_over_earlier_over_preset(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("num_layers: 3\nhidden-size: 512\nlr: 1e-4\n")
+    second.write_text("model:\n  num_layers: 5\noptimizer: {lr: 2.0e-4}\n")
+    config = flags.parse(f"--preset tiny --lr 3e-4 --config {first} {second}".split()).config
+    assert (config.model.num_layers, config.model.hidden_size, config.optimizer.lr, config.model.num_attention_heads) == (5, 512, 3e-4, 4)
+
+
+def test_a_flag_can_be_switched_off_again(tmp_path):
+    layer = tmp_path / "a.yaml"
+    layer.write_text("bf16: true")
+    assert flags.parse(["--config", str(layer)]).config.precision.bf16
+    assert not flags.parse(["--config", str(layer), "--no-bf16"]).config.precision.bf16
+
+
+def test_resolved_configuration_reads_back_the_same():
+    config = config_of(GOOD + " --data-cache-path a/b --lr-warmup-fraction 0.1 --bf16")
+    assert flags.read_config(flags.write_config(config)) == config
+
+
+def test_every_parse_problem_is_named_at_once_with_the_nearest_flag():
+    with pytest.raises(ConfigError) as error:
+        flags.parse("--num-layer 3 --sequence-parallel --lr fast --train-iters 1.5 --normalization GroupNorm".split())
+    text = str(error.value)
+    assert "5 problems" in text
+    for expected in ("did you mean --num-layers?", "--sequence-parallel is not available", "--lr 'fast' is not a number", "'1.5' is not a whole number", "RMSNorm"):
+        assert expected in text
+
+
+def test_unknown_yaml_key_names_file_and_nearest(tmp_path):
+    layer = tmp_path / "run.yaml"
+    layer.write_text("hiden_size: 3\n")
+    with pytest.raises(ConfigError, match=r"run.yaml: hiden_size is unknown; did you mean hidden_size\?"):
+        flags.parse(["--config", str(layer)])
+
+
+def test_flags_without_effect_are_accepted_with_their_values_and_named():
+    request = flags.parse(["--use-mcore-models", "--transformer-impl", "local", "--no-bias-gelu-fusion", "--lr", "1e-3"])
+    assert request.without_effect == ("--use-mcore-models", "--transformer-impl", "--no-bias-gelu-fusion")
+    assert request.config.optimizer.lr == 1e-3
+
+
+def test_no_flag_is_in_two_lists():
+    known = {name.replace("_", "-") for section in Config().sections().values() for name in section}
+    lists = [known, set(flags.WITHOUT_EFFECT), set(flags.REFUSED), set(flags.ALIASES)]
+    assert sum(map(len, lists)) == len(set().union(*lists))
+
+
+def test_a_good_configuration_has_no_problem():
+    assert problems_of(GOOD) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("--global-batch-size 101 --micro-batch-size 4", "--global-batch-size 101 is not a multiple of --micro-batch-size 4 x data parallel 2 = 8; nearest that work: 96, 104"),
+        ("--tensor-model-parallel-size 2", "--tensor-model-parallel-size 2: only 1 works"),
+        ("--num-query-groups 3", "--num-query-groups 3 does not divide --num-attention-heads 4; use one of 1, 2, 4"),
+        ("--seq-length 128 --max-position-embeddings 64", "--seq-length 128 is longer than --max-position-embeddings 64"),
+        ("--bf16 --fp16", "--bf16 and --fp16 exclude each other"),
+        ("--lr-warmup-iters 10", "--lr-warmup-iters 10 is not below --lr-decay-iters 10"),
+        ("--min-lr 1", "--min-lr 1.0 is not between 0 and --lr 0.001"),
+        ("--tokenizer-type HuggingFaceTokenizer", "--tokenizer-type HuggingFaceTokenizer needs --tokenizer-model"),
+        ("--split 1,2,3,4", "--split '1,2,3,4'"),
+        ("--save-interval 5", "--save-interval 5 needs --save"),
+        ("--data-path nowhere/x", "--data-path nowhere/x: no file nowhere/x.idx and no file nowhere/x.bin"),
+        ("--loss-scale 8", "--loss-scale 8.0 needs --fp16"),
+        ("--lr-decay-style WSD", "needs --lr-wsd-decay-iters"),
+        ("--hidden-dropout 1", "--hidden-dropout 1.0 is not in [0, 1)"),
+        ("--seed -1", "--seed -1"),
+    ],
+)
+def test_a_problem_names_flag_numbers_and_remedy(change, expected):
+    assert expected in problems_of(f"{GOOD} {change}", world_size=2)
+
+
+def test_missing_flags_are_all_named():
+    text = problems_of("--bf16")
+    for flag in ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--micro-batch-size", "--lr", "--train-iters", "no data", "--tokenizer-type"):
+        assert flag in text
+
+
+def test_presets_count_what_the_models_really_have():
+    """Counts published for the originals, to the last weight."""
+    known = {"gpt2-124m": 124_439_808, "llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "llama3.2-1b": 1_235_814_400, "llama3.1-405b": 405_853_388_800}
+    for name, count in known.items():
+        model = resolve(Config.of(PRESETS[name]), 1).model
+        assert total_parameters(model, published_vocabulary(name)) == count, name
+
+
+def test_presets_say_everything_explicitly():
+    for name, preset in PRESETS.items():
+        assert {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "norm_epsilon", "swiglu", "hidden_dropout"} <= set(preset), name
+        assert yaml.safe_load(yaml.safe_dump(preset)) == preset

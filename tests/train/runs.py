@@ -1,0 +1,53 @@
+"""Runs of pretrain_gpt.py for tests: in this process, or on gloo ranks of the pool, on made-up or small real data."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pretrain_gpt
+from ranks import run_ranks
+
+from trivium.data.indexed import IndexedDatasetWriter
+from trivium.launch import Place
+from trivium.mesh import Mesh
+
+SMALL = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 5e-3 "
+    "--tokenizer-type NullTokenizer --vocab-size 96 --num-workers 0 --device cpu --make-vocab-size-divisible-by 16 --log-interval 5 --lr-warmup-iters 3"
+)
+LLAMA = " --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --group-query-attention --num-query-groups 2"
+LLAMA += " --untie-embeddings-and-output-weights"
+NO_DROPOUT = " --attention-dropout 0 --hidden-dropout 0"
+EXACT = ("iteration", "consumed_samples", "consumed_tokens", "lm_loss", "grad_norm", "learning_rate", "skipped")
+
+
+def write_data(prefix: Path, documents: int = 60, seed: int = 0, vocab_size: int = 96) -> Path:
+    """Documents of 1 to 90 learnable tokens (a walk with a stride), each ended by the id `vocab_size`."""
+    random = np.random.RandomState(seed)
+    with IndexedDatasetWriter(str(prefix), np.uint16) as writer:
+        for _ in range(documents):
+            length, start, stride = random.randint(1, 90), random.randint(vocab_size), random.randint(1, 4)
+            writer.add_document(np.append((start + stride * np.arange(length)) % vocab_size, vocab_size))
+    return prefix
+
+
+def train(arguments: str, ranks: int = 1) -> None:
+    """One run with --eval-iters and data given by `arguments`."""
+    if ranks == 1:
+        pretrain_gpt.main(arguments.split(), Place())
+    else:
+        run_ranks(ranks, _train_on_rank, arguments)
+
+
+def _train_on_rank(mesh: Mesh, arguments: str) -> None:
+    pretrain_gpt.main(arguments.split(), Place(mesh.rank, mesh.world_size, mesh.rank))
+
+
+def rows_of(path: Path, split: str | None = None) -> list[dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if row.get("split") == split]
+
+
+def exact(rows: list[dict]) -> list[tuple]:
+    """What must be equal bit for bit after a resume."""
+    return [tuple(row[key] for key in EXACT) for row in rows]

@@ -1,0 +1,116 @@
+"""Train a tokenizer on text and write it as a Hugging Face folder that `transformers` loads."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from _cli import BadArgument, Parser, positive, run
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from trivium import logs
+from trivium.data.text import list_files, read_documents
+from trivium.data.tokenizer import END_OF_TEXT
+
+UNKNOWN = "<unk>"
+BYTES = 256
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(__doc__, "python tools/train_tokenizer.py --input corpus.jsonl src/ --type bpe --vocab-size 32000 --output tokenizer")
+    parser.add_argument("--input", nargs="+", required=True, help="Files of text or JSON lines (.gz, .zst too), and folders of them.")
+    parser.add_argument("--type", choices=("bpe", "wordpiece", "unigram", "char"), default="bpe", help="Kind of model; bpe works on bytes.")
+    parser.add_argument("--vocab-size", type=positive, required=True, help="Ids at most, special tokens included.")
+    parser.add_argument("--output", required=True, help="Folder to write.")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], help="Keys of the texts in JSON lines.")
+    args = parser.parse_args(argv)
+    logs.setup()
+    if args.type == "bpe" and args.vocab_size < BYTES + 1:
+        raise BadArgument(f"--vocab-size {args.vocab_size} is too small for bpe: {BYTES} bytes and {END_OF_TEXT} need {BYTES + 1}")
+    if args.type != "bpe" and args.vocab_size < 3:
+        raise BadArgument(f"--vocab-size {args.vocab_size} is too small for {args.type}: {END_OF_TEXT}, {UNKNOWN} and a first token need 3")
+    if args.type == "unigram":
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads add up floats in any order
+    texts = (text for document in read_documents(list_files(args.input), args.json_keys) for text in document if text)
+    tokenizer = train(args.type, args.vocab_size, texts)
+    save(tokenizer, Path(args.output), unknown=args.type != "bpe")
+    size = tokenizer.get_vocab_size()
+    if size < args.vocab_size:
+        logs.get_logger().info(f"the text has material for {size} of {args.vocab_size} ids")
+    logs.get_logger().info(f"{args.output}: {args.type} tokenizer of {size} ids, end of document {tokenizer.token_to_id(END_OF_TEXT)}")
+
+
+def train(kind: str, vocab_size: int, texts: Iterator[str]) -> Tokenizer:
+    """A tokenizer of at most `vocab_size` ids. Raises ValueError if there is no text."""
+    first = next(texts, None)
+    if first is None:
+        raise ValueError("the input holds no text")
+    return {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "char": _char}[kind](vocab_size, _chain(first, texts))
+
+
+def save(tokenizer: Tokenizer, folder: Path, unknown: bool) -> None:
+    """tokenizer.json and what transformers wants beside it."""
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | ({"unk_token": UNKNOWN} if unknown else {})
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "model_max_length": 10**30, "clean_up_tokenization_spaces": False}
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    _write(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
+    _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _bpe(vocab_size: int, texts: Iterator[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _wordpiece(vocab_size: int, texts: Iterator[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT, UNKNOWN], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _unigram(vocab_size: int, texts: Iterator[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT, UNKNOWN], unk_token=UNKNOWN, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _char(vocab_size: int, texts: Iterator[str]) -> Tokenizer:
+    """BPE without merges is one id per character; the rarest characters become unknown if there are too many."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    by_count = sorted(counts, key=lambda character: (-counts[character], character))
+    kept = sorted(by_count[: vocab_size - 2])
+    vocabulary = {token: i for i, token in enumerate([END_OF_TEXT, UNKNOWN, *kept])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True), AddedToken(UNKNOWN, special=True)])
+    return tokenizer
+
+
+if __name__ == "__main__":
+    run(main)
