@@ -45,7 +45,7 @@ class ModelConfig:
     add_qkv_bias: bool = option(False, "Bias in the query, key and value projections, even with --disable-bias-linear.")
     qk_layernorm: bool = option(False, "Normalize queries and keys per head, before the rotation.")
     untie_embeddings_and_output_weights: bool = option(False, "Give the output head weights of its own.")
-    make_vocab_size_divisible_by: int = option(128, "Pad the vocabulary to a multiple of this times the tensor parallel size; padding never changes the loss.")
+    make_vocab_size_divisible_by: int = option(128, "Pad the vocabulary to a multiple of this x tensor parallel; it never changes the loss.")
     init_method_std: float = option(0.02, "Standard deviation of the initial weights; residual projections start at this / sqrt(2 layers).")
     attention_dropout: float = option(0.1, "Dropout of the attention probabilities.")
     hidden_dropout: float = option(0.1, "Dropout of the embeddings and of each residual branch.")
@@ -160,7 +160,7 @@ class DataConfig:
     tokenizer_model: str | None = option(None, "Folder or file of the tokenizer.")
     vocab_file: str | None = option(None, "vocab.json of GPT2BPETokenizer.")
     merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer.")
-    vocab_size: int | None = option(None, "With NullTokenizer ids run from 0 to this - 1 and the end of document is this; with others it may only enlarge.")
+    vocab_size: int | None = option(None, "NullTokenizer: ids run from 0 to this - 1, the end of document is this. Others: may only enlarge.")
 
     @property
     def tokenizer(self) -> dict[str, Any]:

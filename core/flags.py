@@ -20,14 +20,14 @@ from .presets import PRESETS
 WITHOUT_EFFECT = frozenset(
     """
     use-mcore-models transformer-impl spec local-rank no-load-rng no-save-rng ckpt-format use-dist-ckpt dist-ckpt-format auto-detect-ckpt-format
-    calculate-per-token-loss accumulate-allreduce-grads-in-fp32 attention-softmax-in-fp32 no-query-key-layer-scaling
+    calculate-per-token-loss accumulate-allreduce-grads-in-fp32 attention-softmax-in-fp32 no-query-key-layer-scaling cross-entropy-loss-fusion
     no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion no-gradient-accumulation-fusion
-    no-persist-layer-norm no-async-tensor-model-parallel-allreduce no-create-attention-mask-in-dataloader cross-entropy-loss-fusion
+    no-persist-layer-norm no-async-tensor-model-parallel-allreduce no-create-attention-mask-in-dataloader use-cpu-initialization
     no-check-for-nan-in-loss-and-grad check-for-nan-in-loss-and-grad use-checkpoint-opt-param-scheduler override-opt-param-scheduler
     no-mmap-bin-files no-ckpt-fully-parallel-save ckpt-fully-parallel-load use-flash-attn manual-gc manual-gc-interval
     tensorboard-log-interval tensorboard-queue-size log-validation-ppl-to-tensorboard log-timers-to-tensorboard
     log-learning-rate-to-tensorboard log-loss-scale-to-tensorboard timing-log-level timing-log-option log-progress
-    no-one-logger dataloader-type data-impl use-cpu-initialization distributed-timeout-seconds-after-init no-barrier-with-level-1-timing
+    no-one-logger dataloader-type data-impl distributed-timeout-seconds-after-init no-barrier-with-level-1-timing
     """.split()
 )
 
@@ -180,7 +180,7 @@ def _kind(annotation: Any) -> type:
 
 
 def _sort_out(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Dashes for underscores, aliases resolved; flags without effect are taken out (with their values) and named; unknown and refused ones are problems."""
+    """Dashes for underscores, aliases resolved; flags without effect taken out with their values, and named; the unknown and refused are problems."""
     known = {flag.removeprefix("--") for action in _parser()._actions for flag in action.option_strings}
     kept, ignored, problems, dropping = [], [], [], False
     for word in argv:
@@ -270,7 +270,7 @@ def _convert(option, value: Any) -> Any:
         if not isinstance(value, bool):
             raise TypeError
         return value
-    if isinstance(value, bool) or isinstance(value, (list, dict)):
+    if isinstance(value, (bool, list, dict)):
         raise TypeError
     if kind is int and float(value) != int(float(value)):
         raise ValueError

@@ -18,6 +18,17 @@ class _Formatter(logging.Formatter):
         return f"{self.prefix}{level}{record.getMessage()}"
 
 
+class _StdoutHandler(logging.StreamHandler):
+    """Writes to what sys.stdout is at the moment: a progress bar puts itself in its place, to keep below the lines."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stdout
+
+
 def get_logger() -> logging.Logger:
     """The logger of the engine. Without `setup` it is silent below WARNING, as a library should be."""
     return logging.getLogger(LOGGER_NAME)
@@ -26,7 +37,7 @@ def get_logger() -> logging.Logger:
 def setup(rank: int = 0) -> logging.Logger:
     """Lines go to stdout, each flushed as it is written. Ranks other than 0 speak only from WARNING up."""
     logger = get_logger()
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _StdoutHandler()
     handler.setFormatter(_Formatter(rank))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

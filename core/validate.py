@@ -1,4 +1,4 @@
-"""What can be wrong with a configuration: every problem at once, each with its flag, both numbers and a remedy. Nothing is started or written here."""
+"""What can be wrong with a configuration: every problem at once, each with its flag, both numbers and a remedy."""
 
 import os
 from collections.abc import Iterator
@@ -89,7 +89,8 @@ def _batch(config: Config, world_size: int) -> Iterator[str]:
         dp = data_parallel_size(config.parallel, world_size)
         if total % (micro * dp):
             near = _nearest_multiples(total, micro * dp)
-            yield f"--global-batch-size {total} is not a multiple of --micro-batch-size {micro} x data parallel {dp} = {micro * dp}; nearest that work: {near}"
+            unit = f"--micro-batch-size {micro} x data parallel {dp} = {micro * dp}"
+            yield f"--global-batch-size {total} is not a multiple of {unit}; nearest that work: {near}"
     if batch.train_samples and batch.train_iters and total and batch.train_iters != batch.train_samples // total:
         yield f"--train-samples {batch.train_samples} and --train-iters {batch.train_iters} are both given; give one"
     if not 0 <= batch.seed < 2**32:

@@ -9,6 +9,7 @@ Every step is one command of the project, printed before it runs; steps whose re
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +25,7 @@ from trivium.train.pretrained import load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"}
-VOCABULARY, LENGTH, BATCH, FIRST_LEG, LAST = 4096, 256, 16, 300, 400
+VOCABULARY, LENGTH, BATCH, FIRST_LEG, LAST = 4096, 256, 16, 200, 260
 
 
 def main() -> None:
@@ -34,15 +35,13 @@ def main() -> None:
     options = parser.parse_args()
     out, start = options.output, time.monotonic()
     name = "python" if options.input is None else options.input.resolve().name
-    inputs = standard_library() if options.input is None else [options.input]
-    listing = out / f"{name}.files"
     out.mkdir(parents=True, exist_ok=True)
-    listing.write_text("\n".join(map(str, inputs)))
-
+    text = options.input or standard_library(out / "python_source")
     tokenizer, data, run, export = out / f"{name}_tokenizer", out / name, out / f"{name}_run", out / f"{name}_hf"
     prefix = f"{data}_text_document"
-    step("1/6 tokenizer", tokenizer / "tokenizer.json", tool("train_tokenizer", *inputs_flag(listing), "--vocab-size", VOCABULARY, "--output", tokenizer))
-    step("2/6 data", f"{prefix}.idx", tool("preprocess_data", *inputs_flag(listing), "--output-prefix", data, *tokenizer_flags(tokenizer), "--append-eod", "--workers", 2))
+    step("1/6 tokenizer", tokenizer / "tokenizer.json", tool("train_tokenizer", "--input", text, "--vocab-size", VOCABULARY, "--output", tokenizer))
+    tokenize = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--append-eod", "--workers", 2]
+    step("2/6 data", f"{prefix}.idx", tool("preprocess_data", "--input", text, "--output-prefix", data, *tokenize))
     train = training_flags(prefix, tokenizer, run)
     step("3/6 training", run / f"iter_{FIRST_LEG:07d}", [sys.executable, ROOT / "pretrain_gpt.py", *train, "--exit-interval", FIRST_LEG])
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
@@ -65,11 +64,15 @@ done in {time.monotonic() - start:.0f} s
   Hugging Face       {export}""")
 
 
-def standard_library() -> list[Path]:
-    """Python's own modules and packages, without their tests."""
+def standard_library(folder: Path) -> Path:
+    """Python's own modules and packages, without their tests, copied into `folder`."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    found = [path for path in sorted(library.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(library).parts)]
-    return found
+    for path in sorted(library.rglob("*.py")):
+        inside = path.relative_to(library)
+        if not LEFT_OUT & set(inside.parts):
+            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / inside)
+    return folder
 
 
 def training_flags(prefix: str, tokenizer: Path, run: Path) -> list:
@@ -89,10 +92,6 @@ def native_bf16() -> bool:
 
 def tool(name: str, *arguments) -> list:
     return [sys.executable, ROOT / "tools" / f"{name}.py", *arguments]
-
-
-def tokenizer_flags(tokenizer: Path) -> list:
-    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
 
 
 def step(title: str, product: Path | str, command: list) -> None:

@@ -1,6 +1,5 @@
 """The loss of a trained model on a data set or on text: every token predicted once, from up to L tokens before it."""
 
-import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _cli import check, run
+from _cli import BadArgument, Parser, positive, run
 
 from trivium.config import DataConfig
 from trivium.data.indexed import IndexedDataset
@@ -19,18 +18,18 @@ from trivium.launch import choose_device
 from trivium.model.gpt import GPT
 from trivium.train.pretrained import load_pretrained
 
-EXAMPLE = "example: python tools/evaluate.py --load RUN --data-path DATA_text_document --seq-length 256 --json"
+EXAMPLE = "python tools/evaluate.py --load RUN --data-path DATA_text_document --seq-length 256 --json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
+    parser = Parser(__doc__, EXAMPLE)
     parser.add_argument("--load", type=Path, required=True, help="SAVE, SAVE/iter_N or a Hugging Face folder")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data-path", help="prefix of a .bin/.idx pair")
     source.add_argument("--input", type=Path, nargs="+", help="files or folders of text, tokenized here")
-    parser.add_argument("--seq-length", type=int, required=True, help="L: documents are concatenated and cut into windows of L predictions")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows of one forward pass")
+    parser.add_argument("--seq-length", type=positive, required=True, help="L: documents are concatenated and cut into windows of L predictions")
+    parser.add_argument("--batch-size", type=positive, default=8, help="windows of one forward pass")
     parser.add_argument("--json", action="store_true", help='print one object {"lm_loss", "ppl", "tokens"}')
     parser.add_argument("--ckpt-step", type=int, help="the iteration to load; the latest if not given")
     parser.add_argument("--tokenizer-model", help="the tokenizer for --input, if it is no longer where the run found it")
@@ -38,23 +37,24 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="number format of the weights")
     parser.add_argument("--kernels", choices=("auto", "torch", "triton", "native"), default="auto")
     options = parser.parse_args(argv)
-    check(options.seq_length > 0, f"--seq-length {options.seq_length} must be above 0")
-    check(options.batch_size > 0, f"--batch-size {options.batch_size} must be above 0")
-    check(options.load.is_dir(), f"--load {options.load}: no such folder")
+    if not options.load.is_dir():
+        raise BadArgument(f"--load {options.load}: no such folder")
 
     device = choose_device(options.device, local_rank=0)
     pretrained = load_pretrained(options.load, device=device, dtype=DTYPES[options.dtype], kernels=options.kernels, ckpt_step=options.ckpt_step)
     model = pretrained.model
     longest = model.config.max_position_embeddings
-    learned = model.config.position_embedding_type == "learned_absolute"
-    check(not learned or options.seq_length <= longest, f"--seq-length {options.seq_length} is longer than the model's {longest} positions")
+    if model.config.position_embedding_type == "learned_absolute" and options.seq_length > longest:
+        raise BadArgument(f"--seq-length {options.seq_length} is longer than the model's {longest} positions")
     if options.data_path:
         tokens = indexed_tokens(options.data_path)
     else:
         described = pretrained.tokenizer
         tokens = text_tokens(options.input, replace(described, tokenizer_model=options.tokenizer_model or described.tokenizer_model))
-    check(len(tokens) > 1, f"there are {len(tokens)} tokens; at least 2 are needed for a prediction")
-    check(int(tokens.max()) < model.vocab_size, f"the data holds id {tokens.max()}, the model has a vocabulary of {model.vocab_size}")
+    if len(tokens) < 2:
+        raise BadArgument(f"there are {len(tokens)} tokens; a prediction needs 2")
+    if int(tokens.max()) >= model.vocab_size:
+        raise BadArgument(f"the data holds id {tokens.max()}, the model has a vocabulary of {model.vocab_size}: another tokenizer's")
     loss = total_loss(model, tokens, options.seq_length, options.batch_size) / (len(tokens) - 1)
     result = {"lm_loss": loss, "ppl": math.exp(min(loss, 700)), "tokens": len(tokens) - 1}
     print(json.dumps(result) if options.json else f"lm loss: {loss:.6f} | ppl: {result['ppl']:.4f} | tokens: {result['tokens']}")

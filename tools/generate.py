@@ -1,12 +1,11 @@
 """Continue a prompt with a trained model: a checkpoint of ours or a Hugging Face folder."""
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from _cli import check, run
+from _cli import BadArgument, Parser, count, positive, run
 
 from trivium.data.tokenizer import Tokenizer, build_tokenizer
 from trivium.launch import choose_device
@@ -14,17 +13,17 @@ from trivium.model.generate import Sampling, generate
 from trivium.model.gpt import GPT
 from trivium.train.pretrained import load_pretrained
 
-EXAMPLE = 'example: python tools/generate.py --load RUN --prompt "def main" --max-new-tokens 100 --temperature 0.8 --top-k 50 --seed 1'
+EXAMPLE = 'python tools/generate.py --load RUN --prompt "def main" --max-new-tokens 100 --temperature 0.8 --top-k 50 --seed 1'
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
+    parser = Parser(__doc__, EXAMPLE)
     parser.add_argument("--load", type=Path, required=True, help="SAVE, SAVE/iter_N or a Hugging Face folder")
     parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="tokens to add at most; the end of the document ends earlier")
+    parser.add_argument("--max-new-tokens", type=positive, default=100, help="tokens to add at most; the end of the document ends earlier")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 from all")
+    parser.add_argument("--top-k", type=count, default=0, help="draw from the k likeliest tokens; 0 from all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that together have this probability")
     parser.add_argument("--seed", type=int, default=1234, help="same seed, same text")
     parser.add_argument("--ckpt-step", type=int, help="the iteration to load; the latest if not given")
@@ -33,11 +32,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="number format of the weights")
     parser.add_argument("--kernels", choices=("auto", "torch", "triton", "native"), default="auto")
     options = parser.parse_args(argv)
-    check(options.max_new_tokens > 0, f"--max-new-tokens {options.max_new_tokens} must be above 0")
-    check(options.temperature >= 0, f"--temperature {options.temperature} must not be negative")
-    check(options.top_k >= 0, f"--top-k {options.top_k} must not be negative")
-    check(0 < options.top_p <= 1, f"--top-p {options.top_p} is not in (0, 1]")
-    check(options.load.is_dir(), f"--load {options.load}: no such folder")
+    if not options.temperature >= 0:
+        raise BadArgument(f"--temperature {options.temperature} must not be negative")
+    if not 0 < options.top_p <= 1:
+        raise BadArgument(f"--top-p {options.top_p} is not in (0, 1]")
+    if not options.load.is_dir():
+        raise BadArgument(f"--load {options.load}: no such folder")
 
     device = choose_device(options.device, local_rank=0)
     pretrained = load_pretrained(options.load, device=device, dtype=DTYPES[options.dtype], kernels=options.kernels, ckpt_step=options.ckpt_step)
@@ -52,10 +52,12 @@ def main(argv: list[str]) -> None:
 def write(model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int) -> None:
     """Print the prompt and what follows it, as it comes."""
     ids = tokenizer.encode(prompt) or [tokenizer.eod]
-    check(max(ids) < model.vocab_size, f"the tokenizer gives id {max(ids)}, the model has a vocabulary of {model.vocab_size}: not the tokenizer it was trained with")
+    if max(ids) >= model.vocab_size:
+        raise BadArgument(f"--tokenizer-model gives id {max(ids)}, the model has a vocabulary of {model.vocab_size}: it was trained with another")
     room = model.config.max_position_embeddings - len(ids)
     if model.config.position_embedding_type == "learned_absolute":
-        check(room > 0, f"the prompt has {len(ids)} tokens, the model has {model.config.max_position_embeddings} positions; shorten it")
+        if room <= 0:
+            raise BadArgument(f"--prompt has {len(ids)} tokens, the model has {model.config.max_position_embeddings} positions; shorten it")
         max_new_tokens = min(max_new_tokens, room)
     tokens = torch.tensor([ids], device=model.embedding.weight.device)
     new, shown = [], ""

@@ -27,9 +27,7 @@ def main(argv: list[str]) -> None:
     if not args.json:
         logs.setup()
         describe(args.data_path, args.split)
-    datasets = build_datasets(
-        args.data_path, args.split, args.seq_length, args.seed, num_samples, cache_path=args.data_cache_path, may_run_dry=True
-    )
+    datasets = build_datasets(args.data_path, args.split, args.seq_length, args.seed, num_samples, cache_path=args.data_cache_path, may_run_dry=True)
     if not args.json:
         for split in order.SPLITS:
             if (samples := getattr(datasets, split)) is not None:
@@ -39,9 +37,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]):
-    parser = Parser(
-        __doc__, "python tools/inspect_data.py --data-path corpus_text_document --seq-length 1024 --train-samples 1000 --show train:0-7"
-    )
+    parser = Parser(__doc__, "python tools/inspect_data.py --data-path corpus_text_document --seq-length 1024 --train-samples 1000 --show train:0-7")
     parser.add_argument("--data-path", nargs="+", required=True, help="Prefixes of .bin/.idx files, or weight prefix pairs.")
     parser.add_argument("--split", default="969,30,1", help="Shares of training, validation and test.")
     parser.add_argument("--seq-length", type=positive, default=1024, help="Tokens of a sample.")

@@ -3,11 +3,11 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from _cli import BadArgument, Parser, positive, run
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trivium import logs
 from trivium.data.text import list_files, read_documents
@@ -15,12 +15,14 @@ from trivium.data.tokenizer import END_OF_TEXT
 
 UNKNOWN = "<unk>"
 BYTES = 256
+Texts = Callable[[], Iterator[str]]  # a new reading of the input
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__, "python tools/train_tokenizer.py --input corpus.jsonl src/ --type bpe --vocab-size 32000 --output tokenizer")
     parser.add_argument("--input", nargs="+", required=True, help="Files of text or JSON lines (.gz, .zst too), and folders of them.")
-    parser.add_argument("--type", choices=("bpe", "wordpiece", "unigram", "char"), default="bpe", help="Kind of model; bpe works on bytes.")
+    kinds = "Kind of model. bpe works on bytes; unigram is the one whose last digits differ from run to run."
+    parser.add_argument("--type", choices=("bpe", "wordpiece", "unigram", "char"), default="bpe", help=kinds)
     parser.add_argument("--vocab-size", type=positive, required=True, help="Ids at most, special tokens included.")
     parser.add_argument("--output", required=True, help="Folder to write.")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="Keys of the texts in JSON lines.")
@@ -30,23 +32,18 @@ def main(argv: list[str]) -> None:
         raise BadArgument(f"--vocab-size {args.vocab_size} is too small for bpe: {BYTES} bytes and {END_OF_TEXT} need {BYTES + 1}")
     if args.type != "bpe" and args.vocab_size < 3:
         raise BadArgument(f"--vocab-size {args.vocab_size} is too small for {args.type}: {END_OF_TEXT}, {UNKNOWN} and a first token need 3")
-    if args.type == "unigram":
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads add up floats in any order
-    texts = (text for document in read_documents(list_files(args.input), args.json_keys) for text in document if text)
-    tokenizer = train(args.type, args.vocab_size, texts)
+
+    def texts() -> Iterator[str]:
+        return (text for document in read_documents(list_files(args.input), args.json_keys) for text in document if text)
+
+    if next(texts(), None) is None:
+        raise ValueError("the input holds no text")
+    tokenizer = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "char": _char}[args.type](args.vocab_size, texts)
     save(tokenizer, Path(args.output), unknown=args.type != "bpe")
     size = tokenizer.get_vocab_size()
     if size < args.vocab_size:
         logs.get_logger().info(f"the text has material for {size} of {args.vocab_size} ids")
     logs.get_logger().info(f"{args.output}: {args.type} tokenizer of {size} ids, end of document {tokenizer.token_to_id(END_OF_TEXT)}")
-
-
-def train(kind: str, vocab_size: int, texts: Iterator[str]) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` ids. Raises ValueError if there is no text."""
-    first = next(texts, None)
-    if first is None:
-        raise ValueError("the input holds no text")
-    return {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "char": _char}[kind](vocab_size, _chain(first, texts))
 
 
 def save(tokenizer: Tokenizer, folder: Path, unknown: bool) -> None:
@@ -65,50 +62,52 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
-def _bpe(vocab_size: int, texts: Iterator[str]) -> Tokenizer:
+def _bpe(vocab_size: int, texts: Texts) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts(), trainer)
     return tokenizer
 
 
-def _wordpiece(vocab_size: int, texts: Iterator[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+def _wordpiece(vocab_size: int, texts: Texts) -> Tokenizer:
+    """The trainer numbers continuations (##x) in the order of a hash table: given in sorted order beforehand, they are the same every time."""
+    splitter = pre_tokenizers.BertPreTokenizer()
+    inside = {character for text in texts() for word, _ in splitter.pre_tokenize_str(text) for character in word[1:]}
+    special = [END_OF_TEXT, UNKNOWN]
+    learner = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    learner.pre_tokenizer = splitter
+    known = [*special, *(f"##{character}" for character in sorted(inside))]
+    learner.train_from_iterator(texts(), trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=known, show_progress=False))
+    tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT, UNKNOWN], show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
-def _unigram(vocab_size: int, texts: Iterator[str]) -> Tokenizer:
+def _unigram(vocab_size: int, texts: Texts) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
     trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT, UNKNOWN], unk_token=UNKNOWN, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts(), trainer)
     return tokenizer
 
 
-def _char(vocab_size: int, texts: Iterator[str]) -> Tokenizer:
+def _char(vocab_size: int, texts: Texts) -> Tokenizer:
     """BPE without merges is one id per character; the rarest characters become unknown if there are too many."""
     counts: Counter[str] = Counter()
-    for text in texts:
+    for text in texts():
         counts.update(text)
     by_count = sorted(counts, key=lambda character: (-counts[character], character))
     kept = sorted(by_count[: vocab_size - 2])
     vocabulary = {token: i for i, token in enumerate([END_OF_TEXT, UNKNOWN, *kept])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True), AddedToken(UNKNOWN, special=True)])
+    tokenizer.add_special_tokens([END_OF_TEXT, UNKNOWN])
     return tokenizer
 
 

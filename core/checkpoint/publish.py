@@ -1,10 +1,10 @@
 """The life of a SAVE folder: iterations written aside, published by one rename, named by the tracker, retired by one rename.
 
-    iter_0000100.tmp             being written, or left by a run that was killed
-    iter_0000100                 published: complete, synced
-    iter_0000100.replaced.tmp    an older iter_0000100 while a new one takes its name; it counts as published until that is done
-    iter_0000100.removed.tmp     retired, being deleted
-    latest_checkpointed_iteration.txt    the tracker, Megatron's: the iteration to resume from; people edit it
+iter_0000100.tmp             being written, or left by a run that was killed
+iter_0000100                 published: complete, synced
+iter_0000100.replaced.tmp    an older iter_0000100 while a new one takes its name; it counts as published until that is done
+iter_0000100.removed.tmp     retired, being deleted
+latest_checkpointed_iteration.txt    the tracker, Megatron's: the iteration to resume from; people edit it
 """
 
 import os

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -62,9 +63,7 @@ def _load(folder: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> dict[st
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
-                digest = sampled_digest(file, size) if size > 0 else ""
-                file.seek(max(size, 0))
-                if file.read(DIGEST_BYTES) != digest.encode():
+                if size <= 0 or not _intact(file, size):
                     raise ValueError("damaged")
             found[name] = np.load(path, mmap_mode="r")
         except FileNotFoundError:
@@ -75,6 +74,12 @@ def _load(folder: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> dict[st
         if found[name].shape != shape:
             return None
     return found
+
+
+def _intact(file: BinaryIO, size: int) -> bool:
+    digest = sampled_digest(file, size)
+    file.seek(size)
+    return file.read(DIGEST_BYTES) == digest.encode()
 
 
 def _store(folder: Path, key: str, arrays: dict[str, np.ndarray]) -> bool:

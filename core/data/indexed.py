@@ -18,10 +18,7 @@ from .errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number of sequences, length of the document index
-DTYPES = {
-    code: np.dtype(name).newbyteorder("<")
-    for code, name in {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 6: "f8", 7: "f4", 8: "u2"}.items()
-}
+DTYPES = {code: np.dtype(name).newbyteorder("<") for code, name in {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 6: "f8", 7: "f4", 8: "u2"}.items()}
 LENGTH, POINTER = np.dtype("<i4"), np.dtype("<i8")
 MAX_SEQUENCE = np.iinfo(LENGTH).max
 REMEDY = "make it again with tools/preprocess_data.py, or copy it again"

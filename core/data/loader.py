@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from .dataset import Samples
 from .errors import DataError
 
-SIGNALS_OF_A_JOB = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+IGNORED = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}  # by a worker; SIGTERM as in _Worker
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,23 @@ class MicroBatches:
         reader = _Reader(dataset, micro_batch_size, vocab_size, eod if eod_mask_loss else None, end)
         firsts = range(start + dp_rank * micro_batch_size, end + dp_rank * micro_batch_size, micro_batch_size * dp_size)
         self._closing = multiprocessing.Event() if num_workers else None
-        self._batches: Iterator[Batch | str] | None = iter(
-            DataLoader(
-                reader,
-                batch_size=None,
-                sampler=firsts,
-                num_workers=num_workers,
-                collate_fn=_as_is,
-                pin_memory=pin_memory,
-                worker_init_fn=_Worker(self._closing) if num_workers else None,
-                # The loader draws a seed for its workers: not from the generator of the run.
-                generator=torch.Generator(),
-            )
+        loader = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=firsts,
+            num_workers=num_workers,
+            collate_fn=_as_is,
+            pin_memory=pin_memory,
+            worker_init_fn=_Worker(self._closing) if num_workers else None,
+            # The loader draws a seed for its workers: not from the generator of the run.
+            generator=torch.Generator(),
         )
+        # A worker starts with these signals held back, and lets them through once it knows what to do with them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED | {signal.SIGTERM})
+        try:
+            self._batches: Iterator[Batch | str] | None = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # torch does not end its workers once the interpreter is going down: do so before, without keeping this object alive.
         self._at_exit = _CloseAtExit(self)
         atexit.register(self._at_exit)
@@ -124,9 +128,10 @@ class _Worker:
         self.closing = closing
 
     def __call__(self, worker: int) -> None:
-        for number in SIGNALS_OF_A_JOB:
+        for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_term)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED | {signal.SIGTERM})
 
     def _on_term(self, number, frame) -> None:
         if self.closing.is_set():

@@ -59,8 +59,7 @@ def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int] | None]
     for share in shares:
         edges.append(edges[-1] + share)
     return [
-        (round(low * float(num_sequences)), round(high * float(num_sequences))) if high > low else None
-        for low, high in itertools.pairwise(edges)
+        (round(low * float(num_sequences)), round(high * float(num_sequences))) if high > low else None for low, high in itertools.pairwise(edges)
     ]
 
 

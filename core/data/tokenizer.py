@@ -167,14 +167,14 @@ class TikTokenizer:
 
     def __init__(self, path: Path):
         library = _library("tiktoken", "TikTokenizer")
+        fillers = [f"<SPECIAL_{i}>" for i in range(len(TIKTOKEN_SPECIAL), TIKTOKEN_NUM_SPECIAL)]
+        special = {token: i for i, token in enumerate([*TIKTOKEN_SPECIAL, *fillers])}
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
             ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] + TIKTOKEN_NUM_SPECIAL for entry in entries}
+            self._encoding = library.Encoding(path.stem, pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens=special)
         except (ValueError, TypeError, KeyError, IsADirectoryError):
             raise DataError(f"--tokenizer-model {path}: not a JSON list of rank, token_bytes, token_str") from None
-        fillers = [f"<SPECIAL_{i}>" for i in range(len(TIKTOKEN_SPECIAL), TIKTOKEN_NUM_SPECIAL)]
-        special = {token: i for i, token in enumerate([*TIKTOKEN_SPECIAL, *fillers])}
-        self._encoding = library.Encoding(path.stem, pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size, self.eod, self.files = self._encoding.n_vocab, special["</s>"], (path,)
         self.fingerprint = _sha256(path.read_bytes())
 

@@ -52,8 +52,6 @@ def make_buckets(parameters: Iterable[nn.Parameter], dtype: torch.dtype, device:
     return [Bucket(group, dtype, device, decayed=decayed) for group, decayed in ((matrices, True), (vectors, False)) if group]
 
 
-
-
 def _accumulate_into(main: torch.Tensor):
     """A hook that moves a finished gradient into the fp32 buffer, so that micro-batches add up in fp32 whatever the working dtype."""
 

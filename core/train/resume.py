@@ -11,7 +11,6 @@ from ..checkpoint.save import save
 from ..config import CheckpointConfig
 from ..flags import write_config
 from ..layout import Piece
-from ..mesh import Mesh
 from .progress import Progress
 from .step import Trainer
 
@@ -102,5 +101,3 @@ def load_problems(config: CheckpointConfig) -> list[str]:
     if found or first_launch:
         return []
     return [f"--load {config.load} holds no published checkpoint; correct the path, or leave --load out to start from scratch"]
-
-

@@ -7,11 +7,10 @@ first reduces each row to one number, then takes columns by blocks, so that regi
 """
 
 import torch
-
 import triton
 import triton.language as tl
 
-MAX_TILE = 16384  # columns a program holds at most: 32 elements a thread at 16 warps; past that, registers spill
+MAX_TILE = 8192  # columns a program holds at most: 16 elements a thread at 16 warps; at twice that the backward spills registers
 _TILE = 4096  # elements of a tile where rows are narrow: several rows share a program
 _BLOCK = 2048  # columns of a block where rows are wide
 INTERPRETED = triton.knobs.runtime.interpret  # read when @jit runs, as Triton does: the kernels below run on the CPU, slowly
@@ -160,7 +159,7 @@ def _launch_backward(dy, x, weight, rstd, dx) -> torch.Tensor:
 
 
 def _tile(columns: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and the warps that hold it: 16 to 32 elements a thread."""
+    """Rows and columns of a tile, and the warps that hold it: 16 elements a thread."""
     block = triton.next_power_of_2(columns)
     rows = max(1, min(64, _TILE // block))
     return rows, block, max(1, min(16, rows * block // 512))

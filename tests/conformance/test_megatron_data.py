@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from trivium.data import order
 from trivium.data.dataset import build_datasets
 from trivium.data.errors import DataError

@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 import pytest
+
 from trivium.data import indexed
 from trivium.data.errors import DataError
 from trivium.data.indexed import HEADER, IndexedDataset, IndexedDatasetWriter, best_dtype
@@ -58,9 +59,9 @@ def test_a_sequence_knows_its_document(tmp_path):
 
 def test_documents_added_together_are_documents_added_one_by_one(prefix, tmp_path):
     with IndexedDatasetWriter(tmp_path / "other", np.uint16) as writer:
-        writer.add_documents(sum(DOCUMENTS[:2], []), [3, 0])
+        writer.add_documents([5, 6, 7], [3, 0])
         writer.add_documents([], [])
-        writer.add_documents(sum(DOCUMENTS[2:], []), [1, 4])
+        writer.add_documents([8, 9, 10, 11, 12], [1, 4])
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"other{suffix}").read_bytes() == prefix.with_suffix(suffix).read_bytes()
 
@@ -76,8 +77,9 @@ def test_a_merged_dataset_holds_all_documents_in_order(prefix, tmp_path):
 
 
 def test_merging_another_dtype_is_an_error(prefix, tmp_path):
-    with pytest.raises(DataError, match=r"data\.idx: its ids are uint16, those of .*merged int32"), IndexedDatasetWriter(tmp_path / "merged", np.int32) as w:
-        w.add_index(prefix)
+    message = r"data\.idx: its ids are uint16, those of .*merged int32"
+    with pytest.raises(DataError, match=message), IndexedDatasetWriter(tmp_path / "merged", np.int32) as writer:
+        writer.add_index(prefix)
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1, np.uint16), (65499, np.uint16), (65500, np.int32), (200_000, np.int32)])
@@ -116,10 +118,10 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         (lambda p: os.remove(p.with_suffix(".bin")), r"data\.bin: no such file"),
         (lambda p: os.remove(p.with_suffix(".idx")), r"data\.idx: no such file"),
         (lambda p: os.truncate(p.with_suffix(".bin"), 14), r"data\.bin: truncated: 14 bytes, 16 by data\.idx"),
-        (lambda p: open(p.with_suffix(".bin"), "ab").write(b"\0\0"), r"data\.bin: longer than its index: 18 bytes, 16"),
+        (lambda p: patch(p.with_suffix(".bin"), 16, b"\0\0"), r"data\.bin: longer than its index: 18 bytes, 16"),
         (lambda p: os.truncate(p.with_suffix(".idx"), 20), r"data\.idx: 20 bytes are too few for the header of 34"),
         (lambda p: os.truncate(p.with_suffix(".idx"), 109), r"data\.idx: truncated: 109 bytes, 110 for the 3 sequences"),
-        (lambda p: open(p.with_suffix(".idx"), "ab").write(b"\0"), r"data\.idx: too long: 111 bytes, 110"),
+        (lambda p: patch(p.with_suffix(".idx"), 110, b"\0"), r"data\.idx: too long: 111 bytes, 110"),
         (lambda p: patch(p.with_suffix(".idx"), 0, b"PK"), r"data\.idx: not an index of a \.bin"),
         (lambda p: patch(p.with_suffix(".idx"), 9, b"\2"), r"data\.idx: version 2 at byte 9"),
         (lambda p: patch(p.with_suffix(".idx"), 17, b"\7"), r"data\.idx: dtype code 7 at byte 17"),

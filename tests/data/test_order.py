@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from trivium.data import order
 from trivium.data.errors import DataError
 from trivium.data.order import Epochs
@@ -132,9 +133,9 @@ def test_blend_sizes_round_up_and_then_add_half_a_percent():
 def test_a_blend_takes_the_dataset_furthest_behind_and_the_first_of_equals(native):
     dataset, sample = order.blend_index([1, 1], 6, native)
     assert dataset.tolist() == [0, 1, 0, 1, 0, 1] and sample.tolist() == [0, 0, 1, 1, 2, 2]
-    # Behind by .25, .75 | -.25+.5.. : worked out by hand from w * max(s, 1) - used.
+    # By hand, behind by: (.25, .75) (.25, -.25) (-.5, .5) (-.25, .25) (0, 0) (-.75, .75) (-.5, .5) (-.25, .25).
     dataset, sample = order.blend_index([1, 3], 8, native)
-    assert dataset.tolist() == [1, 0, 1, 1, 1, 0, 1, 1] and sample.tolist() == [0, 0, 1, 2, 3, 1, 4, 5]
+    assert dataset.tolist() == [1, 0, 1, 1, 0, 1, 1, 1] and sample.tolist() == [0, 0, 1, 2, 1, 3, 4, 5]
     assert (dataset.dtype, sample.dtype) == (np.int16, np.int64)
 
 
@@ -152,7 +153,8 @@ def test_native_blends_are_the_numpy_ones(case):
     count = int(random.integers(1, 30))
     weights = (10.0 ** random.uniform(-5, 5, count)).tolist() if case % 2 else random.integers(1, 4, count).tolist()
     sizes = random.integers(1, 60, count).tolist()
-    for ours, reference in ((order.blend_index(weights, 500, n) for n in (True, False)), (order.exhaustive_blend_index(sizes, n) for n in (True, False))):
+    built = [[order.blend_index(weights, 500, native), order.exhaustive_blend_index(sizes, native)] for native in (True, False)]
+    for ours, reference in zip(*built, strict=True):
         for mine, theirs in zip(ours, reference, strict=True):
             np.testing.assert_array_equal(mine, theirs)
 

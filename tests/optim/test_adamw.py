@@ -36,7 +36,7 @@ def test_flat_update_equals_torch_with_clip_and_decay_of_matrices_alone():
     """Five updates with two micro-batches each; fp32 arithmetic in another order, 1e-6 of the largest weight."""
     ours, theirs = parameters(), [nn.Parameter(p.detach().clone()) for p in parameters()]
     optimizer = optimizer_of(ours)
-    groups = [{"params": [p for p in theirs if p.dim() == 2], "weight_decay": 0.3}, {"params": [p for p in theirs if p.dim() == 1], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in theirs if p.dim() == dims], "weight_decay": decay} for dims, decay in ((2, 0.3), (1, 0.0))]
     peer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6)
     for i in range(5):
         optimizer.zero_gradients()
@@ -54,18 +54,22 @@ def test_flat_update_equals_torch_with_clip_and_decay_of_matrices_alone():
         assert (p - q).abs().max() <= 1e-6 * q.abs().max()
 
 
+def state_of(optimizer: AdamW, params: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Masters, moments and working weights."""
+    return [*(piece.tensor for piece in (*optimizer.weight_pieces(), *optimizer.moment_pieces())), *params]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_skipped_update_changes_no_bit_even_with_nan_gradients(dtype):
     params = parameters()
     optimizer = optimizer_of(params, dtype)
     backward(params, 0)
     optimizer.update(0.1, torch.tensor(1.0), torch.tensor(False))
-    before = [piece.tensor.clone() for pieces in (optimizer.weight_pieces(), optimizer.moment_pieces()) for piece in pieces] + [p.clone() for p in params]
+    before = [tensor.clone() for tensor in state_of(optimizer, params)]
     for bucket in optimizer.buckets:
         bucket.gradients.fill_(torch.nan)
     optimizer.update(0.1, torch.tensor(torch.inf), torch.tensor(True))
-    after = [piece.tensor for pieces in (optimizer.weight_pieces(), optimizer.moment_pieces()) for piece in pieces] + list(params)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(optimizer, params), strict=True))
     assert optimizer.steps.item() == 1
 
 

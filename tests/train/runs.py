@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pretrain_gpt
 from ranks import run_ranks
 
+import pretrain_gpt
 from trivium.data.indexed import IndexedDatasetWriter
 from trivium.launch import Place
 from trivium.mesh import Mesh
 
 SMALL = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 5e-3 "
-    "--tokenizer-type NullTokenizer --vocab-size 96 --num-workers 0 --device cpu --make-vocab-size-divisible-by 16 --log-interval 5 --lr-warmup-iters 3"
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 20 "
+    "--lr 5e-3 "
+    "--tokenizer-type NullTokenizer --vocab-size 96 --num-workers 0 --device cpu --make-vocab-size-divisible-by 16 --log-interval 5 "
+    "--lr-warmup-iters 3"
 )
 LLAMA = " --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --group-query-attention --num-query-groups 2"
 LLAMA += " --untie-embeddings-and-output-weights"

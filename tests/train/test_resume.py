@@ -80,24 +80,23 @@ def test_retention_keeps_what_was_asked(data, tmp_path):
 
 def start(arguments: str, log: Path) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, ROOT / "pretrain_gpt.py", *arguments.split()], stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment)
+    command = [sys.executable, ROOT / "pretrain_gpt.py", *arguments.split()]
+    return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment)
 
 
-def wait_for_rows(path: Path, count: int) -> None:
+def wait_for(text: str, log: Path, process: subprocess.Popen) -> None:
+    """Until the run has written `text`, or has ended."""
     deadline = time.monotonic() + 60
-    while not path.exists() or len(path.read_text().splitlines()) < count:
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.05)
+    while text not in log.read_text() and process.poll() is None:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_at_the_end_of_the_step(data, tmp_path, number):
-    arguments = f"{RUN}{NO_DROPOUT} --data-path {data} --train-iters 100000 --eval-interval 2 --save-interval 100000 --num-workers 2 --exit-signal-handler --save {tmp_path}"
-    process = start(arguments, tmp_path / "log")
-    wait_for_rows(tmp_path / "metrics.jsonl", 1) if (tmp_path / "metrics.jsonl").exists() else None
-    deadline = time.monotonic() + 60
-    while "iteration" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    endless = "--train-iters 100000 --save-interval 100000 --num-workers 2 --exit-signal-handler"
+    process = start(f"{RUN}{NO_DROPOUT} --data-path {data} {endless} --save {tmp_path}", tmp_path / "log")
+    wait_for("\n iteration ", tmp_path / "log", process)
     process.send_signal(number)
     assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
     saved = publish.tracked_iteration(tmp_path)
@@ -112,9 +111,7 @@ def kill_at_random_moments(data: Path, folder: Path, kills: int, seed: int) -> N
     moments = random.Random(seed)
     for i in range(kills):
         process = start(f"{arguments} --save {folder}/parts --load {folder}/parts", folder / f"log{i}")
-        deadline = time.monotonic() + 60
-        while "training from iteration" not in (folder / f"log{i}").read_text() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for("training from iteration", folder / f"log{i}", process)
         time.sleep(moments.uniform(0, 1.0))
         process.kill()
         process.wait()
