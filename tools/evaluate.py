@@ -12,7 +12,7 @@ from _cli import BadArgument, Parser, positive, run
 
 from trivium.config import DataConfig
 from trivium.data.indexed import IndexedDataset
-from trivium.data.text import read_documents
+from trivium.data.text import PLAIN_KEY, list_files, read_documents
 from trivium.data.tokenizer import build_tokenizer
 from trivium.launch import choose_device
 from trivium.model.gpt import GPT
@@ -69,7 +69,8 @@ def indexed_tokens(prefix: str) -> np.ndarray:
 def text_tokens(paths: list[Path], described: DataConfig) -> np.ndarray:
     """Documents of text, tokenized as the model was trained, each ended by the end-of-document token."""
     tokenizer = build_tokenizer(**described.tokenizer)
-    ids = [token for (document,) in read_documents([str(path) for path in paths], ["text"]) for token in (*tokenizer.encode(document), tokenizer.eod)]
+    documents = read_documents(list_files([str(path) for path in paths]), [PLAIN_KEY])
+    ids = [token for (text,) in documents for token in (*tokenizer.encode(text), tokenizer.eod)]
     return np.array(ids, dtype=np.int64)
 
 

@@ -54,7 +54,7 @@ def read_documents(files: list[TextFile], keys: list[str]) -> Iterator[tuple[str
     """
     skipped: list[Path] = []
     for file in files:
-        plain = _is_plain(file)
+        plain = _is_plain(file, keys)
         try:
             if plain:
                 yield (_plain(file.path, keys),)
@@ -81,11 +81,11 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _is_plain(file: TextFile) -> bool:
-    """Whether a file is one document. A .json that was found in a folder may be: one object over many lines is no JSON lines."""
+def _is_plain(file: TextFile, keys: list[str]) -> bool:
+    """Whether a file is one document. A .json that was found in a folder is, unless its first line is a record with `keys`."""
     path = file.path
     kind = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-    return kind not in (*LINES, *COLUMNS) or (kind == ".json" and not file.named and not _has_records(path))
+    return kind not in (*LINES, *COLUMNS) or (kind == ".json" and not file.named and not _has_records(path, keys))
 
 
 def _plain(path: Path, keys: list[str]) -> str:
@@ -98,13 +98,13 @@ def _plain(path: Path, keys: list[str]) -> str:
     return text
 
 
-def _has_records(path: Path) -> bool:
-    """Whether a .json found in a folder is of JSON lines, and not one object over many lines."""
+def _has_records(path: Path, keys: list[str]) -> bool:
     with _open(path) as file:
         try:
-            return isinstance(json.loads(file.readline()), dict)
-        except ValueError:  # UnicodeDecodeError is one
+            record = json.loads(file.readline())
+        except (ValueError, *DAMAGE):  # UnicodeDecodeError is a ValueError
             return False
+    return isinstance(record, dict) and all(key in record for key in keys)
 
 
 def _records(path: Path, keys: list[str]) -> Iterator[tuple[str, ...]]:

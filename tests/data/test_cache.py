@@ -120,6 +120,20 @@ def test_data_made_again_under_the_same_name_is_never_served_from_the_old_cache(
     assert orders[0] != orders[1]
 
 
+def test_a_change_that_a_digest_of_blocks_misses_is_told_by_the_time_of_the_file(tmp_path):
+    samples = []
+    for swapped in (False, True):
+        lengths = np.tile([3, 5], 60_000)
+        if swapped:
+            lengths[30_000:30_002] = 5, 3
+        with IndexedDatasetWriter(tmp_path / "data", np.uint16) as writer:
+            writer.add_documents(np.zeros(lengths.sum(), np.uint16), lengths)
+        dataset = build_datasets([str(tmp_path / "data")], "1", 64, 1, (10, 0, 0)).train
+        samples.append((dataset.indexed.identity, np.array(dataset._sample)))
+    assert samples[0][0] == samples[1][0], "the swap must lie between two blocks for this test to say anything"
+    assert not np.array_equal(samples[0][1], samples[1][1])
+
+
 def test_a_digest_of_a_large_file_sees_its_size_both_ends_and_blocks_between(tmp_path):
     path, size = tmp_path / "file", 5 << 20
     path.write_bytes(bytes(size))

@@ -112,6 +112,19 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_writer_that_dies_between_the_two_files_leaves_no_index_of_another_bin(prefix, monkeypatch):
+    def die(source, target, replace=os.replace):
+        if str(target).endswith(".idx"):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(indexed.os, "replace", die)
+    with pytest.raises(OSError, match="Input"), IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_document([0] * 8)
+    with pytest.raises(DataError, match=r"data\.idx: no such file"):
+        IndexedDataset(prefix)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -64,6 +64,8 @@ def test_a_split_that_is_none_is_an_error(split):
         (100, 10, 10, Epochs(2, True, 9, 19)),  # 100 tokens hold 9 samples and one token; 1 of the last epoch is below int(0.8 * 9) = 7
         (100, 10, 16, Epochs(2, False, 19, 19)),  # 16 - 9 = 7 is not
         (100, 10, 15, Epochs(2, True, 9, 19)),
+        (1001, 10, 179, Epochs(2, True, 100, 200)),  # int(0.8 * 100) = 80, of which 79 are used
+        (1001, 10, 180, Epochs(2, False, 200, 200)),
         (5, 10, 3, Epochs(7, False, 3, 3)),  # an epoch shorter than a sample
         (10**12, 4096, 10**9, Epochs(5, True, 976_562_499, 1_220_703_124)),
     ],

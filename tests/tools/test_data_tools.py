@@ -120,6 +120,7 @@ def test_every_kind_of_text_is_read_in_sorted_order(tmp_path):
     write_lines(folder / "c.jsonl.zst", [{"text": "5"}], zstandard.open)
     (folder / "d.md").write_text("6\n7")
     write_lines(folder / "e.json", [{"text": "8"}])
+    (folder / "e2.json").write_text("8\n")
     (folder / "f.bin").write_bytes(b"\xff\xfe\x00")
     (folder / "g.dat").write_bytes(b"9\0")
     (folder / "sub" / "h.py").write_text("10")
@@ -127,7 +128,7 @@ def test_every_kind_of_text_is_read_in_sorted_order(tmp_path):
     (folder / "sub" / "__pycache__" / "i.txt").write_text("12")
     (folder / "z.txt").write_text("13")
     done = preprocess(tmp_path, "--input", folder / "z.txt", folder)
-    expected = [[13], [1], [2, 3], [4], [5], [6, 7], [8], [10], [13]]
+    expected = [[13], [1], [2, 3], [4], [5], [6, 7], [8], [8], [10], [13]]
     assert documents(tmp_path / "out_text_document") == expected
     assert "2 files that are not UTF-8 text are left out" in done.stdout
 

@@ -1,0 +1,92 @@
+"""A loss or gradient that is not finite: the update is skipped on every rank, counted, named, and leaves no trace in the moments."""
+
+import re
+
+import pytest
+import torch
+from ranks import run_ranks
+from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data
+
+import pretrain_gpt
+from trivium.launch import Place
+from trivium.mesh import Mesh
+from trivium.train import step
+
+RUN = SMALL + LLAMA + NO_DROPOUT + " --eval-iters 0 --split 100,0,0"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "small")
+
+
+def poisoned_run(mesh: Mesh, arguments: str, iteration: int, value: float, where: str) -> None:
+    """A run in which one micro-batch of the last rank has a loss, or one gradient element, of `value`."""
+    honest = step.Trainer._forward
+
+    def forward(self, now, index, batch):
+        losses, mask = honest(self, now, index, batch)
+        if now == iteration and index == 1 and self.mesh.rank == mesh.world_size - 1:
+            if where == "loss":
+                return losses * value, mask
+            losses.register_hook(lambda gradient: torch.cat([gradient.flatten()[:1] * value, gradient.flatten()[1:]]).view_as(gradient))
+        return losses, mask
+
+    step.Trainer._forward = forward
+    try:
+        pretrain_gpt.main(arguments.split(), Place(mesh.rank, mesh.world_size, mesh.rank))
+    finally:
+        step.Trainer._forward = honest
+
+
+@pytest.mark.parametrize(("where", "value"), [("loss", float("nan")), ("loss", float("inf")), ("gradient", float("nan"))])
+def test_one_bad_micro_batch_on_one_rank_skips_the_update_everywhere(data, tmp_path, where, value):
+    """After the skip the run goes on, its weights as if the bad batch had never been: the loss falls on."""
+    run_ranks(2, poisoned_run, f"{RUN} --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl", 6, value, where)
+    rows = rows_of(tmp_path / "m.jsonl")
+    assert [row["iteration"] for row in rows if row["skipped"]] == [6]
+    assert (rows[5]["lm_loss"] is None) == (where == "loss") and rows[5]["grad_norm"] is None
+    assert rows[6]["learning_rate"] != rows[5]["learning_rate"] and rows[6]["consumed_samples"] == 7 * 8
+    assert all(row["lm_loss"] is not None for row in rows[6:]) and rows[-1]["lm_loss"] < rows[4]["lm_loss"]
+
+
+def test_the_skipped_iteration_is_named_and_counted(data, tmp_path, capsys):
+    poisoned_run(Mesh.plan(1, 0), f"{RUN} --data-path {data}", 6, float("nan"), "loss")
+    out = capsys.readouterr().out
+    assert "warning: iteration 6: the loss is nan; the update is skipped" in out
+    assert re.search(r"iteration +10/ +20 .*number of skipped iterations: +1 \| number of nan iterations: +1 \|", out)
+
+
+def test_fp16_finds_its_scale_and_then_trains(data, tmp_path):
+    """From a scale of 2^32 updates overflow and are skipped until gradients fit; learning rate and samples go on all the same."""
+    train(f"{RUN} --fp16 --hysteresis 1 --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl --train-iters 60 --lr-decay-iters 60")
+    rows = rows_of(tmp_path / "m.jsonl")
+    skipped = [row["iteration"] for row in rows if row["skipped"]]
+    assert skipped[:4] == [1, 2, 3, 4] and len(skipped) < 30 and skipped[-1] < 30
+    assert rows[-1]["loss_scale"] == 2.0 ** (32 - len(skipped))
+    assert rows[3]["learning_rate"] > rows[1]["learning_rate"] and rows[3]["consumed_samples"] == 4 * 8
+    assert rows[-1]["lm_loss"] < 0.8 * rows[0]["lm_loss"]
+
+
+def test_bf16_and_fp16_follow_fp32(data, tmp_path):
+    """A smoke test: 20 losses within 1% of fp32's, which no wrong scale or mean would leave them."""
+    for name, flags in (("fp32", ""), ("bf16", "--bf16"), ("fp16", "--fp16 --initial-loss-scale 4096")):
+        train(f"{RUN} --data-path {data} --metrics-jsonl {tmp_path}/{name}.jsonl {flags}")
+    reference = [row["lm_loss"] for row in rows_of(tmp_path / "fp32.jsonl")]
+    for name in ("bf16", "fp16"):
+        rows = rows_of(tmp_path / f"{name}.jsonl")
+        assert not any(row["skipped"] for row in rows)
+        assert [row["lm_loss"] for row in rows] == pytest.approx(reference, rel=0.01)
+
+
+def test_a_batch_with_no_prediction_left_is_skipped(tmp_path):
+    """Documents of the end token alone under --eod-mask-loss: N = 0."""
+    import numpy as np
+
+    from trivium.data.indexed import IndexedDatasetWriter
+
+    with IndexedDatasetWriter(str(tmp_path / "empty"), np.uint16) as writer:
+        for _ in range(50):
+            writer.add_document(np.full(40, 96))
+    train(f"{RUN} --data-path {tmp_path}/empty --eod-mask-loss --metrics-jsonl {tmp_path}/m.jsonl --train-iters 4")
+    assert [(row["skipped"], row["lm_loss"]) for row in rows_of(tmp_path / "m.jsonl")] == [(1, None)] * 4
