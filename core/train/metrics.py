@@ -213,7 +213,8 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png")
