@@ -161,7 +161,7 @@ def test_a_run_that_ends_in_the_middle_leaves_no_process_and_no_noise(ending):
         from trivium.data.loader import MicroBatches
         loader = MicroBatches(MockDataset(100, 8, 1, 10000), micro_batch_size=2, vocab_size=100, eod=99, num_workers=2)
         next(loader)
-        print(*(worker.pid for worker in reading_workers()), flush=True)
+        print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
         {ending}
     """
     # The workers hold the pipes: `run` returns only when they are gone too.
