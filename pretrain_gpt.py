@@ -84,7 +84,9 @@ def announce(config: Config, without_effect: tuple[str, ...], run_ops: ops.Ops, 
     log = logs.get_logger()
     log.info(flags.write_config(config).rstrip())
     if without_effect:
-        log.info(f"flags without effect here: {' '.join(without_effect)}")
+        reasons = (flags.EXPLAINED.get(flag.removeprefix("--")) for flag in without_effect)
+        named = (f"{flag} ({reason})" if reason else flag for flag, reason in zip(without_effect, reasons, strict=True))
+        log.info(f"flags without effect here: {' '.join(named)}")
     log.info(f"device {device}, {working_dtype(config.precision)}; {run_ops.describe()}")
     if config.model.attention_dropout > 0:
         log.info(f"--attention-dropout {config.model.attention_dropout}: its masks depend on the layout; all else is the same under every layout")

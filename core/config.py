@@ -153,6 +153,7 @@ class DataConfig:
     data_cache_path: str | None = option(None, "Folder of the index cache; beside the data if not given.")
     mock_data: bool = option(False, "Train on made-up tokens.")
     num_workers: int = option(2, "Processes that read data, per rank.")
+    dataloader_type: str = option("single", "Samples come in one pass over the order of the run.", ("single",))
     eod_mask_loss: bool = option(False, "Leave predictions made from an end-of-document token out of the loss.")
     tokenizer_type: str | None = option(
         None, "Kind of tokenizer.", ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "GPT2BPETokenizer", "NullTokenizer")

@@ -27,14 +27,28 @@ WITHOUT_EFFECT = frozenset(
     no-mmap-bin-files no-ckpt-fully-parallel-save ckpt-fully-parallel-load use-flash-attn manual-gc manual-gc-interval
     tensorboard-log-interval tensorboard-queue-size log-validation-ppl-to-tensorboard log-timers-to-tensorboard
     log-learning-rate-to-tensorboard log-loss-scale-to-tensorboard timing-log-level timing-log-option log-progress
-    no-one-logger dataloader-type data-impl distributed-timeout-seconds-after-init no-barrier-with-level-1-timing
+    no-one-logger data-impl distributed-timeout-seconds-after-init no-barrier-with-level-1-timing log-params-norm log-num-zeros-in-grad
+    log-memory-to-tensorboard log-world-size-to-tensorboard log-batch-size-to-tensorboard log-energy
+    empty-unused-memory-level check-weight-hash-across-dp-replicas-interval no-log-loss-scale-to-tensorboard no-strict-fsdp-dtensor-load
+    gradient-accumulation-fusion bias-gelu-fusion bias-swiglu-fusion bias-dropout-fusion apply-rope-fusion no-bias-relu-fusion
+    use-tp-pp-dp-mapping tp-comm-overlap tp-comm-bulk-dgrad tp-comm-bulk-wgrad te-rng-tracker inference-rng-tracker enable-one-logger
+    sequence-parallel use-distributed-optimizer overlap-grad-reduce overlap-param-gather ddp-bucket-size ddp-num-buckets
+    no-align-grad-reduce align-grad-reduce align-param-gather ddp-average-in-collective delay-grad-reduce
+    async-tensor-model-parallel-allreduce
     """.split()
 )
+
+# Of those, the ones whose asker should know what happens instead.
+EXPLAINED = {
+    "use-distributed-optimizer": "every rank keeps the whole optimizer in this version",
+    "overlap-grad-reduce": "gradients are reduced after the last micro-batch",
+    "overlap-param-gather": "there is nothing to gather",
+    "sequence-parallel": "as in Megatron at tensor parallel size 1",
+}
 
 # Flags of Megatron and of this project's plan that ask for something else than happens here: refused, with what to use instead.
 _LATER = "is not available in this version"
 REFUSED = {
-    "sequence-parallel": f"{_LATER}; leave it out (it needs tensor parallelism)",
     "num-layers-per-virtual-pipeline-stage": f"{_LATER}; leave it out",
     "num-virtual-stages-per-pipeline-rank": f"{_LATER}; leave it out",
     "decoder-first-pipeline-num-layers": f"{_LATER}; leave it out",
@@ -44,9 +58,6 @@ REFUSED = {
     "account-for-loss-in-pipeline-split": f"{_LATER}; leave it out",
     "pipeline-schedule": f"{_LATER}; leave it out",
     "cp-comm-type": f"{_LATER}; leave it out",
-    "use-distributed-optimizer": f"{_LATER}; leave it out: every rank keeps the whole optimizer",
-    "overlap-grad-reduce": f"{_LATER}; leave it out: gradients are reduced after the last micro-batch",
-    "overlap-param-gather": f"{_LATER}; leave it out",
     "data-parallel-sharding-strategy": f"{_LATER}; leave it out",
     "num-distributed-optimizer-instances": f"{_LATER}; leave it out",
     "use-torch-fsdp2": f"{_LATER}; leave it out",
@@ -77,6 +88,28 @@ REFUSED = {
     "no-save-optim": "has no counterpart: a checkpoint always resumes; use --save-hf for weights alone",
     "lr-decay-samples": "has no counterpart; use --lr-decay-iters",
     "lr-warmup-samples": "has no counterpart; use --lr-warmup-iters or --lr-warmup-fraction",
+    "exit-signal": f"{_LATER}; --exit-signal-handler takes SIGTERM and SIGUSR1",
+    "start-weight-decay": f"{_LATER}; use a constant --weight-decay",
+    "end-weight-decay": f"{_LATER}; use a constant --weight-decay",
+    "weight-decay-incr-style": f"{_LATER}; use a constant --weight-decay",
+    "grad-reduce-in-bf16": "has no counterpart: gradients are summed in fp32; leave it out",
+    "non-persistent-save-interval": f"{_LATER}; use --save-interval",
+    "ckpt-convert-format": "has no counterpart; leave it out",
+    "eval-only": "has no counterpart; use tools/evaluate.py",
+    "skip-train": "has no counterpart; use tools/evaluate.py",
+    "full-validation": f"{_LATER}; use --eval-iters",
+    "multiple-validation-sets": f"{_LATER}; leave it out",
+    "per-split-data-args-path": f"{_LATER}; use --train-data-path, --valid-data-path, --test-data-path",
+    "moe-router-topk": f"{_LATER}; leave it out",
+    "multi-latent-attention": f"{_LATER}; leave it out",
+    "mtp-num-layers": f"{_LATER}; leave it out",
+    "rotary-seq-len-interpolation-factor": f"{_LATER}; use --use-rope-scaling",
+    "wandb-exp-name": f"{_LATER}; use --tensorboard-dir or --metrics-jsonl",
+    "wandb-save-dir": f"{_LATER}; use --tensorboard-dir or --metrics-jsonl",
+    "label-smoothing": "has no counterpart; leave it out",
+    "decoupled-lr": "has no counterpart; leave it out",
+    "cuda-graph-impl": f"{_LATER}; leave it out",
+    "enable-cuda-graph": f"{_LATER}; leave it out",
     "fp8-format": f"{_LATER}; use --bf16",
     "profile": f"{_LATER}; leave it out",
 }

@@ -62,12 +62,12 @@ def test_resolved_configuration_reads_back_the_same():
 
 def test_every_parse_problem_is_named_at_once_with_the_nearest_flag():
     with pytest.raises(ConfigError) as error:
-        flags.parse(["--num-layer", "3", "--sequence-parallel", "--lr", "fast", "--train-iters", "1.5", "--normalization", "GroupNorm"])
+        flags.parse(["--num-layer", "3", "--recompute-activations", "--lr", "fast", "--train-iters", "1.5", "--normalization", "GroupNorm"])
     text = str(error.value)
     assert "5 problems" in text
     for expected in (
         "did you mean --num-layers?",
-        "--sequence-parallel is not available",
+        "--recompute-activations is not available",
         "--lr 'fast' is not a number",
         "1.5' is not a whole",
         "RMSNorm",

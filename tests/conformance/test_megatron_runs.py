@@ -15,6 +15,7 @@ COMMON = """
     --micro-batch-size 4 --global-batch-size 16 --train-iters 30 --lr 3.0e-3 --min-lr 3.0e-4 --lr-decay-style cosine --lr-warmup-iters 3
     --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --init-method-std 0.02 --bf16 --no-masked-softmax-fusion
     --tokenizer-type NullTokenizer --vocab-size 200 --split 90,10,0 --num-workers 1 --distributed-backend gloo --ckpt-format torch_dist
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
     --log-interval 10 --eval-interval 15 --eval-iters 2 --no_gradient_accumulation_fusion --seed 42
 """
 GPT = "--attention-dropout 0.1 --hidden-dropout 0.1 --no-bias-gelu-fusion"
@@ -42,6 +43,7 @@ def test_a_megatron_command_line_trains(data, tmp_path, capsys, model):
     assert pretrain_gpt.cli(arguments.split()) == 0
     out, rows = capsys.readouterr().out, rows_of(tmp_path / "run/metrics.jsonl")
     assert "flags without effect here: --use-mcore-models --transformer-impl" in out
+    assert "--use-distributed-optimizer (every rank keeps the whole optimizer in this version)" in out
     assert len(rows) == 30 and rows[0]["lm_loss"] == pytest.approx(np.log(201), rel=0.02)
     assert rows[-1]["lm_loss"] < 0.8 * rows[0]["lm_loss"]
     assert len(rows_of(tmp_path / "run/metrics.jsonl", "valid")) == 2

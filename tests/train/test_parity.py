@@ -1,8 +1,13 @@
 """The promise of data parallelism: the run does not know how many processes it has."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data
 
+ROOT = Path(__file__).resolve().parents[2]
 # Unequal masks (--eod-mask-loss), gradient accumulation (global batch 8 of micro-batches of 2), a clip that bites, an
 # awkward vocabulary, hidden dropout in the same places.
 AWKWARD = SMALL + " --eod-mask-loss --attention-dropout 0 --hidden-dropout 0.1 --clip-grad 0.3 --eval-interval 10 --eval-iters 3 --split 80,20,0"
@@ -56,3 +61,24 @@ def test_the_loss_is_the_masked_mean_over_the_global_batch(data, tmp_path):
     losses, mask = model.token_losses(ids[:, :-1], ids[:, 1:]), ids[:, :-1] != 96
     assert 0.9 < mask.float().mean() < 1
     assert rows_of(tmp_path / "m.jsonl")[0]["lm_loss"] == pytest.approx((losses[mask].sum() / mask.sum()).item(), rel=1e-6)
+
+
+def test_torchrun_gives_the_losses_of_one_process(data, tmp_path):
+    """Through the launcher that users use, with workers that read ahead."""
+    arguments = f"{AWKWARD}{LLAMA} --num-workers 1 --data-path {data}".split()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "pretrain_gpt.py")]
+    result = subprocess.run([*launcher, *arguments, "--metrics-jsonl", f"{tmp_path}/2.jsonl"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    train(" ".join([*arguments, "--metrics-jsonl", f"{tmp_path}/1.jsonl"]))
+    one, two = ([row["lm_loss"] for row in rows_of(tmp_path / f"{n}.jsonl")] for n in (1, 2))
+    assert two == pytest.approx(one, rel=1e-5) and len(two) == 20
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native", "triton"])
+def test_kernels_do_not_change_the_losses(data, tmp_path, kernels):
+    """Triton in its interpreter; fp32 sums in another order."""
+    few = f"{AWKWARD}{LLAMA} --train-iters 4 --eval-iters 0 --data-path {data}"
+    train(f"{few} --kernels torch --metrics-jsonl {tmp_path}/reference.jsonl")
+    train(f"{few} --kernels {kernels} --metrics-jsonl {tmp_path}/{kernels}.jsonl", 1 if kernels == "triton" else 2)
+    reference, found = ([row["lm_loss"] for row in rows_of(tmp_path / f"{name}.jsonl")] for name in ("reference", kernels))
+    assert found == pytest.approx(reference, rel=1e-5)
