@@ -3,54 +3,38 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from _cli import BadArgument, Parser, positive, run
+from _model import add_model_flags, load_model, load_tokenizer
 
-from trivium.config import DataConfig
 from trivium.data.indexed import IndexedDataset
 from trivium.data.text import PLAIN_KEY, list_files, read_documents
-from trivium.data.tokenizer import build_tokenizer
-from trivium.launch import choose_device
+from trivium.data.tokenizer import Tokenizer
 from trivium.model.gpt import GPT
-from trivium.train.pretrained import load_pretrained
 
 EXAMPLE = "python tools/evaluate.py --load RUN --data-path DATA_text_document --seq-length 256 --json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__, EXAMPLE)
-    parser.add_argument("--load", type=Path, required=True, help="SAVE, SAVE/iter_N or a Hugging Face folder")
+    add_model_flags(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data-path", help="prefix of a .bin/.idx pair")
     source.add_argument("--input", type=Path, nargs="+", help="files or folders of text, tokenized here")
     parser.add_argument("--seq-length", type=positive, required=True, help="L: documents are concatenated and cut into windows of L predictions")
     parser.add_argument("--batch-size", type=positive, default=8, help="windows of one forward pass")
     parser.add_argument("--json", action="store_true", help='print one object {"lm_loss", "ppl", "tokens"}')
-    parser.add_argument("--ckpt-step", type=int, help="the iteration to load; the latest if not given")
-    parser.add_argument("--tokenizer-model", help="the tokenizer for --input, if it is no longer where the run found it")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="number format of the weights")
-    parser.add_argument("--kernels", choices=("auto", "torch", "triton", "native"), default="auto")
     options = parser.parse_args(argv)
-    if not options.load.is_dir():
-        raise BadArgument(f"--load {options.load}: no such folder")
 
-    device = choose_device(options.device, local_rank=0)
-    pretrained = load_pretrained(options.load, device=device, dtype=DTYPES[options.dtype], kernels=options.kernels, ckpt_step=options.ckpt_step)
+    pretrained = load_model(options)
     model = pretrained.model
     longest = model.config.max_position_embeddings
     if model.config.position_embedding_type == "learned_absolute" and options.seq_length > longest:
         raise BadArgument(f"--seq-length {options.seq_length} is longer than the model's {longest} positions")
-    if options.data_path:
-        tokens = indexed_tokens(options.data_path)
-    else:
-        described = pretrained.tokenizer
-        tokens = text_tokens(options.input, replace(described, tokenizer_model=options.tokenizer_model or described.tokenizer_model))
+    tokens = indexed_tokens(options.data_path) if options.data_path else text_tokens(options.input, load_tokenizer(pretrained, options))
     if len(tokens) < 2:
         raise BadArgument(f"there are {len(tokens)} tokens; a prediction needs 2")
     if int(tokens.max()) >= model.vocab_size:
@@ -66,11 +50,10 @@ def indexed_tokens(prefix: str) -> np.ndarray:
     return np.concatenate([dataset.get(i) for i in range(dataset.num_sequences)])
 
 
-def text_tokens(paths: list[Path], described: DataConfig) -> np.ndarray:
-    """Documents of text, tokenized as the model was trained, each ended by the end-of-document token."""
-    tokenizer = build_tokenizer(**described.tokenizer)
+def text_tokens(paths: list[Path], tokenizer: Tokenizer) -> np.ndarray:
+    """Documents of text, tokenized as the model was trained, each that has tokens ended by the end-of-document token."""
     documents = read_documents(list_files([str(path) for path in paths]), [PLAIN_KEY])
-    ids = [token for (text,) in documents for token in (*tokenizer.encode(text), tokenizer.eod)]
+    ids = [token for (text,) in documents if text for token in (*tokenizer.encode(text), tokenizer.eod)]
     return np.array(ids, dtype=np.int64)
 
 

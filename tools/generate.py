@@ -1,50 +1,35 @@
 """Continue a prompt with a trained model: a checkpoint of ours or a Hugging Face folder."""
 
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from _cli import BadArgument, Parser, count, positive, run
+from _model import add_model_flags, load_model, load_tokenizer
 
-from trivium.data.tokenizer import Tokenizer, build_tokenizer
-from trivium.launch import choose_device
+from trivium.data.tokenizer import Tokenizer
 from trivium.model.generate import Sampling, generate
 from trivium.model.gpt import GPT
-from trivium.train.pretrained import load_pretrained
 
 EXAMPLE = 'python tools/generate.py --load RUN --prompt "def main" --max-new-tokens 100 --temperature 0.8 --top-k 50 --seed 1'
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__, EXAMPLE)
-    parser.add_argument("--load", type=Path, required=True, help="SAVE, SAVE/iter_N or a Hugging Face folder")
+    add_model_flags(parser)
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--max-new-tokens", type=positive, default=100, help="tokens to add at most; the end of the document ends earlier")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
     parser.add_argument("--top-k", type=count, default=0, help="draw from the k likeliest tokens; 0 from all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that together have this probability")
     parser.add_argument("--seed", type=int, default=1234, help="same seed, same text")
-    parser.add_argument("--ckpt-step", type=int, help="the iteration to load; the latest if not given")
-    parser.add_argument("--tokenizer-model", help="the tokenizer, if it is no longer where the run found it")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="number format of the weights")
-    parser.add_argument("--kernels", choices=("auto", "torch", "triton", "native"), default="auto")
     options = parser.parse_args(argv)
     if not options.temperature >= 0:
         raise BadArgument(f"--temperature {options.temperature} must not be negative")
     if not 0 < options.top_p <= 1:
         raise BadArgument(f"--top-p {options.top_p} is not in (0, 1]")
-    if not options.load.is_dir():
-        raise BadArgument(f"--load {options.load}: no such folder")
 
-    device = choose_device(options.device, local_rank=0)
-    pretrained = load_pretrained(options.load, device=device, dtype=DTYPES[options.dtype], kernels=options.kernels, ckpt_step=options.ckpt_step)
-    described = pretrained.tokenizer
-    if options.tokenizer_model:
-        described = replace(described, tokenizer_model=options.tokenizer_model)
-    tokenizer = build_tokenizer(**described.tokenizer)
+    pretrained = load_model(options)
+    tokenizer = load_tokenizer(pretrained, options)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     write(pretrained.model, tokenizer, options.prompt, options.max_new_tokens, sampling, options.seed)
 

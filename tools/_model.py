@@ -1,0 +1,40 @@
+"""The flags of every tool that loads a trained model, and what they load."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from _cli import BadArgument, Parser
+
+from trivium.data.tokenizer import Tokenizer, build_tokenizer
+from trivium.launch import choose_device
+from trivium.train.pretrained import Pretrained, load_pretrained
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_model_flags(parser: Parser) -> None:
+    """--load and how: iteration, tokenizer, device, number format, kernels."""
+    parser.add_argument("--load", type=Path, required=True, help="SAVE, SAVE/iter_N or a Hugging Face folder")
+    parser.add_argument("--ckpt-step", type=int, help="the iteration to load; the latest if not given")
+    parser.add_argument("--tokenizer-model", help="the tokenizer, if it is no longer where the run found it")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="number format of the weights")
+    parser.add_argument("--kernels", choices=("auto", "torch", "triton", "native"), default="auto")
+
+
+def load_model(options: argparse.Namespace) -> Pretrained:
+    """The model that the flags name, on its device."""
+    if not options.load.is_dir():
+        raise BadArgument(f"--load {options.load}: no such folder")
+    device = choose_device(options.device, local_rank=0)
+    return load_pretrained(options.load, device=device, dtype=DTYPES[options.dtype], kernels=options.kernels, ckpt_step=options.ckpt_step)
+
+
+def load_tokenizer(pretrained: Pretrained, options: argparse.Namespace) -> Tokenizer:
+    """The tokenizer the model was trained with, or the one that the flags name in its place."""
+    described = pretrained.tokenizer
+    if options.tokenizer_model:
+        described = replace(described, tokenizer_model=options.tokenizer_model)
+    return build_tokenizer(**described.tokenizer)
