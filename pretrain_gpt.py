@@ -1,5 +1,6 @@
 """Pretrain a GPT: configuration, mesh, data, model, optimizer, checkpoint, training. `python pretrain_gpt.py --help` lists the flags."""
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,8 @@ def main(argv: list[str], place: launch.Place) -> None:
     announce(config, request.without_effect, run_ops, device)
 
     launch.set_rendezvous()
+    if config.parallel.deterministic_mode:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
     torch.use_deterministic_algorithms(config.parallel.deterministic_mode)
     backend = config.parallel.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     mesh = Mesh.plan(place.world_size, place.rank).connect(backend, config.parallel.distributed_timeout_minutes)
@@ -148,9 +151,17 @@ def cli(argv: list[str]) -> int:
         if place.rank == 0:  # every rank finds the same
             sys.stderr.write(f"pretrain_gpt.py: {error}\n")
         return 2
-    except (CheckpointError, DataError) as error:
+    except ValueError as error:
+        named_flag = str(error).startswith("--")
+        if not (named_flag or isinstance(error, CheckpointError | DataError)):
+            raise
         sys.stderr.write(f"pretrain_gpt.py: {error}\n")
-        return 2 if str(error).startswith("--") else 1
+        return 2 if named_flag else 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"pretrain_gpt.py: {error.filename}: {error.strerror.lower()}\n")
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -205,6 +205,8 @@ def _checkpoint(config: Config, world_size: int) -> Iterator[str]:
         yield from _positive(checkpoint, name)
         if getattr(checkpoint, name) and not checkpoint.save:
             yield f"{_flag(name)} {getattr(checkpoint, name)} needs --save FOLDER"
+    if checkpoint.save_hf and not checkpoint.save:
+        yield f"--save-hf {checkpoint.save_hf} needs --save FOLDER: what is exported is the last checkpoint"
     if checkpoint.ckpt_step is not None and not checkpoint.load:
         yield f"--ckpt-step {checkpoint.ckpt_step} needs --load FOLDER"
     for name in ("finetune", "no_load_optim"):

@@ -52,6 +52,9 @@ CASES = {
     "empty dataset": (write_empty_dataset, "", 1, ["data"]),
     "id outside the vocabulary": (write_large_id, "", 1, ["data.bin, document", "offset", "outside the vocabulary of 97"]),
     "export of another family": (write_good, "--normalization LayerNorm --save {folder}/s --save-hf {folder}/hf", 2, ["--save-hf", "RMSNorm"]),
+    "export of nothing": (write_good, "--save-hf {folder}/hf", 2, ["--save-hf", "needs --save FOLDER"]),
+    "kernels that cannot run": (write_good, "--kernels native --fp16", 2, ["--kernels native", "float16"]),
+    "metrics in no folder": (write_good, "--metrics-jsonl /dev/null/m.jsonl", 1, ["/dev/null"]),
     "no dataset for the split": (write_good, "--split 0,100,0 --eval-iters 1", 2, ["--split gives training no share"]),
 }
 

@@ -60,7 +60,7 @@ def _write_gradient(logits, column, here, log_total, grad, real) -> None:
     """(softmax - onehot) * grad over the logits, in place; zero in the padding. The loss scale in `grad` comes in before the rounding to fp16."""
     x = torch.exp(logits[:, :real].float() - log_total.unsqueeze(1))
     if real:
-        x.scatter_add_(1, column, -here.to(x.dtype).unsqueeze(1))
+        x.scatter_(1, column, x.gather(1, column) - here.unsqueeze(1).to(x.dtype))
     logits[:, :real] = x * grad.unsqueeze(1)
     logits[:, real:] = 0
 
