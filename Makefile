@@ -6,6 +6,9 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CHECKED := core kernels tools tests examples setup.py pretrain_gpt.py
 
+# Threads that wait asleep: on a machine that is busy with other things, spinning ones make a run ten times slower.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help setup test soak quickstart lint format clean
 

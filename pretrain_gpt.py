@@ -2,8 +2,12 @@
 
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
+
+# Threads that wait asleep, before torch starts any: beside other busy processes, spinning ones make a CPU run several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
@@ -25,6 +29,7 @@ from trivium.precision import LossScaler, working_dtype
 from trivium.presets import PRESETS, published_vocabulary
 from trivium.train.export import export_hf
 from trivium.train.loop import Data, run
+from trivium.train.progress import Progress
 from trivium.train.report import Reporter
 from trivium.train.resume import RunState, load_problems
 from trivium.train.step import Trainer
@@ -50,13 +55,14 @@ def main(argv: list[str], place: launch.Place) -> None:
     torch.use_deterministic_algorithms(config.parallel.deterministic_mode)
     backend = config.parallel.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     mesh = Mesh.plan(place.world_size, place.rank).connect(backend, config.parallel.distributed_timeout_minutes)
-    datasets = build_datasets_of(config, tokenizer)
 
     model = GPT(config.model, tokenizer.vocab_size, tp=mesh.tp, ops=run_ops, seed=config.batch.seed).place(device, torch.float32)
     optimizer = AdamW(make_buckets(model.parameters(), dtype, device), config.optimizer, run_ops)
     trainer = Trainer(config, mesh, device, model, optimizer, LossScaler(config.precision, device))
-    state = RunState(trainer, {"tokenizer": tokenizer.fingerprint, "data": datasets.fingerprint})
+    state = RunState(trainer, tokenizer.fingerprint)
     progress = state.restore()
+    datasets = build_datasets_of(config, tokenizer, progress)
+    state.read_from(datasets.fingerprint)
     log.info(f" {total_parameters(config.model, tokenizer.vocab_size):,} parameters; training from iteration {progress.iteration}")
 
     reporter = Reporter(config, mesh, device, tokenizer.vocab_size, progress.iteration)
@@ -97,16 +103,21 @@ def announce(config: Config, without_effect: tuple[str, ...], run_ops: ops.Ops, 
         log.info("--eval-iters 0: no validation")
 
 
-def build_datasets_of(config: Config, tokenizer: Tokenizer) -> Datasets:
-    """Training, validation and test, each as long as the run needs; the last two are one evaluation long."""
+def build_datasets_of(config: Config, tokenizer: Tokenizer, progress: Progress) -> Datasets:
+    """Training, validation and test, each as long as the run needs; the last two are one evaluation long.
+
+    A run resumed with smaller batches has consumed more than its iterations now say.
+    """
     data, batch = config.data, config.batch
+    planned = batch.train_samples or batch.train_iters * batch.global_batch_size
+    needed = progress.consumed_samples + (batch.train_iters - progress.iteration) * batch.global_batch_size
     evaluated = config.logging.eval_iters * batch.global_batch_size
     return build_datasets(
         data.data_path,
         data.split,
         batch.seq_length,
         batch.seed,
-        (batch.train_samples or batch.train_iters * batch.global_batch_size, evaluated, evaluated),
+        (max(planned, needed), evaluated, evaluated),
         train_data_path=data.train_data_path,
         valid_data_path=data.valid_data_path,
         test_data_path=data.test_data_path,
@@ -148,23 +159,31 @@ def cli(argv: list[str]) -> int:
     try:
         main(argv, place)
     except ConfigError as error:
-        if place.rank == 0:  # every rank finds the same
-            sys.stderr.write(f"pretrain_gpt.py: {error}\n")
-        return 2
+        if place.rank > 0:  # every rank finds the same, rank 0 tells it; a launcher ends all ranks as soon as one has left
+            time.sleep(3)
+            return 2
+        return fail(place, str(error), 2)
     except ValueError as error:
         named_flag = str(error).startswith("--")
         if not (named_flag or isinstance(error, CheckpointError | DataError)):
             raise
-        sys.stderr.write(f"pretrain_gpt.py: {error}\n")
-        return 2 if named_flag else 1
+        return fail(place, str(error), 2 if named_flag else 1)
     except OSError as error:
-        if error.filename is None:
+        return fail(place, f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", 1)
+    except RuntimeError as error:
+        if "by peer" not in str(error):
             raise
-        sys.stderr.write(f"pretrain_gpt.py: {error.filename}: {error.strerror.lower()}\n")
-        return 1
+        return fail(place, "lost the connection to another rank, whose own message says why", 1)
     except KeyboardInterrupt:
-        return 130
+        return fail(place, "interrupted; the same command with --load resumes from the last checkpoint", 130)
     return 0
+
+
+def fail(place: launch.Place, message: str, status: int) -> int:
+    """Say why on stderr; the exit status."""
+    rank = f"[rank {place.rank}] " if place.rank else ""
+    sys.stderr.write(f"{rank}pretrain_gpt.py: {message}\n")
+    return status
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a run is, as frozen values: one dataclass per subject, a sentence per field. Flags and YAML keys are made from these fields (flags.py)."""
 
+import os
 from dataclasses import dataclass, field, fields, replace
 from math import ceil
 from typing import Any
@@ -181,7 +182,9 @@ class CheckpointConfig:
     ckpt_step: int | None = option(None, "Load this iteration and no other.")
     finetune: bool = option(False, "Load the weights alone and start at iteration 0.")
     no_load_optim: bool = option(False, "Leave the optimizer's moments as they start.")
-    exit_on_missing_checkpoint: bool = option(True, "A missing --load is an error; --no-exit-on-missing-checkpoint starts from scratch.")
+    exit_on_missing_checkpoint: bool = option(
+        True, "A missing --load is an error; Megatron's way, to start from scratch, is --no-exit-on-missing-checkpoint."
+    )
     save_hf: str | None = option(None, "At the end, export the weights as a Hugging Face folder (new).")
 
 
@@ -231,7 +234,12 @@ class Config:
 
 def resolve(config: Config, world_size: int) -> Config:
     """Fill in what was left to its default rule. Fields whose inputs are missing stay None: `validate` names those inputs."""
-    model, batch, optimizer = config.model, config.batch, config.optimizer
+    model, batch, optimizer, data = config.model, config.batch, config.optimizer, config.data
+    if data.tokenizer_type is None and data.vocab_file and data.merge_file:
+        data = replace(data, tokenizer_type="GPT2BPETokenizer")  # as Megatron's pretrain_gpt.py
+    # Absolute, so that what was trained here can be used from elsewhere.
+    paths = {name: getattr(data, name) for name in ("tokenizer_model", "vocab_file", "merge_file")}
+    data = replace(data, **{name: os.path.abspath(path) for name, path in paths.items() if path})
     h = model.hidden_size
     if h and model.ffn_hidden_size is None:
         model = replace(model, ffn_hidden_size=int(4 * h * 2 / 3 / 64) * 64 if model.swiglu else 4 * h)
@@ -245,7 +253,7 @@ def resolve(config: Config, world_size: int) -> Config:
         batch = replace(batch, train_iters=batch.train_samples // batch.global_batch_size)
     if optimizer.lr_decay_iters is None:
         optimizer = replace(optimizer, lr_decay_iters=batch.train_iters)
-    return replace(config, model=model, batch=batch, optimizer=optimizer)
+    return replace(config, model=model, batch=batch, optimizer=optimizer, data=data)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:

@@ -6,6 +6,7 @@ Later wins: defaults, then --preset, then each --config file from left to right,
 import argparse
 import difflib
 import json
+import math
 import types
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,27 +17,31 @@ import yaml
 from .config import Config, ConfigError
 from .presets import PRESETS
 
-# Flags of Megatron that change nothing here: accepted, and listed in one notice.
-WITHOUT_EFFECT = frozenset(
-    """
-    use-mcore-models transformer-impl spec local-rank no-load-rng no-save-rng ckpt-format use-dist-ckpt dist-ckpt-format auto-detect-ckpt-format
-    calculate-per-token-loss accumulate-allreduce-grads-in-fp32 attention-softmax-in-fp32 no-query-key-layer-scaling cross-entropy-loss-fusion
+# Flags of Megatron that change nothing here, and how many values each takes: accepted, and listed in one notice. A trailing * stands for any ending.
+_SWITCHES = """
+    use-mcore-models no-load-rng no-save-rng use-dist-ckpt auto-detect-ckpt-format calculate-per-token-loss no-query-key-layer-scaling
+    accumulate-allreduce-grads-in-fp32 attention-softmax-in-fp32 cross-entropy-loss-fusion no-persist-layer-norm use-cpu-initialization
     no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion no-gradient-accumulation-fusion
-    no-persist-layer-norm no-async-tensor-model-parallel-allreduce no-create-attention-mask-in-dataloader use-cpu-initialization
-    no-check-for-nan-in-loss-and-grad check-for-nan-in-loss-and-grad use-checkpoint-opt-param-scheduler override-opt-param-scheduler
-    no-mmap-bin-files no-ckpt-fully-parallel-save ckpt-fully-parallel-load use-flash-attn manual-gc manual-gc-interval
-    tensorboard-log-interval tensorboard-queue-size log-validation-ppl-to-tensorboard log-timers-to-tensorboard
-    log-learning-rate-to-tensorboard log-loss-scale-to-tensorboard timing-log-level timing-log-option log-progress
-    no-one-logger data-impl distributed-timeout-seconds-after-init no-barrier-with-level-1-timing log-params-norm log-num-zeros-in-grad
-    log-memory-to-tensorboard log-world-size-to-tensorboard log-batch-size-to-tensorboard log-energy
-    empty-unused-memory-level check-weight-hash-across-dp-replicas-interval no-log-loss-scale-to-tensorboard no-strict-fsdp-dtensor-load
-    gradient-accumulation-fusion bias-gelu-fusion bias-swiglu-fusion bias-dropout-fusion apply-rope-fusion no-bias-relu-fusion
-    use-tp-pp-dp-mapping tp-comm-overlap tp-comm-bulk-dgrad tp-comm-bulk-wgrad te-rng-tracker inference-rng-tracker enable-one-logger
-    sequence-parallel use-distributed-optimizer overlap-grad-reduce overlap-param-gather ddp-bucket-size ddp-num-buckets
-    no-align-grad-reduce align-grad-reduce align-param-gather ddp-average-in-collective delay-grad-reduce
-    async-tensor-model-parallel-allreduce
-    """.split()
-)
+    gradient-accumulation-fusion bias-gelu-fusion bias-swiglu-fusion bias-dropout-fusion apply-rope-fusion disable-jit-fuser
+    no-async-tensor-model-parallel-allreduce async-tensor-model-parallel-allreduce no-overlap-p2p-communication delay-wgrad-compute
+    no-create-attention-mask-in-dataloader create-attention-mask-in-dataloader use-flash-attn manual-gc lazy-mpu-init
+    no-check-for-nan-in-loss-and-grad check-for-nan-in-loss-and-grad override-opt-param-scheduler
+    no-mmap-bin-files no-ckpt-fully-parallel-save ckpt-fully-parallel-save ckpt-fully-parallel-load ckpt-assume-constant-structure
+    use-persistent-ckpt-worker log-validation-ppl-to-tensorboard log-timers-to-tensorboard log-learning-rate-to-tensorboard
+    log-loss-scale-to-tensorboard no-log-loss-scale-to-tensorboard log-memory-to-tensorboard log-world-size-to-tensorboard
+    log-batch-size-to-tensorboard log-params-norm log-num-zeros-in-grad log-progress log-energy log-straggler disable-straggler-on-startup
+    no-one-logger enable-one-logger one-logger-async no-barrier-with-level-1-timing use-tp-pp-dp-mapping use-sharp tp-comm-* nvtx-ranges
+    te-rng-tracker inference-rng-tracker enable-gloo-process-groups disable-gloo-process-groups ddp-average-in-collective
+    align-grad-reduce no-align-grad-reduce align-param-gather sequence-parallel use-distributed-optimizer overlap-grad-reduce
+    overlap-param-gather
+"""
+_WITH_VALUE = """
+    transformer-impl local-rank ckpt-format dist-ckpt-format dist-ckpt-strictness manual-gc-interval tensorboard-log-interval
+    tensorboard-queue-size timing-log-level timing-log-option data-impl distributed-timeout-seconds-after-init empty-unused-memory-level
+    check-weight-hash-across-dp-replicas-interval ddp-bucket-size ddp-num-buckets nccl-communicator-config-path high-priority-stream-groups
+    cross-entropy-fusion-impl num-dataset-builder-threads rerun-mode logging-level one-logger-project one-logger-run-name
+"""
+WITHOUT_EFFECT = {**dict.fromkeys(_SWITCHES.split(), 0), **dict.fromkeys(_WITH_VALUE.split(), 1)}
 
 # Of those, the ones whose asker should know what happens instead.
 EXPLAINED = {
@@ -75,7 +80,6 @@ REFUSED = {
     "async-save": f"{_LATER}; leave it out: training waits for a save",
     "load-mode": f"{_LATER}; use --finetune or --no-load-optim",
     "hf-config": f"{_LATER}; give the shape by flags or --preset",
-    "wandb-project": f"{_LATER}; use --tensorboard-dir or --metrics-jsonl",
     "num-experts": f"{_LATER}; leave it out",
     "expert-tensor-parallel-size": f"{_LATER}; leave it out",
     "use-legacy-models": "has no counterpart; leave it out",
@@ -93,25 +97,57 @@ REFUSED = {
     "end-weight-decay": f"{_LATER}; use a constant --weight-decay",
     "weight-decay-incr-style": f"{_LATER}; use a constant --weight-decay",
     "grad-reduce-in-bf16": "has no counterpart: gradients are summed in fp32; leave it out",
-    "non-persistent-save-interval": f"{_LATER}; use --save-interval",
     "ckpt-convert-format": "has no counterpart; leave it out",
     "eval-only": "has no counterpart; use tools/evaluate.py",
     "skip-train": "has no counterpart; use tools/evaluate.py",
     "full-validation": f"{_LATER}; use --eval-iters",
     "multiple-validation-sets": f"{_LATER}; leave it out",
     "per-split-data-args-path": f"{_LATER}; use --train-data-path, --valid-data-path, --test-data-path",
-    "moe-router-topk": f"{_LATER}; leave it out",
     "multi-latent-attention": f"{_LATER}; leave it out",
-    "mtp-num-layers": f"{_LATER}; leave it out",
     "rotary-seq-len-interpolation-factor": f"{_LATER}; use --use-rope-scaling",
-    "wandb-exp-name": f"{_LATER}; use --tensorboard-dir or --metrics-jsonl",
-    "wandb-save-dir": f"{_LATER}; use --tensorboard-dir or --metrics-jsonl",
     "label-smoothing": "has no counterpart; leave it out",
-    "decoupled-lr": "has no counterpart; leave it out",
     "cuda-graph-impl": f"{_LATER}; leave it out",
     "enable-cuda-graph": f"{_LATER}; leave it out",
-    "fp8-format": f"{_LATER}; use --bf16",
     "profile": f"{_LATER}; leave it out",
+    "no-initialization": "has no counterpart: initial weights depend on the seed alone; leave it out",
+    "data-parallel-random-init": "has no counterpart: initial weights depend on the seed alone; leave it out",
+    "openai-gelu": "has no counterpart: GELU is the tanh approximation already; leave it out",
+    "sgd-momentum": f"{_LATER}; use --optimizer adam",
+    "lr-wsd-decay-samples": "has no counterpart; use --lr-wsd-decay-iters",
+    "first-last-layers-bf16": f"{_LATER}; use --bf16",
+    "fp16-lm-cross-entropy": "has no counterpart: the loss is computed in fp32; leave it out",
+    "use-precision-aware-optimizer": "has no counterpart: masters and moments are fp32; leave it out",
+    "main-grads-dtype": "has no counterpart: gradients are summed in fp32; leave it out",
+    "main-params-dtype": "has no counterpart: masters are fp32; leave it out",
+    "exp-avg-dtype": "has no counterpart: moments are fp32; leave it out",
+    "exp-avg-sq-dtype": "has no counterpart: moments are fp32; leave it out",
+    "optimizer-cpu-offload": f"{_LATER}; leave it out",
+    "distribute-saved-activations": f"{_LATER}; leave it out",
+    "overlap-param-gather-with-optimizer-step": f"{_LATER}; leave it out",
+    "embedding-init-method-std": "has no counterpart; use --init-method-std",
+    "head-lr-mult": "has no counterpart; leave it out",
+    "glu-linear-offset": "has no counterpart; leave it out",
+    "softmax-type": "has no counterpart; leave it out",
+    "pretrained-checkpoint": "has no counterpart; use --load with --finetune",
+    "tiktoken-pattern": "cannot be chosen; leave it out for Megatron's v2",
+    "vocab-extra-ids": "has no counterpart; enlarge --vocab-size",
+    "spec": "has no counterpart: the model is what its flags say; leave it out",
+    "use-checkpoint-opt-param-scheduler": "has no counterpart: the schedule is what its flags say; leave it out",
+    "use-checkpoint-args": "has no counterpart; use --config SAVE/iter_N/config.yaml, saved beside every checkpoint",
+    "apply-residual-connection-post-layernorm": "has no counterpart; leave it out",
+    "yaml-cfg": "has no counterpart; use --config",
+    "adlr-autoresume": "has no counterpart; use --exit-signal-handler",
+    "external-cuda-graph": f"{_LATER}; leave it out",
+    "fp8-*": f"{_LATER}; use --bf16",
+    "fp4-*": f"{_LATER}; use --bf16",
+    "moe-*": f"{_LATER}; leave it out",
+    "mtp-*": f"{_LATER}; leave it out",
+    "mla-*": f"{_LATER}; leave it out",
+    "profile-*": f"{_LATER}; leave it out",
+    "use-pytorch-profiler": f"{_LATER}; leave it out",
+    "decoupled-*": "has no counterpart: embedding and head use --lr; leave it out",
+    "non-persistent-*": f"{_LATER}; use --save-interval",
+    "wandb-*": f"{_LATER}; use --tensorboard-dir or --metrics-jsonl",
 }
 
 # Other spellings of Megatron: the flag it stands for, and its value.
@@ -134,7 +170,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose complaint is a ConfigError instead of an exit."""
 
     def error(self, message: str):
-        raise ConfigError([message.removeprefix("argument ")])
+        raise ConfigError([message.removeprefix("argument ").replace("expected one argument", "needs a value")])
 
 
 def parse(argv: list[str]) -> Request:
@@ -143,7 +179,10 @@ def parse(argv: list[str]) -> Request:
     Raises ConfigError with every unknown flag or key (each with the nearest one that exists), refused flag and bad value.
     """
     argv, ignored, problems = _sort_out(argv)
-    given = vars(_parser().parse_args(argv))
+    try:
+        given = vars(_parser().parse_args(argv))
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
     files, list_presets = given.pop("config", []), given.pop("list_presets", False)
     layers = [_read_layer(Path(path), problems) for path in files]
     layers.append(_convert_all({_flag(name): value for name, value in given.items()}, "", problems))
@@ -151,7 +190,7 @@ def parse(argv: list[str]) -> Request:
     for layer in layers:
         values |= layer
     name = values.pop("preset", None)
-    if name is not None and name not in PRESETS:
+    if name is not None and str(name) not in PRESETS:
         problems.append(f"--preset {name} is unknown{_nearest(str(name), PRESETS)}; --list-presets shows all")
     if problems:
         raise ConfigError(problems)
@@ -215,29 +254,40 @@ def _kind(annotation: Any) -> type:
 def _sort_out(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Dashes for underscores, aliases resolved; flags without effect taken out with their values, and named; the unknown and refused are problems."""
     known = {flag.removeprefix("--") for action in _parser()._actions for flag in action.option_strings}
-    kept, ignored, problems, dropping = [], [], [], False
+    kept, ignored, problems = [], [], []
+    values_to_drop = 0.0  # of the flag before
     for word in argv:
         if not word.startswith("--"):
-            if not dropping:
+            if values_to_drop <= 0:
                 kept.append(word)
+            values_to_drop -= 1
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("_", "-")
-        dropping = name not in known and name not in ALIASES
+        values_to_drop = 0
         if name in known:
             kept.append(f"--{name}{equals}{value}")
         elif name in ALIASES:
             flag, value = ALIASES[name]
             kept += [f"--{flag}", value]
-        elif name in WITHOUT_EFFECT:
+        elif (arity := _look_up(name, WITHOUT_EFFECT)) is not None:
             ignored.append(f"--{name}")
+            values_to_drop = 0 if equals else arity
         else:
-            problems.append(f"--{name} {REFUSED[name]}" if name in REFUSED else f"--{name} is unknown{_nearest(name, known, '--')}")
+            values_to_drop = math.inf
+            problems.append(f"--{name} {_look_up(name, REFUSED) or 'is unknown' + _nearest(name, known, '--')}")
     return kept, ignored, problems
 
 
+def _look_up(name: str, table: dict[str, Any]) -> Any:
+    """The entry of a flag, or of the pattern it falls under; None without one."""
+    if name in table:
+        return table[name]
+    return next((value for key, value in table.items() if key.endswith("*") and name.startswith(key[:-1])), None)
+
+
 def _nearest(name: str, known: Any, prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.7)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
@@ -266,7 +316,7 @@ def _flatten(content: Any, source: str, problems: list[str]) -> dict[str, Any]:
     sections = {section.name for section in fields(Config)}
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= value if key in sections and isinstance(value, dict) else {key: value}
+        flat |= (value or {}) if key in sections and isinstance(value, dict | None) else {key: value}
     return _convert_all(flat, source, problems)
 
 
@@ -282,14 +332,16 @@ def _convert_all(given: dict[str, Any], source: str, problems: list[str]) -> dic
         elif name in options:
             try:
                 values[name] = _convert(options[name], value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 choices, kind = options[name].metadata["choices"], _kind(options[name].type)
-                expected = f"one of {', '.join(choices)}" if choices else {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+                words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+                expected = f"one of {', '.join(choices)}" if choices else words[kind]
                 problems.append(f"{source}{key} {value!r} is not {expected}")
-        elif flag in REFUSED:
-            problems.append(f"{source}{key} {REFUSED[flag]}")
-        elif flag not in WITHOUT_EFFECT:
-            problems.append(f"{source}{key} is unknown{_nearest(name, options)}")
+        elif flag in ALIASES:
+            target, implied = ALIASES[flag]
+            values |= {target.replace("-", "_"): implied} if value else {}
+        elif _look_up(flag, WITHOUT_EFFECT) is None and value not in (None, False):
+            problems.append(f"{source}{key} {_look_up(flag, REFUSED) or 'is unknown' + _nearest(name, options)}")
     return values
 
 
@@ -309,5 +361,7 @@ def _convert(option, value: Any) -> Any:
         raise ValueError
     value = int(float(value)) if kind is int else kind(value)
     if meta["choices"] and value not in meta["choices"]:
+        raise ValueError
+    if kind is float and not math.isfinite(value):
         raise ValueError
     return value

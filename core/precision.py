@@ -27,25 +27,30 @@ class LossScaler:
         self.good_updates = torch.tensor(0, dtype=torch.int64, device=device)
         self.bad_updates_left = torch.tensor(self.patience, dtype=torch.int64, device=device)
 
-    def update(self, overflow: torch.Tensor) -> None:
-        """Move on after an update; overflow: 0-d bool, whether it held a number that is not finite."""
+    def update(self, overflow: torch.Tensor, empty: torch.Tensor) -> None:
+        """Move on after an update. overflow: 0-d bool, whether it held a number that is not finite; empty: whether it had nothing to learn from."""
         if not self.dynamic:
             return
+        before = (self.scale, self.good_updates, self.bad_updates_left)
         left = torch.where(overflow, self.bad_updates_left - 1, self.bad_updates_left)
         good = torch.where(overflow, 0, self.good_updates + 1)
         grow = good >= self.window
         shrunk = torch.where(overflow & (left <= 0), (self.scale * 0.5).clamp(min=self.lowest), self.scale)
-        self.scale = torch.where(grow, self.scale * 2, shrunk)
-        self.good_updates = torch.where(grow, 0, good)
-        self.bad_updates_left = torch.where(grow, self.patience, left)
+        after = (torch.where(grow, self.scale * 2, shrunk), torch.where(grow, 0, good), torch.where(grow, self.patience, left))
+        self.scale, self.good_updates, self.bad_updates_left = (torch.where(empty, old, new) for old, new in zip(before, after, strict=True))
 
     def state(self) -> dict[str, float | int]:
         """Plain numbers for a checkpoint."""
-        return {"scale": self.scale.item(), "good_updates": self.good_updates.item(), "bad_updates_left": self.bad_updates_left.item()}
+        return {
+            "dynamic": self.dynamic,
+            "scale": self.scale.item(),
+            "good_updates": self.good_updates.item(),
+            "bad_updates_left": self.bad_updates_left.item(),
+        }
 
     def load(self, state: dict[str, float | int]) -> None:
-        """Take up the state of a checkpoint. A constant scale stays what the flags say."""
-        if self.dynamic:
+        """Take up the state of a checkpoint, if it too was dynamic. A constant scale stays what the flags say."""
+        if self.dynamic and state["dynamic"]:
             self.scale.fill_(state["scale"])
             self.good_updates.fill_(state["good_updates"])
             self.bad_updates_left.fill_(state["bad_updates_left"])

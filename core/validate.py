@@ -32,7 +32,9 @@ def _missing(config: Config, world_size: int) -> Iterator[str]:
 def _model(config: Config, world_size: int) -> Iterator[str]:
     model, length = config.model, config.batch.seq_length
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_query_groups", "make_vocab_size_divisible_by")
-    yield from _positive(model, *names)
+    yield from _positive(model, *names, "rotary_base", "rope_scaling_factor", "init_method_std")
+    if model.norm_epsilon < 0:
+        yield f"--norm-epsilon {model.norm_epsilon} must not be negative"
     heads = model.num_attention_heads
     if model.hidden_size and heads and heads > 0 and model.hidden_size % heads and model.hidden_size // heads == model.kv_channels:
         near = _nearest_multiples(model.hidden_size, heads)
@@ -83,7 +85,10 @@ def _parallel(config: Config, world_size: int) -> Iterator[str]:
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:
     batch: BatchConfig = config.batch
-    yield from _positive(batch, "seq_length", "micro_batch_size", "global_batch_size", "train_iters", "train_samples", "exit_interval")
+    yield from _positive(batch, "seq_length", "micro_batch_size", "global_batch_size", "train_samples", "exit_interval", "exit_duration_in_mins")
+    if batch.train_iters is not None and batch.train_iters <= 0:
+        given = f"--train-samples {batch.train_samples} is less than one batch:" if batch.train_samples else f"--train-iters {batch.train_iters}:"
+        yield f"{given} there must be at least 1 iteration"
     micro, total = batch.micro_batch_size, batch.global_batch_size
     if micro and total and micro > 0 and total > 0:
         dp = data_parallel_size(config.parallel, world_size)
@@ -201,6 +206,9 @@ def _tokenizer(config: Config) -> Iterator[str]:
 
 def _checkpoint(config: Config, world_size: int) -> Iterator[str]:
     checkpoint = config.checkpoint
+    for name in ("save", "load", "save_hf"):
+        if getattr(checkpoint, name) == "":
+            yield f"{_flag(name)} is empty; name a folder, or leave it out"
     for name in ("save_interval", "save_keep_last", "save_retain_interval"):
         yield from _positive(checkpoint, name)
         if getattr(checkpoint, name) and not checkpoint.save:
@@ -212,14 +220,30 @@ def _checkpoint(config: Config, world_size: int) -> Iterator[str]:
     for name in ("finetune", "no_load_optim"):
         if getattr(checkpoint, name) and not checkpoint.load:
             yield f"{_flag(name)} needs --load FOLDER"
-    if checkpoint.save and os.path.exists(checkpoint.save) and not os.path.isdir(checkpoint.save):
-        yield f"--save {checkpoint.save} is a file; name a folder"
+    yield from _writable("save", checkpoint.save)
+    yield from _writable("save_hf", checkpoint.save_hf)
 
 
 def _logging(config: Config, world_size: int) -> Iterator[str]:
+    yield from _writable("tensorboard_dir", config.logging.tensorboard_dir)
+    if config.logging.metrics_jsonl:
+        yield from _writable("metrics_jsonl", os.path.dirname(os.path.abspath(config.logging.metrics_jsonl)))
     yield from _positive(config.logging, "log_interval", "eval_interval")
     if config.logging.eval_iters < 0:
         yield f"--eval-iters {config.logging.eval_iters} must not be negative"
+
+
+def _writable(name: str, folder: str | None) -> Iterator[str]:
+    """The folder, or the nearest one above it that is there, must take files."""
+    if not folder:
+        return
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        yield f"{_flag(name)} {folder}: {existing} is no folder; name another"
+    elif not os.access(existing, os.W_OK):
+        yield f"{_flag(name)} {folder}: no permission to write in {existing}; name another folder"
 
 
 def _positive(section: object, *names: str) -> Iterator[str]:

@@ -33,6 +33,13 @@ def write_data(prefix: Path, documents: int = 60, seed: int = 0, vocab_size: int
     return prefix
 
 
+def write_ends(prefix: Path) -> None:
+    """Documents of the end token alone: with --eod-mask-loss nothing is left to predict."""
+    with IndexedDatasetWriter(str(prefix), np.uint16) as writer:
+        for _ in range(50):
+            writer.add_document(np.full(40, 96))
+
+
 def train(arguments: str, ranks: int = 1) -> None:
     """One run with --eval-iters and data given by `arguments`."""
     if ranks == 1:

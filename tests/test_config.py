@@ -68,7 +68,7 @@ def test_every_parse_problem_is_named_at_once_with_the_nearest_flag():
     for expected in (
         "did you mean --num-layers?",
         "--recompute-activations is not available",
-        "--lr 'fast' is not a number",
+        "--lr 'fast' is not a finite number",
         "1.5' is not a whole",
         "RMSNorm",
     ):
@@ -86,6 +86,33 @@ def test_flags_without_effect_are_accepted_with_their_values_and_named():
     request = flags.parse(["--use-mcore-models", "--transformer-impl", "local", "--no-bias-gelu-fusion", "--lr", "1e-3"])
     assert request.without_effect == ("--use-mcore-models", "--transformer-impl", "--no-bias-gelu-fusion")
     assert request.config.optimizer.lr == 1e-3
+
+
+def test_a_flag_without_effect_takes_its_own_values_and_no_more():
+    with pytest.raises(ConfigError, match="unrecognized arguments: stray"):
+        flags.parse(["--use-mcore-models", "stray"])
+
+
+def test_flags_fall_under_patterns():
+    assert flags.parse(["--tp-comm-overlap-ag"]).without_effect == ("--tp-comm-overlap-ag",)
+    with pytest.raises(ConfigError, match="--moe-router-topk is not available in this version"):
+        flags.parse(["--moe-router-topk", "2"])
+
+
+@pytest.mark.parametrize("text", ["lr: .inf", "train_iters: .inf", "preset: [1]", "bf16: 'true'", "lr: [1]", "weight_decay: .nan"])
+def test_nonsense_in_yaml_is_a_problem(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=text.split(":")[0]):
+        flags.parse(["--config", f"{tmp_path}/a.yaml"])
+
+
+def test_yaml_may_deny_what_is_refused_and_knows_the_aliases(tmp_path):
+    (tmp_path / "a.yaml").write_text("recompute_activations: false\nnum_experts: null\nmodel:\nuse_rotary_position_embeddings: true\n")
+    assert flags.parse(["--config", f"{tmp_path}/a.yaml"]).config.model.position_embedding_type == "rope"
+
+
+def test_bpe_files_imply_their_tokenizer_as_in_megatron():
+    assert config_of(GOOD.split(" --tokenizer-type")[0] + " --vocab-file a --merge-file b").data.tokenizer_type == "GPT2BPETokenizer"
 
 
 def test_no_flag_is_in_two_lists():

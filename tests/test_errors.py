@@ -41,10 +41,10 @@ def write_good(prefix: Path) -> None:
 CASES = {
     "impossible batch": (write_good, "--global-batch-size 9", 2, ["--global-batch-size 9", "--micro-batch-size 2", "8, 10"]),
     "unknown flag": (write_good, "--hiden-size 3", 2, ["--hiden-size", "did you mean --hidden-size?"]),
-    "not a number": (write_good, "--lr fast", 2, ["--lr 'fast' is not a number"]),
+    "not a number": (write_good, "--lr fast", 2, ["--lr 'fast' is not a finite number"]),
     "tensor parallel": (write_good, "--tensor-model-parallel-size 2", 2, ["--tensor-model-parallel-size 2: only 1 works in this version"]),
     "missing data": (None, "", 2, ["data.idx", "--data-path"]),
-    "missing tokenizer": (write_good, "--tokenizer-type HuggingFaceTokenizer --tokenizer-model gone", 2, ["--tokenizer-model gone: no such file"]),
+    "missing tokenizer": (write_good, "--tokenizer-type HuggingFaceTokenizer --tokenizer-model gone", 2, ["gone: no such file"]),
     "wrong --load": (write_good, "--load {folder}/elsewhere", 2, ["--load", "elsewhere holds no published checkpoint"]),
     "no data at all": (write_good, "--config {folder}/none.yaml", 2, ["none.yaml"]),
     "truncated .bin": (write_truncated_bin, "", 1, ["data.bin", "100"]),
@@ -54,7 +54,8 @@ CASES = {
     "export of another family": (write_good, "--normalization LayerNorm --save {folder}/s --save-hf {folder}/hf", 2, ["--save-hf", "RMSNorm"]),
     "export of nothing": (write_good, "--save-hf {folder}/hf", 2, ["--save-hf", "needs --save FOLDER"]),
     "kernels that cannot run": (write_good, "--kernels native --fp16", 2, ["--kernels native", "float16"]),
-    "metrics in no folder": (write_good, "--metrics-jsonl /dev/null/m.jsonl", 1, ["/dev/null"]),
+    "metrics in no folder": (write_good, "--metrics-jsonl {folder}/data.bin/m.jsonl", 2, ["--metrics-jsonl", "data.bin is no folder"]),
+    "metrics in another's file": (write_good, "--metrics-jsonl {folder}/data.bin", 2, ["--metrics-jsonl", "line 1 is no row of metrics"]),
     "no dataset for the split": (write_good, "--split 0,100,0 --eval-iters 1", 2, ["--split gives training no share"]),
 }
 
@@ -115,7 +116,19 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, capfd):
     write_data(tmp_path / "data")
     train(f"{RUN} --data-path {tmp_path}/data --save {tmp_path}/run --exit-interval 1")
     assert pretrain_gpt.cli(f"{RUN} --hidden-size 64 --data-path {tmp_path}/data --load {tmp_path}/run".split()) == 1
-    assert "is [97, 32] in" in capfd.readouterr().err
+    assert "is of another model: --hidden-size was 32, is 64" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["--num-layers 1", "--num-attention-heads 8", "--rotary-base 100", "--position-embedding-type none", "--squared-relu --no-swiglu"],
+)
+def test_a_checkpoint_of_another_model_is_refused_even_where_its_tensors_fit(tmp_path, capfd, change):
+    write_data(tmp_path / "data")
+    train(f"{RUN} --data-path {tmp_path}/data --save {tmp_path}/run --exit-interval 1")
+    assert pretrain_gpt.cli(f"{RUN} {change} --data-path {tmp_path}/data --load {tmp_path}/run".split()) == 1
+    error = capfd.readouterr().err
+    assert "is of another model" in error and change.split()[0] in error and error.count("\n") == 1
 
 
 def test_a_first_launch_may_load_from_its_own_save_folder(tmp_path, capfd):
@@ -127,7 +140,7 @@ def test_a_first_launch_may_load_from_its_own_save_folder(tmp_path, capfd):
 def test_a_full_disk_loses_nothing_that_was_published(tmp_path):
     """A file size limit stands in for the full disk: the save fails in one line, the checkpoint before it loads."""
     write_data(tmp_path / "data")
-    arguments = f"{RUN} --data-path {tmp_path}/data --save {tmp_path}/run --load {tmp_path}/run --metrics-jsonl /dev/null".split()
+    arguments = f"{RUN} --data-path {tmp_path}/data --save {tmp_path}/run --load {tmp_path}/run --metrics-jsonl {tmp_path}/small.jsonl".split()
     train(" ".join([*arguments, "--exit-interval", "4"]))
     limited = f"ulimit -f 64; exec {sys.executable} {ROOT}/pretrain_gpt.py {' '.join(arguments)}"
     result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -9,10 +9,10 @@ CPU = torch.device("cpu")
 
 
 def scales(precision: PrecisionConfig, moves: str) -> list[float]:
-    """The scale after each move: `.` good, `x` overflow."""
+    """The scale after each move: `.` good, `x` overflow, `-` an empty batch."""
     scaler, seen = LossScaler(precision, CPU), []
     for move in moves:
-        scaler.update(torch.tensor(move == "x"))
+        scaler.update(torch.tensor(move == "x"), torch.tensor(move == "-"))
         seen.append(scaler.scale.item())
     return seen
 
@@ -24,6 +24,8 @@ def test_dynamic_scale_halves_after_hysteresis_and_doubles_after_a_window():
     assert scales(precision, "......") == [16, 16, 32, 32, 32, 64]
     assert scales(precision, "x..x") == [16, 16, 16, 8]
     assert scales(precision, "x...x") == [16, 16, 16, 32, 32]  # growing refills the hysteresis
+    assert scales(precision, "x--x") == [16, 16, 16, 8]
+    assert scales(precision, ".--..") == [16, 16, 16, 16, 32]
     assert scales(precision, "..x...") == [16, 16, 16, 16, 16, 32]
 
 
@@ -36,13 +38,20 @@ def test_state_restores_the_next_moves():
     precision = PrecisionConfig(fp16=True, initial_loss_scale=16.0, loss_scale_window=3)
     first, second = LossScaler(precision, CPU), LossScaler(precision, CPU)
     for move in "..x.":
-        first.update(torch.tensor(move == "x"))
+        first.update(torch.tensor(move == "x"), torch.tensor(False))
     second.load(first.state())
     for move in "..x.x":
         for scaler in (first, second):
-            scaler.update(torch.tensor(move == "x"))
+            scaler.update(torch.tensor(move == "x"), torch.tensor(move == "-"))
         assert first.state() == second.state()
 
 
 def test_working_dtype():
     assert [working_dtype(PrecisionConfig(bf16=b, fp16=f)) for b, f in ((0, 0), (1, 0), (0, 1))] == [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_state_of_another_precision_is_not_taken_up():
+    """A bf16 run's scale of 1 would leave fp16 gradients to underflow."""
+    fp16 = LossScaler(PrecisionConfig(fp16=True), CPU)
+    fp16.load(LossScaler(PrecisionConfig(bf16=True), CPU).state())
+    assert fp16.scale.item() == 2.0**32

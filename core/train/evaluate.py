@@ -8,7 +8,7 @@ from .. import comm
 from ..data.loader import Batch
 from ..mesh import Axis
 from ..model.gpt import GPT
-from .step import to_device
+from .step import masked_sum, to_device
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def mean_loss(model: GPT, batches: Iterable[Batch], dp: Axis, device: torch.devi
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         tokens, labels, mask = to_device(batch, device)
-        totals[0] += (model.token_losses(tokens, labels) * mask).sum()
+        totals[0] += masked_sum(model.token_losses(tokens, labels), mask)
         totals[1] += mask.sum()
     loss, count = comm.all_reduce(totals, dp).tolist()
     return loss / count if count else float("nan")

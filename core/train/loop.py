@@ -40,6 +40,8 @@ def run(trainer: Trainer, data: Data, state: RunState, reporter: Reporter, progr
         if _due(progress, trainer.config.logging.eval_interval, last):
             stop |= reporter.drain()
             _evaluate(trainer, data.valid, "valid", reporter, progress)
+        if last:
+            _evaluate(trainer, data.test, "test", reporter, progress)
         if trainer.config.checkpoint.save and (stop or _due(progress, trainer.config.checkpoint.save_interval, last)):
             stop |= reporter.drain()
             state.save(progress)
@@ -48,9 +50,6 @@ def run(trainer: Trainer, data: Data, state: RunState, reporter: Reporter, progr
     if progress.iteration < batch.train_iters:
         reason = f"--exit-interval {batch.exit_interval}" if at_interval and not wish else wish.reason
         logs.get_logger().info(f" stopped at iteration {progress.iteration}: {reason}")
-    if progress.iteration == batch.train_iters:
-        reporter.drain()
-        _evaluate(trainer, data.test, "test", reporter, progress)
     return progress
 
 

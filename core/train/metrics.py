@@ -1,5 +1,6 @@
 """What a run reports: rows of numbers, and the places they go to (metrics.jsonl, the console, TensorBoard, a picture). Rank 0 alone writes."""
 
+import itertools
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import logs
-from ..config import Config
+from ..config import Config, ConfigError
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Row:
     loss_scale: float
     skipped: int
     memory_bytes: int
+    no_predictions: bool = False  # said on the console alone
 
 
 @dataclass(frozen=True)
@@ -45,48 +47,73 @@ class EvaluationRow:
 
 
 class MetricsFile:
-    """Rows as JSON lines, appended across restarts. What a crash left after the iteration that is resumed from is dropped."""
+    """Rows as JSON lines, appended across restarts. What a crash left after the iteration that is resumed from is dropped.
+
+    A path that is no regular file (a pipe, /dev/null) is written to and never replaced.
+    """
 
     def __init__(self, path: Path, iteration: int):
-        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_rows(path)
-        kept = [row for row in rows if row["iteration"] <= iteration]
-        if rows and iteration == 0:
-            aside = path.with_suffix(".previous.jsonl")
-            os.replace(path, aside)
-            logs.get_logger().info(f"{path} holds the rows of an earlier run; they are now in {aside}")
-        elif path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(_line(row) for row in kept), encoding="utf-8")
-            os.replace(temporary, path)
+        self._regular = path.is_file() or not path.exists()
+        if path.is_file():
+            _keep_until(path, iteration)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
-        self._file.write(_line(asdict(row)))
+        values = asdict(row)
+        del values["no_predictions"]
+        self._file.write(_line(values))
 
     def evaluation(self, row: EvaluationRow) -> None:
         self._file.write(_line(asdict(row)))
 
     def flush(self) -> None:
         """On the disk: what is in here cannot be newer than a checkpoint that follows."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.flush()
+            if self._regular:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            error.filename = self._file.name  # a write to a full disk does not know its file
+            raise
 
     def close(self) -> None:
         self.flush()
         self._file.close()
 
 
+def _keep_until(path: Path, iteration: int) -> None:
+    """Drop the rows after `iteration` and a torn last line; a run from the start moves the whole file aside, under a name that is free."""
+    rows = read_rows(path)
+    if iteration == 0 and rows:
+        number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.jsonl").exists())
+        os.rename(path, path.with_suffix(f".{number}.jsonl"))
+        logs.get_logger().info(f"{path} holds the rows of an earlier run; they are now in {path.with_suffix(f'.{number}.jsonl')}")
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(_line(row) for row in rows if row["iteration"] <= iteration)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics file; none if there is no file. A last line that a crash cut short is left out."""
+    """The rows of a metrics file; none if it is no regular file. A last line that a crash cut short is left out.
+
+    Raises ConfigError for a file that holds anything else: it is somebody's, and is not written to.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or "iteration" not in row:
+                raise ValueError
+            rows.append(row)
+        except ValueError:
+            if number < len(lines) or not line.startswith('{"iteration"'[: len(line)]):
+                raise ConfigError([f"--metrics-jsonl {path}: line {number} is no row of metrics; name another file"]) from None
     return rows
 
 
@@ -113,7 +140,7 @@ class Console:
         """Take in an iteration; a bad one is named at once."""
         self._rows.append(row)
         self._skipped += row.skipped
-        self._nan += not math.isfinite(row.lm_loss)
+        self._nan += not (math.isfinite(row.lm_loss) or row.no_predictions)
         if row.skipped:
             logs.get_logger().warning(f"iteration {row.iteration}: {_what_is_wrong(row)}; the update is skipped")
         if self._progress:
@@ -163,6 +190,8 @@ def _throughput(rows: list[Row], elapsed: float) -> list[str]:
 
 
 def _what_is_wrong(row: Row) -> str:
+    if row.no_predictions:
+        return "its mask leaves no prediction"
     if not math.isfinite(row.lm_loss):
         return f"the loss is {row.lm_loss}"
     return f"the gradient norm is {row.grad_norm}" + (f" at loss scale {row.loss_scale:.0f}" if row.loss_scale != 1 else "")

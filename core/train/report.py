@@ -55,7 +55,7 @@ class Reporter:
         return stop
 
     def evaluation(self, iteration: int, split: str, loss: float) -> None:
-        row = EvaluationRow(iteration, split, loss, math.exp(min(20, loss)))
+        row = EvaluationRow(iteration, split, loss, math.exp(min(loss, 20)))
         for sink in self._sinks:
             sink.evaluation(row)
 
@@ -64,7 +64,7 @@ class Reporter:
         self.drain()
         for sink in self._sinks:
             sink.close()
-        rows = read_rows(self._path) if self._sinks and self._path else []
+        rows = read_rows(self._path) if self._sinks and self._path else []  # none where the path is a device
         if not rows:
             return None
         picture = self._path.with_name("loss.png")
@@ -104,6 +104,7 @@ class Reporter:
             loss_scale=result.loss_scale.item(),
             skipped=int(result.skipped.item()),
             memory_bytes=_memory(self.device),
+            no_predictions=count == 0,
         )
 
 

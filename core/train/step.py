@@ -62,7 +62,7 @@ class Trainer:
         self.model.train()
         for index in range(self.micro_batches):
             losses, mask = self._forward(progress.iteration, index, next(batches))
-            total = (losses * mask).sum()
+            total = masked_sum(losses, mask)
             (total * (self.scaler.scale / tokens)).backward()
             totals[0] += total.detach()
             totals[1] += mask.sum()
@@ -76,7 +76,7 @@ class Trainer:
         lr = learning_rate(config.optimizer, progress.iteration - 1)
         optimizer.update(lr, to_true * clip_factor(norm, config.optimizer.clip_grad), ~finite)
         result = StepResult(progress, lr, totals[0], totals[1], norm, ~finite, self.scaler.scale.clone(), totals[2])
-        self.scaler.update(~finite)
+        self.scaler.update(~finite, totals[1] == 0)
         return result
 
     def _forward(self, iteration: int, index: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,6 +88,11 @@ class Trainer:
             torch.manual_seed(rng.attention_dropout_seed(seed, iteration, index, self.mesh.dp.rank))
         tokens, labels, mask = to_device(batch, self.device)
         return self.model.token_losses(tokens, labels, stream), mask
+
+
+def masked_sum(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sum of the losses [B, T] that count. Selected, not multiplied: a loss that does not count may be NaN."""
+    return torch.where(mask > 0, losses, 0.0).sum()
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

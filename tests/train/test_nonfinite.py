@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from ranks import run_ranks
-from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data
+from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data, write_ends
 
 import pretrain_gpt
 from trivium.launch import Place
@@ -79,14 +79,12 @@ def test_bf16_and_fp16_follow_fp32(data, tmp_path):
         assert [row["lm_loss"] for row in rows] == pytest.approx(reference, rel=0.01)
 
 
-def test_a_batch_with_no_prediction_left_is_skipped(tmp_path):
-    """Documents of the end token alone under --eod-mask-loss: N = 0."""
-    import numpy as np
-
-    from trivium.data.indexed import IndexedDatasetWriter
-
-    with IndexedDatasetWriter(str(tmp_path / "empty"), np.uint16) as writer:
-        for _ in range(50):
-            writer.add_document(np.full(40, 96))
-    train(f"{RUN} --data-path {tmp_path}/empty --eod-mask-loss --metrics-jsonl {tmp_path}/m.jsonl --train-iters 4")
-    assert [(row["skipped"], row["lm_loss"]) for row in rows_of(tmp_path / "m.jsonl")] == [(1, None)] * 4
+def test_a_batch_with_no_prediction_left_is_skipped_and_is_no_overflow(tmp_path, capsys):
+    """N = 0 is neither a nan nor a reason to lower the loss scale."""
+    write_ends(tmp_path / "ends")
+    flags = "--eod-mask-loss --fp16 --initial-loss-scale 65536 --hysteresis 1 --train-iters 10"
+    train(f"{RUN} --data-path {tmp_path}/ends {flags} --metrics-jsonl {tmp_path}/m.jsonl")
+    assert [(row["skipped"], row["lm_loss"], row["loss_scale"]) for row in rows_of(tmp_path / "m.jsonl")] == [(1, None, 65536)] * 10
+    out = capsys.readouterr().out
+    assert "iteration 1: its mask leaves no prediction; the update is skipped" in out
+    assert re.search(r"number of skipped iterations: +5 \| number of nan iterations: +0", out)

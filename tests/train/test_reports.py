@@ -1,10 +1,19 @@
 """What a run prints and writes, as users and their scripts read it."""
 
 import math
+import os
 import re
+import subprocess
 
 import pytest
-from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data
+import torch
+from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data, write_ends
+
+from trivium import flags, ops
+from trivium.config import resolve
+from trivium.data.dataset import build_datasets
+from trivium.mesh import Axis
+from trivium.model.gpt import GPT
 
 RUN = SMALL + LLAMA + NO_DROPOUT + " --eval-interval 10 --eval-iters 2 --split 80,10,10"
 MEGATRON_LINE = re.compile(
@@ -79,7 +88,48 @@ def test_without_save_or_path_nothing_is_written(data, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
-def test_a_fresh_run_puts_the_rows_of_an_earlier_one_aside(data, tmp_path):
-    for _ in range(2):
-        train(f"{RUN} --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl --exit-interval 3")
-    assert len(rows_of(tmp_path / "m.jsonl")) == len(rows_of(tmp_path / "m.previous.jsonl")) == 3
+def test_fresh_runs_put_the_rows_of_earlier_ones_aside(data, tmp_path):
+    for count in (3, 2, 1):
+        train(f"{RUN} --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl --exit-interval {count}")
+    assert [len(rows_of(tmp_path / name)) for name in ("m.1.jsonl", "m.2.jsonl", "m.jsonl")] == [3, 2, 1]
+
+
+def test_a_pipe_is_written_to_and_not_replaced(data, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True)
+    train(f"{RUN} --data-path {data} --metrics-jsonl {tmp_path}/pipe --exit-interval 2")
+    assert len(reader.communicate()[0].splitlines()) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_an_evaluation_without_a_prediction_is_null(tmp_path):
+    write_ends(tmp_path / "ends")
+    train(f"{RUN} --eod-mask-loss --data-path {tmp_path}/ends --split 50,50,0 --metrics-jsonl {tmp_path}/m.jsonl --train-iters 10")
+    assert [(row["lm_loss"], row["ppl"]) for row in rows_of(tmp_path / "m.jsonl", "valid")] == [(None, None)]
+
+
+def test_evaluation_is_the_masked_mean_of_the_first_samples_without_dropout(data, tmp_path):
+    """Against a mean computed here; at a learning rate of almost zero the model is the initial one."""
+    still = "--lr 1e-30 --lr-warmup-iters 0 --lr-decay-style constant --attention-dropout 0.5 --hidden-dropout 0.5 --eod-mask-loss --eval-iters 3"
+    arguments = f"{RUN} {still} --data-path {data} --split 60,40,0 --metrics-jsonl {tmp_path}/m.jsonl --exit-interval 10"
+    train(arguments, 4)
+    samples = build_datasets([str(data)], "60,40,0", 32, 1234, (160, 24, 0)).valid
+    ids = torch.stack([torch.from_numpy(samples.tokens(k)) for k in range(24)])
+    config = resolve(flags.parse(arguments.split()).config, 1)
+    model = GPT(config.model, 97, tp=Axis("tp"), ops=ops.Ops(), seed=1234).eval()
+    losses, mask = model.token_losses(ids[:, :-1], ids[:, 1:]), ids[:, :-1] != 96
+    assert 0.9 < mask.float().mean() < 1
+    assert rows_of(tmp_path / "m.jsonl", "valid")[0]["lm_loss"] == pytest.approx((losses[mask].sum() / mask.sum()).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dropout", ["--attention-dropout 0.5", "--hidden-dropout 0.5"])
+def test_dropout_is_drawn_anew_each_iteration_and_from_the_seed(data, tmp_path, dropout):
+    """One sample again and again, at a learning rate of almost zero: all that changes is the mask."""
+    arguments = f"{RUN} --lr 1e-30 --lr-warmup-iters 0 --lr-decay-style constant --eval-iters 0 {dropout} --exit-interval 4 --data-path {data}"
+    losses = {}
+    for name, more in (("none", "--attention-dropout 0 --hidden-dropout 0"), ("a", ""), ("again", ""), ("seed", "--seed 7")):
+        train(f"{arguments} {more} --metrics-jsonl {tmp_path}/{name}.jsonl")
+        losses[name] = [row["lm_loss"] for row in rows_of(tmp_path / f"{name}.jsonl")]
+    assert losses["a"] == losses["again"] != losses["seed"]
+    offsets = [a - b for a, b in zip(losses["a"], losses["none"], strict=True)]
+    assert len({round(offset, 7) for offset in offsets}) == 4

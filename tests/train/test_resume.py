@@ -9,9 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 from runs import LLAMA, NO_DROPOUT, SMALL, exact, rows_of, train, write_data
 
+import pretrain_gpt
 from trivium.checkpoint import publish
+from trivium.launch import Place
+from trivium.mesh import Mesh
+from trivium.train import step
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = SMALL + LLAMA + " --eval-interval 6 --eval-iters 2 --split 80,20,0 --save-interval 4"
@@ -52,6 +57,38 @@ def test_resumes_on_another_number_of_processes(data, tmp_path, first, second):
     whole, parts = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     assert [row["iteration"] for row in parts] == list(range(1, 21))
     assert [row["lm_loss"] for row in parts] == pytest.approx([row["lm_loss"] for row in whole], rel=1e-5)
+
+
+def test_batches_of_another_size_go_on_where_the_data_was(data, tmp_path):
+    """From 8 to 4 samples a batch after 9 iterations: sample 72 comes next, and the data lasts."""
+    arguments = f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --load {tmp_path}"
+    train(f"{arguments} --exit-interval 9")
+    train(f"{arguments} --global-batch-size 4")
+    assert [row["consumed_samples"] for row in rows_of(tmp_path / "metrics.jsonl")] == [*range(8, 73, 8), *range(76, 117, 4)]
+
+
+def test_one_rank_asked_to_stop_stops_all(data, tmp_path):
+    """The wish travels with the step's own reduction: both ranks end after the same iteration, and the checkpoint is whole."""
+    reached = run_ranks(2, stopped_on_rank_one, f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --exit-signal-handler")
+    assert reached[0] == reached[1] == publish.tracked_iteration(tmp_path) < 20
+
+
+def stopped_on_rank_one(mesh: Mesh, arguments: str) -> int:
+    """A run in which rank 1 gets a signal during its fifth step; the iteration it came to."""
+    honest, seen = step.Trainer.step, []
+
+    def signalled(self, progress, batches, stop):
+        if mesh.rank == 1 and progress.iteration == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        seen.append(progress.iteration + 1)
+        return honest(self, progress, batches, stop)
+
+    step.Trainer.step = signalled
+    try:
+        pretrain_gpt.main(arguments.split(), Place(mesh.rank, mesh.world_size, mesh.rank))
+    finally:
+        step.Trainer.step = honest
+    return seen[-1]
 
 
 def test_finetune_takes_the_weights_alone(data, tmp_path):
