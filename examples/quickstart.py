@@ -7,7 +7,8 @@ Every step is one command of the project, printed before it runs; steps whose re
 """
 
 import argparse
-import json
+import hashlib
+import os
 import shlex
 import shutil
 import subprocess
@@ -18,14 +19,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trivium.data.indexed import IndexedDataset
+from trivium.train.metrics import read_rows
 from trivium.train.pretrained import load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"}
-VOCABULARY, LENGTH, BATCH, FIRST_LEG, LAST = 4096, 256, 16, 200, 260
+# Tests, other people's packages, and files that are tables rather than programs.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data"}
+# Threads that wait asleep: beside other busy processes, spinning ones make a run several times slower.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "true"} | os.environ
+VOCABULARY, LENGTH, BATCH, FIRST_LEG, LAST = 4096, 256, 16, 240, 320
 
 
 def main() -> None:
@@ -33,11 +39,12 @@ def main() -> None:
     parser.add_argument("--input", type=Path, help="file or folder of text; Python's standard library if not given")
     parser.add_argument("--output", type=Path, default=ROOT / "quickstart", help="folder for everything that is made")
     options = parser.parse_args()
-    out, start = options.output, time.monotonic()
-    name = "python" if options.input is None else options.input.resolve().name
+    if options.input is not None and not options.input.exists():
+        sys.exit(f"quickstart: --input {options.input}: no such file or folder")
+    start, out = time.monotonic(), options.output / name_of(options.input)
     out.mkdir(parents=True, exist_ok=True)
-    text = options.input or standard_library(out / "python_source")
-    tokenizer, data, run, export = out / f"{name}_tokenizer", out / name, out / f"{name}_run", out / f"{name}_hf"
+    text = options.input or standard_library(out / "source")
+    tokenizer, data, run, export = out / "tokenizer", out / "data", out / "checkpoints", out / "hf"
     prefix = f"{data}_text_document"
     step("1/6 tokenizer", tokenizer / "tokenizer.json", tool("train_tokenizer", "--input", text, "--vocab-size", VOCABULARY, "--output", tokenizer))
     tokenize = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--append-eod", "--workers", 2]
@@ -47,14 +54,14 @@ def main() -> None:
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     step("4/6 resumed on 2 data-parallel processes", run / f"iter_{LAST:07d}", [*two, ROOT / "pretrain_gpt.py", *train, "--save-hf", export])
     print("\n5/6 sample", flush=True)
-    run_command(tool("generate", "--load", run, "--prompt", "def ", "--max-new-tokens", 120, "--temperature", 0.7, "--top-k", 50, "--seed", 1))
+    run_command(tool("generate", "--load", run, "--prompt", "    def __init__(self", "--max-new-tokens", 120, "--temperature", 0.7, "--top-k", 50, "--seed", 1))
     print("\n6/6 export", flush=True)
     difference = compare_with_transformers(run, export)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    loss = [row["lm_loss"] for row in rows if row.get("split") == "valid"][-1]
+    losses = [row["lm_loss"] for row in read_rows(run / "metrics.jsonl") if row.get("split") == "valid"]
+    loss = f"{losses[-1]:.3f} nats per token" if losses else "none: the text has too few documents to keep some for validation"
     print(f"""
 done in {time.monotonic() - start:.0f} s
-  validation loss    {loss:.3f} nats per token; unigram entropy of the corpus: {unigram_entropy(prefix):.3f}
+  validation loss    {loss}; unigram entropy of the corpus: {unigram_entropy(prefix):.3f}
   transformers loads the export; largest difference of logits: {difference:.1e}
   tokenizer          {tokenizer}
   data               {prefix}.bin, .idx
@@ -62,6 +69,15 @@ done in {time.monotonic() - start:.0f} s
   loss curve         {run / "loss.png"}
   metrics            {run / "metrics.jsonl"}
   Hugging Face       {export}""")
+
+
+def name_of(source: Path | None) -> str:
+    """A folder name for what is made from a text: another place, size or date of it gives another one."""
+    if source is None:
+        return "python"
+    files = [source, *sorted(source.rglob("*"))] if source.is_dir() else [source]
+    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+    return f"{source.resolve().stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
 
 def standard_library(folder: Path) -> Path:
@@ -106,7 +122,7 @@ def step(title: str, product: Path | str, command: list) -> None:
 def run_command(command: list) -> None:
     words = [str(word) for word in command]
     print("  $ " + shlex.join(words), flush=True)
-    status = subprocess.run(words).returncode
+    status = subprocess.run(words, env=ENVIRONMENT).returncode
     if status:
         sys.exit(f"quickstart: the command above ended with status {status}")
 
@@ -121,6 +137,7 @@ def unigram_entropy(prefix: str) -> float:
 
 def compare_with_transformers(run: Path, export: Path) -> float:
     """Load the export with transformers and give both models the same text; the largest difference of the logits."""
+    transformers.utils.logging.disable_progress_bar()
     peer, tokenizer = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32), AutoTokenizer.from_pretrained(export)
     tokens = tokenizer("def main(argv=None):\n    import sys\n", return_tensors="pt").input_ids
     ours = load_pretrained(export, device=torch.device("cpu"), dtype=torch.float32).model
