@@ -54,7 +54,11 @@ def main() -> None:
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     step("4/6 resumed on 2 data-parallel processes", run / f"iter_{LAST:07d}", [*two, ROOT / "pretrain_gpt.py", *train, "--save-hf", export])
     print("\n5/6 sample", flush=True)
-    run_command(tool("generate", "--load", run, "--prompt", "    def __init__(self", "--max-new-tokens", 120, "--temperature", 0.7, "--top-k", 50, "--seed", 1))
+    run_command(
+        tool(
+            "generate", "--load", run, "--prompt", "    def __init__(self", "--max-new-tokens", 120, "--temperature", 0.7, "--top-k", 50, "--seed", 1
+        )
+    )
     print("\n6/6 export", flush=True)
     difference = compare_with_transformers(run, export)
     losses = [row["lm_loss"] for row in read_rows(run / "metrics.jsonl") if row.get("split") == "valid"]
