@@ -1,6 +1,7 @@
 """The one logger: every line a rank writes goes through here, rank 0 bare, the others with their rank in front."""
 
 import logging
+import os
 import sys
 
 LOGGER_NAME = "trivium"
@@ -27,6 +28,13 @@ class _StdoutHandler(logging.StreamHandler):
     @property
     def stream(self):
         return sys.stdout
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A reader that has gone away (`| head`, a dead tee) does not end a run: it goes on in silence."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        else:
+            super().handleError(record)
 
 
 def get_logger() -> logging.Logger:
