@@ -64,7 +64,7 @@ def test_two_processes_with_sruns_variables_train_together(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    arguments = f"{SMALL} --mock-data --eval-iters 0 --train-iters 3 --metrics-jsonl {tmp_path}/m.jsonl".split()
+    arguments = f"{SMALL} --mock-data --eval-iters 0 --train-iters 3 --lr-warmup-iters 0 --metrics-jsonl {tmp_path}/m.jsonl".split()
     ranks = [
         subprocess.Popen(
             [sys.executable, ROOT / "pretrain_gpt.py", *arguments],
