@@ -1,3 +1,3 @@
-"""Trivium: a 3D-parallel engine for pretraining language models."""
+"""Trivium: a Megatron-style engine for pretraining language models."""
 
 __version__ = "0.1.0"

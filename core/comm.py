@@ -13,11 +13,6 @@ def all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum") -> torch.Tenso
     return tensor
 
 
-def any_rank(flag: bool, axis: Axis, device: torch.device) -> bool:
-    """True on every rank of `axis` if it is true on one. Waits for the device: not for use inside a step."""
-    return bool(all_reduce(torch.tensor(int(flag), device=device), axis, "max").item())
-
-
 def copy_to(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """x unchanged, its gradient summed over `axis`: the way into a column-parallel layer (Shoeybi et al. 2019, f)."""
     return _CopyTo.apply(x, axis) if axis.size > 1 else x

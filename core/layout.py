@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
@@ -84,11 +83,6 @@ class Layout:
         local = _share(padded_rows, tp, name)
         start, stop = (min(rows, (tp.rank + i) * local) for i in (0, 1))
         return Layout((local, columns), (Part(name, (rows, columns), ((start, stop), (0, columns)), (0, 0)),))
-
-    @property
-    def numel(self) -> int:
-        """Elements of the local tensor, padding included."""
-        return prod(self.shape)
 
     def pieces(self, tensor: torch.Tensor, prefix: str = "") -> Iterator[Piece]:
         """The pieces of a local tensor of this layout, as views; `prefix` tells a moment from a weight. Empty boxes are left out."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from trivium.comm import all_reduce, any_rank, copy_to, reduce_from
+from trivium.comm import all_reduce, copy_to, reduce_from
 from trivium.mesh import Mesh
 
 
@@ -48,15 +48,6 @@ def test_copy_to_leaves_the_gradient_of_a_residual_alone():
     assert run_ranks(2, gradient_of_a_shared_output, tp=2) == [[3.0] * 3] * 2
 
 
-def asked(mesh: Mesh, who: int | None) -> bool:
-    return any_rank(mesh.rank == who, mesh.world, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("who", [None, 0, 2])
-def test_any_rank_is_the_same_everywhere(who):
-    assert run_ranks(3, asked, who) == [who is not None] * 3
-
-
 def reduced(mesh: Mesh, op: str) -> float:
     return all_reduce(torch.tensor([4.0, 1.0, 6.0][mesh.rank]), mesh.world, op).item()
 
@@ -70,4 +61,3 @@ def test_at_size_one_all_are_the_identity():
     mesh = Mesh.plan(1, 0)
     x = torch.ones(2, requires_grad=True)
     assert copy_to(x, mesh.tp) is x and reduce_from(x, mesh.tp) is x and all_reduce(x, mesh.tp) is x
-    assert not any_rank(False, mesh.world, torch.device("cpu")) and any_rank(True, mesh.world, torch.device("cpu"))

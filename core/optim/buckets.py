@@ -33,11 +33,6 @@ class Bucket:
             parameter.data = self.weights[start:stop].view(parameter.shape)
             parameter.register_post_accumulate_grad_hook(_accumulate_into(self.gradients[start:stop].view(parameter.shape)))
 
-    def view(self, flat: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-        """The part of a flat tensor of this bucket that belongs to `parameter`, in its shape."""
-        start, stop = next((start, stop) for p, start, stop in self.slots if p is parameter)
-        return flat[start:stop].view(parameter.shape)
-
     def pieces(self, flat: torch.Tensor, prefix: str = "") -> Iterator[Piece]:
         """The named pieces of a flat tensor of this bucket: masters under their plain names, moments under a prefix."""
         for parameter, start, stop in self.slots:

@@ -55,7 +55,7 @@ class Reporter:
         return stop
 
     def evaluation(self, iteration: int, split: str, loss: float) -> None:
-        row = EvaluationRow(iteration, split, loss, math.exp(min(loss, 20)))
+        row = EvaluationRow(iteration, split, loss, math.exp(min(loss, 20)))  # not min(20, loss): of a nan that makes 20
         for sink in self._sinks:
             sink.evaluation(row)
 
