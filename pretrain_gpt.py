@@ -22,12 +22,11 @@ from trivium.data.tokenizer import Tokenizer, build_tokenizer
 from trivium.mesh import Mesh
 from trivium.model import families
 from trivium.model.flops import total_parameters
-from trivium.model.gpt import GPT
-from trivium.optim.adamw import AdamW
-from trivium.optim.buckets import make_buckets
 from trivium.precision import LossScaler, working_dtype
 from trivium.presets import PRESETS, published_vocabulary
+from trivium.train.build import build_optimizer, build_stages
 from trivium.train.export import export_hf
+from trivium.train.inputs import Preparation
 from trivium.train.loop import Data, run
 from trivium.train.progress import Progress
 from trivium.train.report import Reporter
@@ -54,11 +53,12 @@ def main(argv: list[str], place: launch.Place) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
     torch.use_deterministic_algorithms(config.parallel.deterministic_mode)
     backend = config.parallel.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
-    mesh = Mesh.plan(place.world_size, place.rank).connect(backend, config.parallel.distributed_timeout_minutes)
+    mesh = launch.plan_mesh(config, place).connect(backend, config.parallel.distributed_timeout_minutes)
 
-    model = GPT(config.model, tokenizer.vocab_size, tp=mesh.tp, ops=run_ops, seed=config.batch.seed).place(device, torch.float32)
-    optimizer = AdamW(make_buckets(model.parameters(), dtype, device), config.optimizer, run_ops)
-    trainer = Trainer(config, mesh, device, model, optimizer, LossScaler(config.precision, device))
+    stages = build_stages(config, tokenizer.vocab_size, mesh, run_ops, device)
+    optimizer = build_optimizer(config, mesh, stages, run_ops)
+    prepare = Preparation(config, stages.sharding, device, tokenizer.eod)
+    trainer = Trainer(config, mesh, device, stages, prepare, optimizer, LossScaler(config.precision, device))
     state = RunState(trainer, tokenizer.fingerprint)
     progress = state.restore()
     datasets = build_datasets_of(config, tokenizer, progress)
@@ -93,9 +93,7 @@ def announce(config: Config, without_effect: tuple[str, ...], run_ops: ops.Ops, 
     log = logs.get_logger()
     log.info(flags.write_config(config).rstrip())
     if without_effect:
-        reasons = (flags.EXPLAINED.get(flag.removeprefix("--")) for flag in without_effect)
-        named = (f"{flag} ({reason})" if reason else flag for flag, reason in zip(without_effect, reasons, strict=True))
-        log.info(f"flags without effect here: {' '.join(named)}")
+        log.info(f"flags without effect here: {' '.join(without_effect)}")
     log.info(f"device {device}, {working_dtype(config.precision)}; {run_ops.describe()}")
     if config.model.attention_dropout > 0:
         log.info(f"--attention-dropout {config.model.attention_dropout}: its masks depend on the layout; all else is the same under every layout")

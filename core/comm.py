@@ -1,16 +1,99 @@
-"""Collectives over an Axis: plain and differentiable. Each is the identity at size 1, so that no caller asks for the size."""
+"""Communication over an Axis: plain, started early, differentiable, point to point. Each is the identity at size 1, so no caller asks for the size.
+
+A failure names the rank, the operation and the ranks it was with: on its own the transport only says that something timed out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from .mesh import Axis
 
+# torch 2.13 renamed both and warns of the names that 2.10 to 2.12 have.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class CommunicationError(RuntimeError):
+    """A collective or a message that did not complete: which one, on which rank, with whom, and what the transport said."""
+
+
+@dataclass
+class Pending:
+    """Communication under way. Its buffers must not be touched before `wait`, and are kept alive until then."""
+
+    result: torch.Tensor
+    axis: Axis | None = None
+    operation: str = ""
+    work: dist.Work | None = None
+    buffers: tuple[torch.Tensor, ...] = ()
+
+    def wait(self) -> torch.Tensor:
+        """The result, once it is there. Waiting again is free."""
+        if self.work is not None:
+            _guarded(self.axis, self.operation, self.work.wait)
+            self.work, self.buffers = None, ()
+        return self.result
+
 
 def all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum") -> torch.Tensor:
     """Reduce `tensor` in place over `axis` with sum, max or min, and return it."""
-    if axis.size > 1:
-        dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op], group=axis.group)
-    return tensor
+    return start_all_reduce(tensor, axis, op).wait()
+
+
+def start_all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum") -> Pending:
+    """As all_reduce, under way when this returns."""
+    if axis.size == 1:
+        return Pending(tensor)
+    reduction = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
+    return _start(axis, "all-reduce", tensor, lambda: dist.all_reduce(tensor, op=reduction, group=axis.group, async_op=True), tensor)
+
+
+def start_reduce_scatter(tensor: torch.Tensor, axis: Axis) -> Pending:
+    """Sum `tensor` [size * n, ...] over `axis`; the result is this rank's n rows of the sum, in their own place in `tensor`.
+
+    The other rows hold nothing useful afterwards.
+    """
+    if axis.size == 1:
+        return Pending(tensor)
+    own = share(tensor, axis)
+    return _start(axis, "reduce-scatter", own, lambda: _reduce_scatter(own, tensor, group=axis.group, async_op=True), tensor)
+
+
+def start_all_gather(tensor: torch.Tensor, axis: Axis) -> Pending:
+    """Fill `tensor` [size * n, ...] with the n rows that each rank of `axis` already holds in their place."""
+    if axis.size == 1:
+        return Pending(tensor)
+    own = share(tensor, axis)
+    return _start(axis, "all-gather", tensor, lambda: _all_gather(tensor, own, group=axis.group, async_op=True), tensor)
+
+
+def all_to_all(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """x [size, ...]: slice i goes to rank i of `axis`; slice i of the result came from rank i."""
+    if axis.size == 1:
+        return x
+    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _start(axis, "all-to-all", y, lambda: dist.all_to_all_single(y, x, group=axis.group, async_op=True), x).wait()
+
+
+def start_send(tensor: torch.Tensor, axis: Axis, to: int) -> Pending:
+    """Send a contiguous `tensor` to rank `to` of `axis`, another than this one."""
+    peer = axis.ranks[to]
+    return _start(axis, f"send to rank {peer}", tensor, lambda: dist.isend(tensor, dst=peer, group=axis.group), tensor)
+
+
+def start_receive(buffer: torch.Tensor, axis: Axis, source: int) -> Pending:
+    """Receive into `buffer` what rank `source` of `axis` sends."""
+    peer = axis.ranks[source]
+    return _start(axis, f"receive from rank {peer}", buffer, lambda: dist.irecv(buffer, src=peer, group=axis.group), buffer)
+
+
+def share(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """This rank's rows of a tensor [size * n, ...] that is cut over `axis`: a view."""
+    rows = tensor.shape[0] // axis.size
+    return tensor[axis.rank * rows : (axis.rank + 1) * rows]
 
 
 def copy_to(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -21,6 +104,35 @@ def copy_to(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 def reduce_from(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """x summed over `axis`, its gradient unchanged: the way out of a row-parallel layer (Shoeybi et al. 2019, g)."""
     return _ReduceFrom.apply(x, axis) if axis.size > 1 else x
+
+
+def gather_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """[B, T/size, H] -> [B, T, H] on every rank; the gradient is summed and cut again (Korthikanti et al. 2022, g)."""
+    return _GatherTokens.apply(x, axis) if axis.size > 1 else x
+
+
+def reduce_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """[B, T, H] summed over `axis`, of which each rank keeps its [B, T/size, H]; the gradient is gathered (Korthikanti et al. 2022, g bar)."""
+    return _ReduceTokens.apply(x, axis) if axis.size > 1 else x
+
+
+def start_gather_tokens(x: torch.Tensor, axis: Axis) -> Callable[[], torch.Tensor]:
+    """Begin [B, T/size, H] -> [B, T, H]; call what is returned for the result."""
+    if axis.size == 1:
+        return lambda: x
+    whole = x.new_empty(axis.size, *x.shape)
+    whole[axis.rank] = x
+    pending = start_all_gather(whole, axis)
+    return lambda: pending.wait().transpose(0, 1).flatten(1, 2)
+
+
+def start_reduce_tokens(x: torch.Tensor, axis: Axis) -> Callable[[], torch.Tensor]:
+    """Begin [B, T, H] -> this rank's [B, T/size, H] of the sum; call what is returned for the result. x may be overwritten."""
+    if axis.size == 1:
+        return lambda: x
+    slices = x.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous()
+    pending = start_reduce_scatter(slices, axis)
+    return lambda: pending.wait()[0].clone()  # a view would keep all T tokens in memory
 
 
 class _CopyTo(torch.autograd.Function):
@@ -42,3 +154,38 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return start_gather_tokens(x, axis)()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return start_reduce_tokens(grad.contiguous().clone(), ctx.axis)(), None
+
+
+class _ReduceTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return start_reduce_tokens(x.contiguous().clone(), axis)()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return start_gather_tokens(grad, ctx.axis)(), None
+
+
+def _start(axis: Axis, operation: str, result: torch.Tensor, begin: Callable[[], dist.Work], *buffers: torch.Tensor) -> Pending:
+    return Pending(result, axis, operation, _guarded(axis, operation, begin), buffers)
+
+
+def _guarded(axis: Axis, operation: str, call: Callable):
+    try:
+        return call()
+    except (RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        me, others = axis.ranks[axis.rank], ", ".join(map(str, axis.ranks[:16])) + (", ..." if axis.size > 16 else "")
+        raise CommunicationError(f"rank {me}: {operation} over {axis.name} (ranks {others}) failed: {said}") from error

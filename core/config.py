@@ -5,6 +5,9 @@ from dataclasses import dataclass, field, fields, replace
 from math import ceil
 from typing import Any
 
+PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
+SHARDING_STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
+
 
 class ConfigError(ValueError):
     """Everything wrong with a configuration, one problem a line."""
@@ -85,6 +88,33 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, "Stages the layers are cut into.")
     context_parallel_size: int = option(1, "Processes that share each sequence.")
     expert_model_parallel_size: int = option(1, "Processes that share the experts.")
+    sequence_parallel: bool = option(False, "Cut norms and dropout over the tensor-parallel processes by tokens; saves memory.")
+    pipeline_schedule: str | None = option(
+        None, "Order of the pipeline's work; 1f1b, or interleaved with several chunks, if not given (new).", PIPELINE_SCHEDULES
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = option(None, "Layers of each model chunk of an interleaved pipeline.")
+    num_virtual_stages_per_pipeline_rank: int | None = option(None, "Model chunks of each process of an interleaved pipeline.")
+    decoder_first_pipeline_num_layers: int | None = option(None, "Layers of the first pipeline process; the others share the rest.")
+    decoder_last_pipeline_num_layers: int | None = option(None, "Layers of the last pipeline process; the others share the rest.")
+    pipeline_model_parallel_layout: str | None = option(None, "What each stage holds, such as 'Et*3|(tt|)*4,t|L': E embedding, t layer, L loss.")
+    account_for_embedding_in_pipeline_split: bool = option(False, "Count the embedding as one layer when layers are shared out.")
+    account_for_loss_in_pipeline_split: bool = option(False, "Count the head and loss as one layer when layers are shared out.")
+    cp_comm_type: str = option(
+        "p2p", "How keys and values reach the other context-parallel processes: ring, all-gather or all-to-all.", ("p2p", "allgather", "a2a")
+    )
+    use_distributed_optimizer: bool = option(False, "Cut optimizer state over the data-parallel processes (ZeRO-1).")
+    data_parallel_sharding_strategy: str | None = option(
+        None, "What data-parallel processes share out; optim with --use-distributed-optimizer, else no_shard, if not given.", SHARDING_STRATEGIES
+    )
+    num_distributed_optimizer_instances: int = option(1, "Copies of the sharded state: shard within 1/this of data parallel.")
+    overlap_grad_reduce: bool = option(False, "Reduce gradients while the backward pass still runs.")
+    overlap_param_gather: bool = option(False, "Gather updated weights while the next forward pass runs, with --use-distributed-optimizer.")
+    ddp_bucket_size: int | None = option(None, "Elements of a gradient bucket; max(40 million, 1 million x data parallel) if not given.")
+    recompute_granularity: str | None = option(
+        None, "Compute activations again in backward: all of a layer, or its attention.", ("full", "selective")
+    )
+    recompute_method: str = option("uniform", "Groups of --recompute-num-layers layers, or that many of each stage.", ("uniform", "block"))
+    recompute_num_layers: int = option(1, "Layers of a recomputed group (uniform) or recomputed layers of a stage (block).")
     distributed_backend: str | None = option(None, "Transport; nccl on GPUs and gloo on CPUs if not given.", ("nccl", "gloo"))
     distributed_timeout_minutes: float = option(10, "Minutes a collective may take before the run ends with an error.")
     deterministic_mode: bool = option(False, "Only deterministic kernels; an operation without one is an error.")
@@ -112,7 +142,7 @@ class BatchConfig:
 class OptimizerConfig:
     """How the weights are updated."""
 
-    optimizer: str = option("adam", "adam and adamw are the same: Adam with decoupled weight decay.", ("adam", "adamw"))
+    optimizer: str = option("adam", "adam and adamw are the same: Adam with decoupled weight decay.", ("adam", "adamw", "sgd"))
     lr: float | None = option(None, "Highest learning rate.")
     min_lr: float = option(0.0, "Lowest learning rate, also past the end of the decay.")
     lr_decay_style: str = option("linear", "Shape of the decay.", ("constant", "linear", "cosine", "inverse-square-root", "WSD"))
@@ -127,6 +157,7 @@ class OptimizerConfig:
     adam_beta1: float = option(0.9, "Decay of the first moment.")
     adam_beta2: float = option(0.999, "Decay of the second moment.")
     adam_eps: float = option(1e-8, "Added to the root of the second moment.")
+    sgd_momentum: float = option(0.9, "Momentum of --optimizer sgd.")
 
 
 @dataclass(frozen=True)
@@ -155,6 +186,8 @@ class DataConfig:
     mock_data: bool = option(False, "Train on made-up tokens.")
     num_workers: int = option(2, "Processes that read data, per rank.")
     dataloader_type: str = option("single", "Samples come in one pass over the order of the run.", ("single",))
+    reset_position_ids: bool = option(False, "Count positions from the start of each document.")
+    reset_attention_mask: bool = option(False, "Attention does not cross the end of a document.")
     eod_mask_loss: bool = option(False, "Leave predictions made from an end-of-document token out of the loss.")
     tokenizer_type: str | None = option(
         None, "Kind of tokenizer.", ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "GPT2BPETokenizer", "NullTokenizer")
@@ -253,7 +286,22 @@ def resolve(config: Config, world_size: int) -> Config:
         batch = replace(batch, train_iters=batch.train_samples // batch.global_batch_size)
     if optimizer.lr_decay_iters is None:
         optimizer = replace(optimizer, lr_decay_iters=batch.train_iters)
-    return replace(config, model=model, batch=batch, optimizer=optimizer, data=data)
+    parallel = config.parallel
+    if parallel.data_parallel_sharding_strategy is None:
+        parallel = replace(parallel, data_parallel_sharding_strategy="optim" if parallel.use_distributed_optimizer else "no_shard")
+    return replace(config, model=model, parallel=parallel, batch=batch, optimizer=optimizer, data=data)
+
+
+def optimizer_shards(parallel: ParallelConfig, world_size: int) -> int:
+    """Over how many processes the optimizer's state of each parameter is cut."""
+    if parallel.data_parallel_sharding_strategy == "no_shard":
+        return 1
+    return data_parallel_size(parallel, world_size) * parallel.context_parallel_size // parallel.num_distributed_optimizer_instances
+
+
+def key_value_copies(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """How many tensor-parallel processes hold each key-value head: several where there are fewer heads than processes."""
+    return max(1, parallel.tensor_model_parallel_size // model.num_kv_heads)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:

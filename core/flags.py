@@ -32,51 +32,25 @@ _SWITCHES = """
     log-batch-size-to-tensorboard log-params-norm log-num-zeros-in-grad log-progress log-energy log-straggler disable-straggler-on-startup
     no-one-logger enable-one-logger one-logger-async no-barrier-with-level-1-timing use-tp-pp-dp-mapping use-sharp tp-comm-* nvtx-ranges
     te-rng-tracker inference-rng-tracker enable-gloo-process-groups disable-gloo-process-groups ddp-average-in-collective
-    align-grad-reduce no-align-grad-reduce align-param-gather sequence-parallel use-distributed-optimizer overlap-grad-reduce
-    overlap-param-gather
+    align-grad-reduce no-align-grad-reduce align-param-gather
 """
 _WITH_VALUE = """
     transformer-impl local-rank ckpt-format dist-ckpt-format dist-ckpt-strictness manual-gc-interval tensorboard-log-interval
     tensorboard-queue-size timing-log-level timing-log-option data-impl distributed-timeout-seconds-after-init empty-unused-memory-level
-    check-weight-hash-across-dp-replicas-interval ddp-bucket-size ddp-num-buckets nccl-communicator-config-path high-priority-stream-groups
+    check-weight-hash-across-dp-replicas-interval ddp-num-buckets nccl-communicator-config-path high-priority-stream-groups
     cross-entropy-fusion-impl num-dataset-builder-threads rerun-mode logging-level one-logger-project one-logger-run-name
 """
 WITHOUT_EFFECT = {**dict.fromkeys(_SWITCHES.split(), 0), **dict.fromkeys(_WITH_VALUE.split(), 1)}
 
-# Of those, the ones whose asker should know what happens instead.
-EXPLAINED = {
-    "use-distributed-optimizer": "every rank keeps the whole optimizer in this version",
-    "overlap-grad-reduce": "gradients are reduced after the last micro-batch",
-    "overlap-param-gather": "there is nothing to gather",
-    "sequence-parallel": "as in Megatron at tensor parallel size 1",
-}
-
 # Flags of Megatron and of this project's plan that ask for something else than happens here: refused, with what to use instead.
 _LATER = "is not available in this version"
 REFUSED = {
-    "num-layers-per-virtual-pipeline-stage": f"{_LATER}; leave it out",
-    "num-virtual-stages-per-pipeline-rank": f"{_LATER}; leave it out",
-    "decoder-first-pipeline-num-layers": f"{_LATER}; leave it out",
-    "decoder-last-pipeline-num-layers": f"{_LATER}; leave it out",
-    "pipeline-model-parallel-layout": f"{_LATER}; leave it out",
-    "account-for-embedding-in-pipeline-split": f"{_LATER}; leave it out",
-    "account-for-loss-in-pipeline-split": f"{_LATER}; leave it out",
-    "pipeline-schedule": f"{_LATER}; leave it out",
-    "cp-comm-type": f"{_LATER}; leave it out",
-    "data-parallel-sharding-strategy": f"{_LATER}; leave it out",
-    "num-distributed-optimizer-instances": f"{_LATER}; leave it out",
     "use-torch-fsdp2": f"{_LATER}; leave it out",
     "use-megatron-fsdp": f"{_LATER}; leave it out",
     "step-batch-size-schedule": f"{_LATER}; use a constant --global-batch-size",
     "rampup-batch-size": f"{_LATER}; use a constant --global-batch-size",
-    "recompute-granularity": f"{_LATER}; lower --micro-batch-size to save memory",
-    "recompute-activations": f"{_LATER}; lower --micro-batch-size to save memory",
-    "recompute-method": f"{_LATER}; leave it out",
-    "recompute-num-layers": f"{_LATER}; leave it out",
     "compile": f"{_LATER}; leave it out",
     "window-size": f"{_LATER}; leave it out: attention is full",
-    "reset-position-ids": f"{_LATER}; leave it out: positions run through a sample",
-    "reset-attention-mask": f"{_LATER}; leave it out: attention crosses documents within a sample",
     "async-save": f"{_LATER}; leave it out: training waits for a save",
     "load-mode": f"{_LATER}; use --finetune or --no-load-optim",
     "hf-config": f"{_LATER}; give the shape by flags or --preset",
@@ -112,7 +86,6 @@ REFUSED = {
     "no-initialization": "has no counterpart: initial weights depend on the seed alone; leave it out",
     "data-parallel-random-init": "has no counterpart: initial weights depend on the seed alone; leave it out",
     "openai-gelu": "has no counterpart: GELU is the tanh approximation already; leave it out",
-    "sgd-momentum": f"{_LATER}; use --optimizer adam",
     "lr-wsd-decay-samples": "has no counterpart; use --lr-wsd-decay-iters",
     "first-last-layers-bf16": f"{_LATER}; use --bf16",
     "fp16-lm-cross-entropy": "has no counterpart: the loss is computed in fp32; leave it out",
@@ -154,6 +127,7 @@ REFUSED = {
 ALIASES = {
     "use-rotary-position-embeddings": ("position-embedding-type", "rope"),
     "no-position-embedding": ("position-embedding-type", "none"),
+    "recompute-activations": ("recompute-granularity", "selective"),
 }
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import ConfigError
+from .config import Config, ConfigError, key_value_copies, optimizer_shards
+from .mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,21 @@ def read_environment(env: dict[str, str] | None = None) -> Place:
     if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
     return Place()
+
+
+def plan_mesh(config: Config, place: Place) -> Mesh:
+    """The mesh of a validated configuration, without process groups."""
+    parallel = config.parallel
+    return Mesh.plan(
+        place.world_size,
+        place.rank,
+        tp=parallel.tensor_model_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        cp=parallel.context_parallel_size,
+        ep=parallel.expert_model_parallel_size,
+        shards=optimizer_shards(parallel, place.world_size),
+        kv_copies=key_value_copies(config.model, parallel),
+    )
 
 
 def set_rendezvous(env: dict[str, str] | None = None) -> None:

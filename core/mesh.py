@@ -36,14 +36,18 @@ class Mesh:
     ep: Axis
     expert_dp: Axis
     dp_cp: Axis  # every copy of a dense parameter: gradients are summed over it
+    shards: Axis  # the block of dp_cp over which optimizer state is cut
+    copies: Axis  # the ranks of dp_cp, one in each block, that hold the same shard
     model: Axis  # tp x pp: the ranks that together hold one model
-    embedding: Axis  # first and last stage, where a tied embedding lives; size 1 in between
+    embedding: Axis  # first and last pipeline rank, where a tied embedding lives; size 1 in between
+    kv: Axis  # the ranks of tp that hold the same key-value heads, where there are fewer heads than ranks
 
     @staticmethod
-    def plan(world_size: int, rank: int, *, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1) -> "Mesh":
+    def plan(world_size: int, rank: int, *, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, shards: int = 1, kv_copies: int = 1) -> "Mesh":
         """Place `rank` in a world of `world_size`; no process is asked.
 
-        Raises ValueError where the sizes do not divide the world.
+        shards: over how many of the dp x cp copies of a parameter its optimizer state is cut. kv_copies: how many ranks of tp hold
+        each key-value head. Raises ValueError where the sizes do not divide the world.
         """
         per_model = tp * pp * cp
         if world_size % per_model:
@@ -51,23 +55,31 @@ class Mesh:
         dp = world_size // per_model
         if (dp * cp) % ep:
             raise ValueError(f"expert parallel {ep} does not divide data {dp} x context {cp} = {dp * cp} ranks")
+        if (dp * cp) % shards:
+            raise ValueError(f"{shards} optimizer shards do not divide data {dp} x context {cp} = {dp * cp} ranks")
+        if tp % kv_copies:
+            raise ValueError(f"{kv_copies} copies of a key-value head do not divide tensor parallel {tp}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in a world of {world_size}")
         dense = _Grid({"tp": tp, "cp": cp, "dp": dp, "pp": pp}, rank)
         expert = _Grid({"tp": tp, "ep": ep, "expert_dp": dp * cp // ep, "pp": pp}, rank)
+        tp_axis, dp_cp = dense.axis("tp", "tp"), dense.axis("dp_cp", "cp", "dp")
         return Mesh(
             rank=rank,
             world_size=world_size,
             world=Axis("world", world_size, rank, tuple(range(world_size))),
-            tp=dense.axis("tp", "tp"),
+            tp=tp_axis,
             cp=dense.axis("cp", "cp"),
             dp=dense.axis("dp", "dp"),
             pp=dense.axis("pp", "pp"),
             ep=expert.axis("ep", "ep"),
             expert_dp=expert.axis("expert_dp", "expert_dp"),
-            dp_cp=dense.axis("dp_cp", "cp", "dp"),
+            dp_cp=dp_cp,
+            shards=_block("shards", dp_cp, shards),
+            copies=_across("copies", dp_cp, shards),
             model=dense.axis("model", "tp", "pp"),
             embedding=_ends(dense.axis("pp", "pp"), rank),
+            kv=_block("kv", tp_axis, kv_copies),
         )
 
     def axes(self) -> tuple[Axis, ...]:
@@ -124,6 +136,17 @@ class _Grid:
         for d in dimensions:
             ranks = [r + i * self.strides[d] for i in range(self.sizes[d]) for r in ranks]
         return Axis(name, prod(self.sizes[d] for d in dimensions), ranks.index(self.rank), tuple(ranks))
+
+
+def _block(name: str, axis: Axis, size: int) -> Axis:
+    """The block of `size` neighbours on `axis` that this rank belongs to."""
+    first = axis.rank // size * size
+    return Axis(name, size, axis.rank - first, axis.ranks[first : first + size])
+
+
+def _across(name: str, axis: Axis, size: int) -> Axis:
+    """The ranks with this rank's place in each block of `size` neighbours on `axis`."""
+    return Axis(name, axis.size // size, axis.rank // size, axis.ranks[axis.rank % size :: size])
 
 
 def _ends(pp: Axis, rank: int) -> Axis:

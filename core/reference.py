@@ -66,6 +66,50 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def attention_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """See Ops.attention_block. Every score is stored, in fp32 (float64 stays)."""
+    scores = _scores(q, k, causal, scale)
+    lse = scores.logsumexp(-1)
+    o = torch.einsum("bkgts,bskd->btkgd", (scores - lse.unsqueeze(-1)).exp(), v.to(scores.dtype))
+    return o.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
+
+
+def attention_block_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+) -> tuple[torch.Tensor, ...]:
+    """See Ops.attention_block_backward. With p = exp(score - lse) and dp = do v^T: ds = p (dp - do o), as in Dao 2023, section 3.1."""
+    scores, heads = _scores(q, k, causal, scale), (k.shape[2], -1)
+    wide_q, wide_do, wide_o = (t.to(scores.dtype).unflatten(2, heads) for t in (q, do, o))
+    p = (scores - lse.unflatten(1, heads).unsqueeze(-1)).exp()
+    dp = torch.einsum("btkgd,bskd->bkgts", wide_do, v.to(p.dtype))
+    ds = p * (dp - (wide_do * wide_o).sum(-1).permute(0, 2, 3, 1).unsqueeze(-1)) * _scale(q, scale)
+    dq = torch.einsum("bkgts,bskd->btkgd", ds, k.to(p.dtype)).flatten(2, 3)
+    dk = torch.einsum("bkgts,btkgd->bskd", ds, wide_q)
+    dv = torch.einsum("bkgts,btkgd->bskd", p, wide_do)
+    return tuple(grad.to(q.dtype) for grad in (dq, dk, dv))
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float | None) -> torch.Tensor:
+    """[B, K, A/K, T, S]: grouped heads share a key head. causal: -inf above the diagonal."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("btkgd,bskd->bkgts", q.to(wide).unflatten(2, (k.shape[2], -1)), k.to(wide)) * _scale(q, scale)
+    if causal:
+        hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores
+
+
+def _scale(q: torch.Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
 def adamw_(masters, exp_avg, exp_avg_sq, grads, weights, *, step_size, root_correction, grad_scale, skip, lr_decay, beta1, beta2, eps) -> None:
     """One update in place of flat buffers of one size, fp32 but for weights, which may be masters itself.
 

@@ -68,27 +68,29 @@ def normal_rows(seed: int, name: str, start: int, stop: int, columns: int) -> np
 
 @dataclass(frozen=True)
 class DropoutStream:
-    """The key of one micro-batch's hidden-dropout masks: int32 [2, B, 1], made from (seed, iteration, global sample)."""
+    """The key of one micro-batch's hidden-dropout masks, int32 [2, B, 1], made from (seed, iteration, global sample), and which tokens lie here."""
 
     keys: torch.Tensor
+    positions: torch.Tensor  # int32 [T]: the place in the whole sequence of each token of this rank
 
     @staticmethod
-    def of(seed: int, iteration: int, samples: torch.Tensor, device: torch.device) -> "DropoutStream":
-        """samples: int64 [B] on the host, the global positions of the micro-batch's samples."""
+    def of(seed: int, iteration: int, samples: torch.Tensor, positions: torch.Tensor) -> "DropoutStream":
+        """samples: int64 [B] on the host, the global positions of the micro-batch's samples. positions: int [T] on the device."""
         words = [splitmix64(splitmix64(seed * 0x9E3779B97F4A7C15 + iteration) ^ int(sample)) for sample in samples]
         halves = torch.tensor([[_signed(word & 0xFFFFFFFF) for word in words], [_signed(word >> 32) for word in words]], dtype=torch.int32)
-        return DropoutStream(halves.unsqueeze(-1).to(device, non_blocking=True))
+        return DropoutStream(halves.unsqueeze(-1).to(positions.device, non_blocking=True), positions.to(torch.int32))
 
     def keep(self, shape: torch.Size, p: float, site: str) -> torch.Tensor:
         """The mask bool [B, T, H] of the elements that stay at `site` (such as `layers.3.attention`), each with probability 1 - p.
 
-        A counter hash (two rounds of Wellons' lowbias32) of the element's place in its sample: no state, the same on every
-        device, under recompute, and for any slice.
+        A counter hash (two rounds of Wellons' lowbias32) of the element's place in its whole sample: no state, the same on every
+        device, under recompute, and for any cut of the tokens.
         """
         low, high = self.keys
         mix = splitmix64(int.from_bytes(hashlib.blake2b(site.encode(), digest_size=8).digest(), "little"))
-        count = shape[1:].numel()
-        x = torch.arange(count, dtype=torch.int32, device=low.device) ^ _hash32_(low ^ _signed(mix & 0xFFFFFFFF))
+        width = shape[-1]
+        places = (self.positions.unsqueeze(1) * width + torch.arange(width, dtype=torch.int32, device=low.device)).flatten()
+        x = places ^ _hash32_(low ^ _signed(mix & 0xFFFFFFFF))
         x = _hash32_(_hash32_(x) ^ (high ^ _signed(mix >> 32)))
         threshold = min(2**31 - 1, int(-(2**31) + p * 2**32))
         return (x >= threshold).view(shape)
@@ -101,9 +103,9 @@ def dropout(x: torch.Tensor, p: float, stream: DropoutStream | None, site: str) 
     return torch.where(stream.keep(x.shape, p, site), x * (1.0 / (1.0 - p)), 0.0)
 
 
-def attention_dropout_seed(seed: int, iteration: int, micro_batch: int, dp_rank: int) -> int:
+def attention_dropout_seed(seed: int, iteration: int, micro_batch: int, chunk: int, rank: int) -> int:
     """A 32-bit seed for torch's own generator, which attention dropout draws from: reproducible, but dependent on the layout."""
-    return splitmix64(splitmix64(seed) ^ (iteration << 32 | micro_batch << 16 | dp_rank)) & 0xFFFFFFFF
+    return splitmix64(splitmix64(splitmix64(seed) ^ (iteration << 32 | micro_batch)) ^ (chunk << 32 | rank)) & 0xFFFFFFFF
 
 
 def splitmix64(x: int) -> int:

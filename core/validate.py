@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 from .config import BatchConfig, Config, ModelConfig, data_parallel_size
+from .pipeline.choose import placement_of, specs_of
 
 
 def validate(config: Config, world_size: int) -> list[str]:
@@ -68,19 +69,89 @@ def _rotary(model: ModelConfig) -> Iterator[str]:
 
 def _parallel(config: Config, world_size: int) -> Iterator[str]:
     parallel = config.parallel
-    sizes = {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "context_parallel_size": parallel.context_parallel_size,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-    }
-    for name, size in sizes.items():
-        if size != 1:
-            yield f"{_flag(name)} {size}: only 1 works in this version; all {world_size} processes run data parallel"
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    yield from _positive(parallel, *sizes, "num_distributed_optimizer_instances", "ddp_bucket_size", "recompute_num_layers")
+    counts = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
+    yield from _positive(parallel, *counts, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    if parallel.expert_model_parallel_size != 1:
+        yield f"--expert-model-parallel-size {parallel.expert_model_parallel_size}: there are no experts in this version; use 1"
     if parallel.distributed_timeout_minutes <= 0:
         yield f"--distributed-timeout-minutes {parallel.distributed_timeout_minutes} must be above 0"
     if parallel.device == "cpu" and parallel.distributed_backend == "nccl":
         yield "--distributed-backend nccl cannot carry --device cpu; use gloo"
+    numbers = [getattr(parallel, name) for name in (*sizes, *counts)]
+    if any(number is not None and number < 1 for number in numbers) or parallel.num_distributed_optimizer_instances < 1:
+        return
+    tp, pp, cp = numbers[:3]
+    if world_size % (tp * pp * cp):
+        unit = f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = {tp * pp * cp}"
+        yield f"{world_size} processes are not a multiple of {unit}; start {_nearest_multiples(world_size, tp * pp * cp)}, or change the sizes"
+    yield from _tensor(config.model, tp)
+    yield from _sequence(config)
+    yield from _pipeline(config)
+    yield from _sharding(config, world_size)
+
+
+def _tensor(model: ModelConfig, tp: int) -> Iterator[str]:
+    heads, kv_heads, width = model.num_attention_heads, model.num_kv_heads, model.ffn_hidden_size
+    for name, value in (("num_attention_heads", heads), ("ffn_hidden_size", width)):
+        if value and value % tp:
+            yield f"{_flag(name)} {value} cannot be cut over --tensor-model-parallel-size {tp}; use {_nearest_multiples(value, tp)}, or another size"
+    if kv_heads and kv_heads > 0 and kv_heads % tp and tp % kv_heads and not (heads and heads % tp):
+        yield f"--num-query-groups {kv_heads} neither is a multiple of --tensor-model-parallel-size {tp} nor divides it; change one of them"
+
+
+def _sequence(config: Config) -> Iterator[str]:
+    """What cuts a sample by tokens."""
+    model, parallel, length = config.model, config.parallel, config.batch.seq_length
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if cp > 1 and length and length % (2 * cp):
+        yield f"--seq-length {length} is not a multiple of 2 x --context-parallel-size {cp}; use {_nearest_multiples(length, 2 * cp)}"
+    elif parallel.sequence_parallel and length and length // cp % tp:
+        unit = f"--context-parallel-size {cp} x --tensor-model-parallel-size {tp}"
+        yield f"--sequence-parallel: --seq-length {length} cannot be cut over {unit}; use {_nearest_multiples(length, 2 * cp * tp)}"
+    if cp == 1:
+        return
+    ring = "--cp-comm-type p2p"
+    if parallel.cp_comm_type == "p2p" and config.data.reset_attention_mask:
+        yield f"{ring} cannot keep attention inside documents (--reset-attention-mask); use --cp-comm-type allgather or a2a"
+    if parallel.cp_comm_type == "p2p" and model.attention_dropout > 0:
+        yield f"{ring} has no attention dropout; give --attention-dropout 0, or use --cp-comm-type allgather or a2a"
+    heads = model.num_attention_heads
+    if parallel.cp_comm_type == "a2a" and heads and heads % tp == 0 and heads // tp % cp:
+        unit = f"--tensor-model-parallel-size {tp} x --context-parallel-size {cp} = {tp * cp}"
+        yield f"--cp-comm-type a2a: --num-attention-heads {heads} cannot be cut over {unit}; use --cp-comm-type p2p or allgather"
+
+
+def _pipeline(config: Config) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.num_layers
+    if not layers or layers < 1:
+        return
+    try:
+        placement = placement_of(parallel, layers)
+        specs_of(parallel, layers)
+    except ValueError as error:
+        yield str(error)
+        return
+    if placement.schedule in ("zb-h1", "zb-v") and parallel.recompute_granularity == "full":
+        yield f"--pipeline-schedule {placement.schedule} defers weight gradients: not with --recompute-granularity full; use selective"
+
+
+def _sharding(config: Config, world_size: int) -> Iterator[str]:
+    """Data parallel: what is cut over its processes."""
+    parallel, strategy = config.parallel, config.parallel.data_parallel_sharding_strategy
+    copies, instances = data_parallel_size(parallel, world_size) * parallel.context_parallel_size, parallel.num_distributed_optimizer_instances
+    if parallel.use_distributed_optimizer and strategy == "no_shard":
+        yield "--use-distributed-optimizer and --data-parallel-sharding-strategy no_shard exclude each other; give one"
+    if instances > 1 and strategy == "no_shard":
+        yield f"--num-distributed-optimizer-instances {instances} needs --use-distributed-optimizer"
+    elif copies % instances:
+        yield f"--num-distributed-optimizer-instances {instances} does not divide data parallel x context parallel = {copies}; use 1"
+    if parallel.overlap_param_gather and strategy == "no_shard":
+        yield "--overlap-param-gather needs --use-distributed-optimizer: nothing is gathered without it"
+    if strategy == "optim_grads_params" and parallel.pipeline_model_parallel_size > 1:
+        flag = f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}"
+        yield f"--data-parallel-sharding-strategy optim_grads_params cannot be combined with {flag}; use optim_grads"
 
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:
@@ -125,6 +196,8 @@ def _optimizer(config: Config, world_size: int) -> Iterator[str]:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
             yield f"{_flag(name)} {getattr(optimizer, name)} is not in [0, 1)"
+    if not 0 <= optimizer.sgd_momentum < 1:
+        yield f"--sgd-momentum {optimizer.sgd_momentum} is not in [0, 1)"
     for name in ("weight_decay", "clip_grad", "adam_eps"):
         if getattr(optimizer, name) < 0:
             yield f"{_flag(name)} {getattr(optimizer, name)} must not be negative"

@@ -18,7 +18,8 @@ SIZES = [
     for tp, cp, ep, pp in itertools.product((1, 2, 3), (1, 2), (1, 2, 4), (1, 2, 4))
     if world % (tp * cp * pp) == 0 and (world // (tp * pp)) % ep == 0
 ]
-AXIS_NAMES = ("world", "tp", "cp", "dp", "pp", "ep", "expert_dp", "dp_cp", "model")
+AXIS_NAMES = ("world", "tp", "cp", "dp", "pp", "ep", "expert_dp", "dp_cp", "shards", "copies", "model", "embedding", "kv")
+PARTITIONING = [name for name in AXIS_NAMES if name != "embedding"]  # the embedding axis leaves out the stages in between
 
 
 def lines(world: int, axis: str, **sizes: int) -> set[tuple[int, ...]]:
@@ -57,18 +58,55 @@ def test_4096_ranks_worked_by_hand():
     assert mesh.embedding.ranks == (mesh.rank,)
 
 
-def test_at_4096_ranks_every_axis_partitions_the_world():
-    sizes = {"tp": 8, "cp": 2, "ep": 16, "pp": 8}
-    members: dict[str, dict[tuple[int, ...], int]] = {name: {} for name in AXIS_NAMES}
+LARGE = [
+    {"tp": 8, "cp": 2, "ep": 16, "pp": 8},
+    {"tp": 8, "cp": 2, "ep": 4, "pp": 8, "shards": 64, "kv_copies": 4},
+    {"tp": 8, "cp": 2, "pp": 8, "shards": 16, "kv_copies": 8},
+    {"tp": 4, "cp": 8, "pp": 4, "shards": 4, "kv_copies": 2},
+    {"cp": 4, "pp": 32, "shards": 2},
+]
+
+
+@pytest.mark.parametrize("sizes", LARGE, ids=str)
+def test_at_4096_ranks_every_axis_partitions_the_world(sizes):
+    """And all ranks of a group have the same group in mind, each at its own place in it."""
+    members: dict[str, dict[tuple[int, ...], list[int]]] = {name: {} for name in AXIS_NAMES}
+    for rank in range(4096):
+        for axis in Mesh.plan(4096, rank, **sizes).axes():
+            assert axis.ranks[axis.rank] == rank and axis.size == len(axis.ranks)
+            members[axis.name].setdefault(axis.ranks, []).append(rank)
+    for name in PARTITIONING:
+        assert all(sorted(ranks) == held for ranks, held in members[name].items()), name
+        assert sorted(rank for ranks in members[name] for rank in ranks) == list(range(4096)), name
+
+
+@pytest.mark.parametrize("sizes", LARGE, ids=str)
+def test_at_4096_ranks_each_copy_of_a_parameter_is_one_shard_in_one_block(sizes):
+    """shards x copies is dp x cp: each block of shards holds the whole state, and a shard lies on one rank of each block."""
+    meshes = [Mesh.plan(4096, rank, **sizes) for rank in range(4096)]
+    for mesh in meshes:
+        assert mesh.shards.size == sizes.get("shards", 1) and mesh.shards.size * mesh.copies.size == mesh.dp_cp.size
+        assert {rank for copy in mesh.copies.ranks for rank in meshes[copy].shards.ranks} == set(mesh.dp_cp.ranks)
+        assert set(mesh.shards.ranks) & set(mesh.copies.ranks) == {mesh.rank}
+        assert all(meshes[copy].shards.rank == mesh.shards.rank for copy in mesh.copies.ranks), "copies of different shards"
+        assert mesh.dp_cp.rank == mesh.copies.rank * mesh.shards.size + mesh.shards.rank, "a block is of neighbours: one node, where it fits"
+
+
+@pytest.mark.parametrize("sizes", LARGE, ids=str)
+def test_at_4096_ranks_neighbours_of_tp_share_a_key_value_head(sizes):
+    """Head h of the K = tp / copies lies on ranks h x copies and on of tp, and nowhere else."""
+    copies = sizes.get("kv_copies", 1)
     for rank in range(4096):
         mesh = Mesh.plan(4096, rank, **sizes)
-        for name in AXIS_NAMES:
-            axis = getattr(mesh, name)
-            assert axis.ranks[axis.rank] == rank and axis.size == len(axis.ranks)
-            if axis.rank == 0:
-                members[name][axis.ranks] = axis.size
-    for name, groups in members.items():
-        assert sorted(rank for ranks in groups for rank in ranks) == list(range(4096)), name
+        head = mesh.tp.rank // copies
+        assert mesh.kv.ranks == mesh.tp.ranks[head * copies : (head + 1) * copies] and mesh.kv.ranks[mesh.kv.rank] == rank
+
+
+def test_without_sharding_every_rank_is_a_copy_and_with_one_instance_none_is():
+    mesh = Mesh.plan(16, 5, tp=2, cp=2)
+    assert (mesh.shards.ranks, mesh.copies.ranks, mesh.kv.ranks) == ((5,), mesh.dp_cp.ranks, (5,))
+    mesh = Mesh.plan(16, 5, tp=2, cp=2, shards=8, kv_copies=2)
+    assert (mesh.shards.ranks, mesh.copies.ranks, mesh.kv.ranks) == (mesh.dp_cp.ranks, (5,), (4, 5))
 
 
 def test_embedding_axis_joins_first_and_last_stage_only():
@@ -80,7 +118,15 @@ def test_embedding_axis_joins_first_and_last_stage_only():
 
 @pytest.mark.parametrize(
     ("world", "rank", "sizes", "numbers"),
-    [(6, 0, {"tp": 4}, ("6", "4")), (8, 0, {"tp": 2, "ep": 3}, ("3", "4")), (4, 4, {}, ("4", "4")), (4, -1, {}, ("-1", "4"))],
+    [
+        (6, 0, {"tp": 4}, ("6", "4")),
+        (12, 0, {"tp": 2, "pp": 2, "cp": 2}, ("12", "2", "8")),
+        (8, 0, {"tp": 2, "ep": 3}, ("3", "4")),
+        (8, 0, {"tp": 2, "cp": 2, "shards": 3}, ("3", "2", "4")),
+        (8, 0, {"tp": 4, "kv_copies": 3}, ("3", "4")),
+        (4, 4, {}, ("4", "4")),
+        (4, -1, {}, ("-1", "4")),
+    ],
 )
 def test_wrong_sizes_are_refused_with_both_numbers(world, rank, sizes, numbers):
     with pytest.raises(ValueError) as refusal:
@@ -106,18 +152,27 @@ def sums(mesh: Mesh) -> list[tuple[str, float, int]]:
 
 @pytest.mark.parametrize(
     ("n", "sizes"),
-    [(2, {"tp": 2}), (2, {"pp": 2}), (4, {"tp": 2, "cp": 2, "ep": 2}), (4, {"cp": 2, "pp": 2}), (4, {"ep": 4})],
+    [
+        (2, {"tp": 2}),
+        (2, {"pp": 2}),
+        (4, {"tp": 2, "cp": 2, "ep": 2}),
+        (4, {"cp": 2, "pp": 2}),
+        (4, {"ep": 4}),
+        (4, {"shards": 2}),
+        (4, {"cp": 2, "shards": 4}),
+        (4, {"tp": 4, "kv_copies": 2}),
+    ],
     ids=str,
 )
 def test_connected_axes_sum_over_their_own_ranks(n, sizes):
     """Rank r gives 2^r, so that a sum tells which ranks took part."""
     for found in run_ranks(n, sums, **sizes):
-        assert len(found) == 10
+        assert [name for name, _, _ in found] == list(AXIS_NAMES)
         assert all(total == expected for _, total, expected in found), found
 
 
 def group_sharing(mesh: Mesh) -> tuple[bool, bool]:
-    return mesh.dp.group is mesh.dp_cp.group, all(axis.group is not None for axis in mesh.axes() if axis.size > 1)
+    return mesh.dp.group is mesh.dp_cp.group is mesh.copies.group, all(axis.group is not None for axis in mesh.axes() if axis.size > 1)
 
 
 def test_axes_of_the_same_ranks_share_a_group():

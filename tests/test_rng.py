@@ -4,6 +4,7 @@ Bounds are five standard deviations of the statistic unless said otherwise: a ri
 for ever or was a 1-in-two-million accident.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -13,8 +14,6 @@ import torch
 from trivium.layout import Layout
 from trivium.mesh import Axis
 from trivium.rng import DropoutStream, Init, attention_dropout_seed, dropout, new_parameter, normal_rows
-
-CPU = torch.device("cpu")
 
 
 def ranks_of(size: int) -> list[Axis]:
@@ -112,7 +111,7 @@ def test_names_seeds_rows_and_columns_are_uncorrelated():
 
 
 def keep(iteration: int, samples: list[int], site: str, p: float = 0.1, shape=(128, 256), seed: int = 1234) -> np.ndarray:
-    stream = DropoutStream.of(seed, iteration, torch.tensor(samples), CPU)
+    stream = DropoutStream.of(seed, iteration, torch.tensor(samples), torch.arange(shape[0]))
     return stream.keep(torch.Size((len(samples), *shape)), p, site).numpy()
 
 
@@ -163,7 +162,7 @@ def test_many_pairs_of_masks_are_independent():
 def test_masks_need_both_words_of_the_key_to_agree():
     """Samples whose 64-bit keys share 32 bits, one pair in 4 billion: still other masks, and not the same one in another order."""
     keys = torch.tensor([[7, 7, 6, 9], [1, 2, 2, 1]], dtype=torch.int32).unsqueeze(-1)
-    masks = DropoutStream(keys).keep(torch.Size((4, 128, 256)), 0.5, "layers.0.mlp").numpy().reshape(4, -1)
+    masks = DropoutStream(keys, torch.arange(128).int()).keep(torch.Size((4, 128, 256)), 0.5, "layers.0.mlp").numpy().reshape(4, -1)
     neighbours = np.arange(masks.shape[1]) ^ 1
     for a in range(4):
         for b in range(a):
@@ -186,8 +185,18 @@ def test_a_sample_has_its_mask_in_any_batch():
     assert not np.array_equal(together[0], together[1])
 
 
+@pytest.mark.parametrize("cut", [[5], [0, 1, 2, 3], [12, 13, 14, 15], [4, 5, 10, 11], [15, 3, 9, 0]], ids=str)
+def test_the_mask_of_some_tokens_is_the_slice_of_the_whole_mask(cut):
+    """Of any tokens in any order: of sequence parallel, of both zig-zag chunks of context parallel, of both at once."""
+    samples, tokens = torch.tensor([7, 2**40]), torch.tensor(cut)
+    whole = DropoutStream.of(1234, 6, samples, torch.arange(16)).keep(torch.Size((2, 16, 24)), 0.5, "layers.1.mlp")
+    part = DropoutStream.of(1234, 6, samples, tokens).keep(torch.Size((2, len(cut), 24)), 0.5, "layers.1.mlp")
+    assert torch.equal(part, whole[:, tokens])
+    assert not torch.equal(part, DropoutStream.of(1234, 6, samples, tokens + 1).keep(part.shape, 0.5, "layers.1.mlp"))
+
+
 def test_dropout_scales_and_its_gradient_uses_the_same_mask():
-    stream = DropoutStream.of(1, 2, torch.tensor([3, 4]), CPU)
+    stream = DropoutStream.of(1, 2, torch.tensor([3, 4]), torch.arange(16))
     x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y = dropout(x, 0.25, stream, "layers.0.mlp")
     mask = stream.keep(x.shape, 0.25, "layers.0.mlp")
@@ -199,7 +208,7 @@ def test_dropout_scales_and_its_gradient_uses_the_same_mask():
 
 def test_dropout_keeps_infinities_out_of_what_it_drops():
     """Selected, not multiplied: 0 x inf is nan."""
-    stream = DropoutStream.of(1, 2, torch.tensor([3]), CPU)
+    stream = DropoutStream.of(1, 2, torch.tensor([3]), torch.arange(8))
     y = dropout(torch.full((1, 8, 8), torch.inf), 0.5, stream, "site")
     assert set(y.flatten().tolist()) == {0.0, torch.inf}
 
@@ -207,12 +216,13 @@ def test_dropout_keeps_infinities_out_of_what_it_drops():
 def test_without_a_stream_or_at_zero_dropout_is_the_identity():
     x = torch.randn(1, 4, 4)
     assert dropout(x, 0.5, None, "site") is x
-    assert dropout(x, 0.0, DropoutStream.of(1, 2, torch.tensor([3]), CPU), "site") is x
+    assert dropout(x, 0.0, DropoutStream.of(1, 2, torch.tensor([3]), torch.arange(4)), "site") is x
 
 
 def test_attention_seeds_differ_by_every_input():
-    """8,000 of 2^32 within a run: 0.007 collisions expected."""
-    one, other = ({attention_dropout_seed(seed, i, m, d) for i in range(20) for m in range(20) for d in range(20)} for seed in (1, 2))
+    """Iterations, micro-batches, chunks and ranks: 8,000 of 2^32 within a run, 0.007 collisions expected."""
+    inputs = list(itertools.product(range(20), range(20), range(4), range(5)))
+    one, other = ({attention_dropout_seed(seed, *place) for place in inputs} for seed in (1, 2))
     assert len(one) == len(other) == 8000
     assert len(one & other) < 10
     assert all(0 <= seed < 2**32 for seed in one)

@@ -1,14 +1,19 @@
 """Causal self-attention with grouped key-value heads, rotary positions and a cache for generation."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from .. import rng
 from ..config import ModelConfig
-from ..mesh import Axis
+from ..layout import Rows
 from ..ops import Ops
+from ..parallel import context
 from ..parallel.linear import ColumnParallelLinear, RowParallelLinear
+from ..parallel.sharding import Sharding
 from .norm import Norm
+from .recompute import Recompute
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 
@@ -29,29 +34,37 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """x [B, T, H] -> [B, T, H]. A query heads share K key-value heads of size D; each rank of `tp` holds A/tp and K/tp of them."""
+    """x [B, T, H] -> [B, T, H]. A query heads share K key-value heads of size D; each rank of `tp` holds A/tp and K/tp of them, or one of K < tp."""
 
-    def __init__(self, name: str, config: ModelConfig, tp: Axis, ops: Ops, seed: int | None, residual_std: float):
+    def __init__(self, name: str, config: ModelConfig, sharding: Sharding, ops: Ops, seed: int | None, residual_std: float, recompute: Recompute):
         super().__init__()
-        self.config, self.ops = config, ops
-        self.local_heads, self.local_kv_heads = config.num_attention_heads // tp.size, config.num_kv_heads // tp.size
-        size = config.head_size
-        rows = {f"{name}.q": config.num_attention_heads * size, f"{name}.k": config.num_kv_heads * size, f"{name}.v": config.num_kv_heads * size}
-        self.qkv = ColumnParallelLinear(config.hidden_size, rows, tp, bias=config.qkv_bias, init=rng.Init(seed, config.init_method_std))
-        self.q_norm = Norm(f"{name}.q_norm", size, config, tp, ops, seed) if config.qk_layernorm else nn.Identity()
-        self.k_norm = Norm(f"{name}.k_norm", size, config, tp, ops, seed) if config.qk_layernorm else nn.Identity()
+        self.config, self.sharding, self.ops, self.recompute = config, sharding, ops, recompute
+        tp, size = sharding.tp, config.head_size
+        self.local_heads, self.local_kv_heads = config.num_attention_heads // tp.size, config.num_kv_heads * sharding.kv.size // tp.size
+        kv = Rows(config.num_kv_heads * size, sharding.kv)
+        rows = {f"{name}.q": config.num_attention_heads * size, f"{name}.k": kv, f"{name}.v": kv}
+        self.qkv = ColumnParallelLinear(config.hidden_size, rows, sharding, bias=config.qkv_bias, init=rng.Init(seed, config.init_method_std))
+        self.q_norm, self.k_norm = (
+            Norm(f"{name}.{kind}_norm", size, config, sharding, ops, seed, cut_input=True) if config.qk_layernorm else nn.Identity() for kind in "qk"
+        )
         init = rng.Init(seed, residual_std)
-        self.out = RowParallelLinear(f"{name}.out", rows[f"{name}.q"], config.hidden_size, tp, bias=config.linear_bias, init=init)
+        self.out = RowParallelLinear(f"{name}.out", rows[f"{name}.q"], config.hidden_size, sharding, bias=config.linear_bias, init=init)
 
-    def forward(self, x: torch.Tensor, angles: Angles | None, cache: KVCache | None = None) -> torch.Tensor:
-        batch, length, _ = x.shape
-        heads = self.qkv(x).view(batch, length, -1, self.config.head_size)
+    def forward(self, x: torch.Tensor, angles: Angles | None, documents: torch.Tensor | None, cache: KVCache | None = None) -> torch.Tensor:
+        qkv = self.qkv(x)
+        batch, length, _ = qkv.shape
+        heads = qkv.view(batch, length, -1, self.config.head_size)
         q, k, v = heads.split((self.local_heads, self.local_kv_heads, self.local_kv_heads), dim=2)
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q = self.ops.rope(q, *angles, self.config.rotary_interleaved)
             k = self.ops.rope(k, *angles, self.config.rotary_interleaved)
+        return self.out(self._mix(q, k, v, documents, cache).reshape(batch, length, -1))
+
+    def _mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
         if cache is not None:
-            k, v = cache.extend(k, v)
+            return self.ops.attention(q, *cache.extend(k, v), causal=True)
         dropout = self.config.attention_dropout if self.training else 0.0
-        return self.out(self.ops.attention(q, k, v, causal=True, dropout=dropout).reshape(batch, length, -1))
+        cp, comm_type = self.sharding.cp, self.sharding.cp_comm_type
+        core = partial(context.attention, cp=cp, comm_type=comm_type, ops=self.ops, documents=documents, dropout=dropout)
+        return self.recompute.attention(core, q, k, v)

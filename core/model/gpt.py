@@ -1,63 +1,107 @@
-"""The GPT: embedding, pre-norm blocks, final norm and head, the same code for every layout."""
+"""The GPT: embedding, pre-norm blocks, final norm and head, whole or one pipeline stage of it, the same code for every layout."""
 
 import math
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import comm, rng
+from .. import rng
 from ..config import ModelConfig
+from ..gradients import use
 from ..layout import Layout
-from ..mesh import Axis
 from ..ops import Ops
 from ..parallel.embedding import VocabParallelEmbedding
+from ..parallel.linear import column_parallel
 from ..parallel.loss import vocab_parallel_cross_entropy
+from ..parallel.sharding import Sharding
 from . import rotary
 from .attention import Angles, Attention, KVCache
 from .mlp import MLP
 from .norm import Norm
+from .recompute import Recompute
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What a forward pass knows of its tokens beside the hidden states, the same in every stage.
+
+    positions: int64 [T/cp] of this rank's tokens, or [B, T/cp] where they start anew in each document. documents: int [B, T] of the
+    whole sequence, where attention stays inside a document. stream: None in evaluation.
+    """
+
+    positions: torch.Tensor
+    documents: torch.Tensor | None = None
+    stream: rng.DropoutStream | None = None
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), each branch under hidden dropout. x: [B, T, H]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), each branch under hidden dropout. x: [B, T, H], cut by tokens with sequence parallel."""
 
-    def __init__(self, layer: int, config: ModelConfig, tp: Axis, ops: Ops, seed: int | None):
+    def __init__(self, layer: int, config: ModelConfig, sharding: Sharding, ops: Ops, seed: int | None, recompute: Recompute):
         super().__init__()
         name = self.name = f"layers.{layer}"
         self.dropout = config.hidden_dropout
         residual_std = config.init_method_std / math.sqrt(2 * config.num_layers)
-        self.attention_norm = Norm(f"{name}.attention_norm", config.hidden_size, config, tp, ops, seed)
-        self.attention = Attention(f"{name}.attention", config, tp, ops, seed, residual_std)
-        self.mlp_norm = Norm(f"{name}.mlp_norm", config.hidden_size, config, tp, ops, seed)
-        self.mlp = MLP(f"{name}.mlp", config, tp, ops, seed, residual_std)
+        norm = partial(Norm, size=config.hidden_size, config=config, sharding=sharding, ops=ops, seed=seed, cut_input=sharding.sequence_parallel)
+        self.attention_norm = norm(f"{name}.attention_norm")
+        self.attention = Attention(f"{name}.attention", config, sharding, ops, seed, residual_std, recompute)
+        self.mlp_norm = norm(f"{name}.mlp_norm")
+        self.mlp = MLP(f"{name}.mlp", config, sharding, ops, seed, residual_std)
 
-    def forward(self, x: torch.Tensor, angles: Angles | None, stream: rng.DropoutStream | None, cache: KVCache | None) -> torch.Tensor:
-        branch = self.attention(self.attention_norm(x), angles, cache)
-        x = x + rng.dropout(branch, self.dropout, stream, f"{self.name}.attention")
-        return x + rng.dropout(self.mlp(self.mlp_norm(x)), self.dropout, stream, f"{self.name}.mlp")
+    def forward(self, x: torch.Tensor, angles: Angles | None, passage: Passage, cache: KVCache | None = None) -> torch.Tensor:
+        branch = self.attention(self.attention_norm(x), angles, passage.documents, cache)
+        x = x + rng.dropout(branch, self.dropout, passage.stream, f"{self.name}.attention")
+        return x + rng.dropout(self.mlp(self.mlp_norm(x)), self.dropout, passage.stream, f"{self.name}.mlp")
 
 
 class GPT(nn.Module):
-    """A decoder over a vocabulary of `vocab_size` ids (end of document included; padding is added and masked here).
+    """A decoder over a vocabulary of `vocab_size` ids (end of document included; padding is added and masked here), or a stage of one.
 
-    seed None leaves the weights to be loaded. Parameters are fp32 on the CPU until an optimizer or `.to` moves them.
+    A stage has the layers of the range `layers`, the embedding if it `embeds`, final norm, head and loss if it `predicts`. A head that is
+    tied to the embedding of another stage on this rank is given as `tied_weight`. seed None leaves the weights to be loaded. Parameters
+    are fp32 on the CPU until an optimizer or `place` moves them.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, *, tp: Axis, ops: Ops, seed: int | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        *,
+        ops: Ops,
+        seed: int | None,
+        sharding: Sharding | None = None,
+        layers: range | None = None,
+        embeds: bool = True,
+        predicts: bool = True,
+        tied_weight: nn.Parameter | None = None,
+        recompute: Recompute | None = None,
+    ):
         super().__init__()
-        self.config, self.vocab_size, self.tp = config, vocab_size, tp
-        padded, init = config.padded_vocabulary(vocab_size, tp.size), rng.Init(seed, config.init_method_std)
-        self.embedding = VocabParallelEmbedding("embedding.word", vocab_size, padded, config.hidden_size, tp, init)
+        self.config, self.vocab_size, self.embeds, self.predicts = config, vocab_size, embeds, predicts
+        self.sharding = sharding = sharding or Sharding()
+        self.recompute = recompute = recompute or Recompute()
+        tp, sequence_parallel, init = sharding.tp, sharding.sequence_parallel, rng.Init(seed, config.init_method_std)
+        padded = config.padded_vocabulary(vocab_size, tp.size)
+        words = Layout.vocabulary_cut("embedding.word.weight", vocab_size, padded, config.hidden_size, tp)
+        if config.tied:
+            words = words.tied(sharding.embedding, uses=2 if sharding.embedding.size == 1 else 1)
+        self.embedding = VocabParallelEmbedding(words, sharding, init) if embeds else None
         self.positions = None
-        if config.position_embedding_type == "learned_absolute":
+        if embeds and config.position_embedding_type == "learned_absolute":
             shape = (config.max_position_embeddings, config.hidden_size)
-            self.positions = rng.new_parameter(Layout.whole("embedding.position.weight", shape, tp), init)
-        self.layers = nn.ModuleList(Block(layer, config, tp, ops, seed) for layer in range(config.num_layers))
-        self.final_norm = Norm("final_norm", config.hidden_size, config, tp, ops, seed)
-        self.head = None  # tied: the embedding's weight
-        if not config.tied:
-            self.head = rng.new_parameter(Layout.vocabulary_cut("head.weight", vocab_size, padded, config.hidden_size, tp), init)
+            self.positions = rng.new_parameter(Layout.whole("embedding.position.weight", shape, tp, partial=sequence_parallel), init)
+        layers = range(config.num_layers) if layers is None else layers
+        self.layers = nn.ModuleList(Block(layer, config, sharding, ops, seed, recompute) for layer in layers)
+        self.final_norm = self.head = None
+        if predicts:
+            self.final_norm = Norm("final_norm", config.hidden_size, config, sharding, ops, seed, cut_input=sequence_parallel)
+            if not config.tied:
+                words = Layout.vocabulary_cut("head.weight", vocab_size, padded, config.hidden_size, tp)
+            if not (config.tied and embeds):
+                self.head = tied_weight if tied_weight is not None else rng.new_parameter(words, init)
         rotates = config.position_embedding_type == "rope"
         self.register_buffer("frequencies", rotary.frequencies(config) if rotates else None, persistent=False)
 
@@ -69,26 +113,39 @@ class GPT(nn.Module):
             self.frequencies = self.frequencies.to(device)
         return self
 
-    def forward(self, tokens: torch.Tensor, stream: rng.DropoutStream | None = None, caches: list[KVCache] | None = None) -> torch.Tensor:
-        """Logits [B, T, V/tp] of tokens int64 [B, T], padding columns included. With caches, tokens continue what they hold."""
-        start = caches[0].length if caches else 0
-        stop = start + tokens.shape[1]
-        x = self.embedding(tokens)
-        if self.positions is not None:
-            x = x + self.positions[start:stop]
-        x = rng.dropout(x, self.config.hidden_dropout, stream, "embedding")
-        angles = None if self.frequencies is None else rotary.angles(self.frequencies, start, stop)
-        for layer, block in enumerate(self.layers):
-            x = block(x, angles, stream, caches[layer] if caches else None)
-        x = comm.copy_to(self.final_norm(x), self.tp)
-        return F.linear(x, self.embedding.weight if self.head is None else self.head)
+    def forward(self, x: torch.Tensor, passage: Passage | None = None, caches: list[KVCache] | None = None) -> torch.Tensor:
+        """Logits [B, T/cp, V/tp], padding columns included, of a stage that predicts; else hidden states [B, T/cp, H], cut by sequence parallel.
 
-    def token_losses(self, tokens: torch.Tensor, labels: torch.Tensor, stream: rng.DropoutStream | None = None) -> torch.Tensor:
-        """Cross-entropy of every label, fp32 [B, T], in nats."""
-        logits = self(tokens, stream)
-        return vocab_parallel_cross_entropy(logits.flatten(0, 1), labels.flatten(), self.vocab_size, self.tp).view_as(labels)
+        x: tokens int64 [B, T/cp] for a stage that embeds; else the hidden states of the stage before. No passage: whole sequences from
+        position 0, without dropout. With caches, tokens continue what they hold.
+        """
+        if passage is None:
+            start = caches[0].length if caches else 0
+            passage = Passage(torch.arange(start, start + x.shape[1], device=x.device))
+        if self.embedding is not None:
+            x = self._embed(x, passage)
+        angles = None if self.frequencies is None else rotary.angles(self.frequencies, passage.positions)
+        if caches:
+            for block, cache in zip(self.layers, caches, strict=True):
+                x = block(x, angles, passage, cache)
+        else:
+            x = self.recompute.layers([partial(block, angles=angles, passage=passage) for block in self.layers], x)
+        if not self.predicts:
+            return x
+        return column_parallel(self.final_norm(x), self.embedding.weight if self.head is None else self.head, self.sharding)
+
+    def token_losses(self, x: torch.Tensor, labels: torch.Tensor, passage: Passage | None = None) -> torch.Tensor:
+        """Cross-entropy of every label int64 [B, T/cp], fp32, in nats, on a stage that predicts."""
+        logits = self(x, passage)
+        return vocab_parallel_cross_entropy(logits.flatten(0, 1), labels.flatten(), self.vocab_size, self.sharding.tp).view_as(labels)
 
     def caches(self, batch: int, capacity: int) -> list[KVCache]:
         """An empty key-value cache per layer."""
-        weight, heads = self.embedding.weight, self.config.num_kv_heads // self.tp.size
+        weight, heads = self.embedding.weight, self.config.num_kv_heads
         return [KVCache(batch, capacity, heads, self.config.head_size, weight.dtype, weight.device) for _ in self.layers]
+
+    def _embed(self, tokens: torch.Tensor, passage: Passage) -> torch.Tensor:
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + F.embedding(self.sharding.own_tokens(passage.positions), use(self.positions))
+        return rng.dropout(x, self.config.hidden_dropout, passage.stream, "embedding")

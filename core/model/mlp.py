@@ -5,21 +5,21 @@ from torch import nn
 
 from .. import rng
 from ..config import ModelConfig
-from ..mesh import Axis
 from ..ops import Ops
 from ..parallel.linear import ColumnParallelLinear, RowParallelLinear
+from ..parallel.sharding import Sharding
 
 
 class MLP(nn.Module):
     """x [B, T, H] -> [B, T, H] through F/tp hidden features on each rank; gate and up are one GEMM."""
 
-    def __init__(self, name: str, config: ModelConfig, tp: Axis, ops: Ops, seed: int | None, residual_std: float):
+    def __init__(self, name: str, config: ModelConfig, sharding: Sharding, ops: Ops, seed: int | None, residual_std: float):
         super().__init__()
         self.config, self.ops = config, ops
-        width, init = config.ffn_hidden_size, rng.Init(seed, config.init_method_std)
+        width, init, bias = config.ffn_hidden_size, rng.Init(seed, config.init_method_std), config.linear_bias
         rows = {f"{name}.gate": width, f"{name}.up": width} if config.swiglu else {f"{name}.up": width}
-        self.up = ColumnParallelLinear(config.hidden_size, rows, tp, bias=config.linear_bias, init=init)
-        self.down = RowParallelLinear(f"{name}.down", width, config.hidden_size, tp, bias=config.linear_bias, init=rng.Init(seed, residual_std))
+        self.up = ColumnParallelLinear(config.hidden_size, rows, sharding, bias=bias, init=init)
+        self.down = RowParallelLinear(f"{name}.down", width, config.hidden_size, sharding, bias=bias, init=rng.Init(seed, residual_std))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.up(x)

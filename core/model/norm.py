@@ -5,22 +5,26 @@ from torch import nn
 
 from .. import rng
 from ..config import ModelConfig
+from ..gradients import use
 from ..layout import Layout
-from ..mesh import Axis
 from ..ops import Ops
+from ..parallel.sharding import Sharding
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dim [..., H], as --normalization says."""
+    """RMSNorm or LayerNorm over the last dim [..., H], as --normalization says.
 
-    def __init__(self, name: str, size: int, config: ModelConfig, tp: Axis, ops: Ops, seed: int | None):
+    Of its gradient each rank of tp sees a share where `cut_input` says that x is cut over tp (by tokens or by heads).
+    """
+
+    def __init__(self, name: str, size: int, config: ModelConfig, sharding: Sharding, ops: Ops, seed: int | None, *, cut_input: bool):
         super().__init__()
         self.ops, self.epsilon = ops, config.norm_epsilon
-        self.weight = rng.new_parameter(Layout.whole(f"{name}.weight", (size,), tp), rng.Init(seed, fill=1.0))
-        centred = config.normalization == "LayerNorm"
-        self.bias = rng.new_parameter(Layout.whole(f"{name}.bias", (size,), tp), rng.Init(seed)) if centred else None
+        weight, bias = (Layout.whole(f"{name}.{kind}", (size,), sharding.tp, partial=cut_input) for kind in ("weight", "bias"))
+        self.weight = rng.new_parameter(weight, rng.Init(seed, fill=1.0))
+        self.bias = rng.new_parameter(bias, rng.Init(seed)) if config.normalization == "LayerNorm" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
-            return self.ops.rms_norm(x, self.weight, self.epsilon)
-        return self.ops.layer_norm(x, self.weight, self.bias, self.epsilon)
+            return self.ops.rms_norm(x, use(self.weight), self.epsilon)
+        return self.ops.layer_norm(x, use(self.weight), use(self.bias), self.epsilon)

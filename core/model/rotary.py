@@ -26,7 +26,7 @@ def _scaled(inverse: torch.Tensor, factor: float) -> torch.Tensor:
     return torch.where(wavelength < ORIGINAL_LENGTH / HIGH_FREQUENCY, inverse, stretched)
 
 
-def angles(inverse: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, fp32 [T, R/2], of positions start to stop."""
-    table = torch.outer(torch.arange(start, stop, dtype=torch.float32, device=inverse.device), inverse)
+def angles(inverse: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, fp32 [T, R/2] of positions [T], or [B, T, R/2] of [B, T]."""
+    table = positions.to(torch.float32).unsqueeze(-1) * inverse
     return table.cos(), table.sin()

@@ -1,21 +1,21 @@
 """The global gradient norm, each element counted once in any layout, and the factor that clips it."""
 
+from collections.abc import Sequence
+
 import torch
 
-from .. import comm
-from ..mesh import Axis
-from .buckets import Bucket
+from .buckets import Shard
 
 
-def grad_norm(buckets: list[Bucket], model: Axis) -> torch.Tensor:
-    """2-norm of the gradients of the whole model, 0-d fp32 on the device.
+def squared_norm(buckets: Sequence[Shard], device: torch.device) -> torch.Tensor:
+    """This rank's share of the squared 2-norm of all gradients, 0-d fp64 on the device; over all ranks the shares add up to the whole.
 
-    Only primary parts count, so that a tensor replicated over `model` (tensor x pipeline ranks) counts once; the gradients
-    must already be summed over data parallel.
+    Of tensors that several ranks hold only the primary part counts, and of the copies of a shard only the first.
     """
-    norms = [torch.linalg.vector_norm(piece.tensor) for b in buckets for piece in b.pieces(b.gradients) if piece.primary]
-    square = torch.stack(norms).square().sum()
-    return comm.all_reduce(square, model).sqrt()
+    views = [b.gradients[start:stop] for b in buckets if b.reduction.copies.rank == 0 for part, start, stop in b.parts() if part.primary]
+    if not views:
+        return torch.zeros((), dtype=torch.float64, device=device)  # a pipeline rank may hold no parameter
+    return torch.stack(torch._foreach_norm(views)).double().square().sum()
 
 
 def clip_factor(norm: torch.Tensor, limit: float) -> torch.Tensor:

@@ -1,48 +1,121 @@
-"""Linear layers cut over an axis, by rows (column parallel) or by columns (row parallel) of the weight. H in, O out features."""
+"""Linear layers cut over an axis, by rows (column parallel) or by columns (row parallel) of the weight. H in, O out features.
+
+With sequence parallel, x outside of the layers is cut over the same axis by tokens: gathered on the way in, its sum cut on the way out.
+"""
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import comm, rng
-from ..layout import Layout
-from ..mesh import Axis
+from ..gradients import Sink, current, sink_of, use
+from ..layout import Layout, Rows
+from .sharding import Sharding
 
 
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b, with W cut by rows: each rank of `tp` computes its own slice of the output features.
 
-    x: [B, T, H] on every rank.   y: [B, T, O/tp], the slices of the parts one after another.
+    x: [B, T, H] on every rank, or [B, T/tp, H] with sequence parallel.   y: [B, T, O/tp], the slices of the parts one after another.
     `parts` maps the name of each projection in the fused weight to its rows (q, k, v of one GEMM); each is cut by itself.
-    Shoeybi et al. 2019, section 3.
+    Shoeybi et al. 2019, section 3; sequence parallel: Korthikanti et al. 2022, section 4.2.
     """
 
-    def __init__(self, in_features: int, parts: dict[str, int], tp: Axis, *, bias: bool, init: rng.Init):
+    def __init__(self, in_features: int, parts: dict[str, int | Rows], sharding: Sharding, *, bias: bool, init: rng.Init):
         super().__init__()
-        self.tp = tp
-        self.weight = rng.new_parameter(Layout.rows_cut(_named(parts, "weight"), (in_features,), tp), init)
-        self.bias = rng.new_parameter(Layout.rows_cut(_named(parts, "bias"), (), tp), rng.Init(init.seed)) if bias else None
+        self.sharding = sharding
+        self.weight = rng.new_parameter(Layout.rows_cut(_named(parts, "weight"), (in_features,), sharding.tp), init)
+        self.bias = rng.new_parameter(Layout.rows_cut(_named(parts, "bias"), (), sharding.tp), rng.Init(init.seed)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(comm.copy_to(x, self.tp), self.weight, self.bias)
+        y = column_parallel(x, self.weight, self.sharding)
+        return y if self.bias is None else y + use(self.bias)
 
 
 class RowParallelLinear(nn.Module):
     """y = x W^T + b, with W cut by columns: each rank of `tp` holds a slice of the input features, and the products are summed.
 
-    x: [B, T, H/tp].   y: [B, T, O] on every rank. The bias is whole on every rank and added once, after the sum.
+    x: [B, T, H/tp].   y: [B, T, O] on every rank, or [B, T/tp, O] with sequence parallel. The bias is whole on every rank and
+    added once, after the sum: with sequence parallel each rank sees only its tokens' share of the bias' gradient.
     """
 
-    def __init__(self, name: str, in_features: int, out_features: int, tp: Axis, *, bias: bool, init: rng.Init):
+    def __init__(self, name: str, in_features: int, out_features: int, sharding: Sharding, *, bias: bool, init: rng.Init):
         super().__init__()
-        self.tp = tp
-        self.weight = rng.new_parameter(Layout.columns_cut(f"{name}.weight", out_features, in_features, tp), init)
-        self.bias = rng.new_parameter(Layout.whole(f"{name}.bias", (out_features,), tp), rng.Init(init.seed)) if bias else None
+        self.sharding = sharding
+        self.weight = rng.new_parameter(Layout.columns_cut(f"{name}.weight", out_features, in_features, sharding.tp), init)
+        self.bias = None
+        if bias:
+            layout = Layout.whole(f"{name}.bias", (out_features,), sharding.tp, partial=sharding.sequence_parallel)
+            self.bias = rng.new_parameter(layout, rng.Init(init.seed))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = comm.reduce_from(F.linear(x, self.weight), self.tp)
-        return y if self.bias is None else y + self.bias
+        weight, sharding = current(self.weight), self.sharding
+        y = _RowParallel.apply(x, weight, sink_of(weight), sharding.tp, sharding.sequence_parallel)
+        return y if self.bias is None else y + use(self.bias)
 
 
-def _named(parts: dict[str, int], kind: str) -> dict[str, int]:
+def column_parallel(x: torch.Tensor, weight: nn.Parameter, sharding: Sharding) -> torch.Tensor:
+    """x W^T for a weight [O/tp, H] that is cut by rows: see ColumnParallelLinear."""
+    return _ColumnParallel.apply(x, current(weight), sink_of(weight), sharding.tp, sharding.sequence_parallel)
+
+
+class _ColumnParallel(torch.autograd.Function):
+    """The gradient of x is summed over tp while the weight gradient's GEMM runs; the gathered x is not kept but gathered again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, sink, tp, sequence_parallel):
+        ctx.save_for_backward(x, weight)
+        ctx.sink, ctx.tp, ctx.sequence_parallel = sink, tp, sequence_parallel
+        return F.linear(comm.start_gather_tokens(x, tp)() if sequence_parallel else x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, weight), tp, sink = ctx.saved_tensors, ctx.tp, ctx.sink
+        x = x.detach()
+        if not ctx.sequence_parallel:
+            dx = dy @ weight
+            summed = comm.start_all_reduce(dx, tp)
+            dw = _weight_gradient(sink, weight, dy, lambda: x)
+            return summed.wait(), dw, None, None, None
+        gather = partial(comm.start_gather_tokens, x, tp)
+        if sink is None or sink.owner.deferral.held is None:
+            whole = gather()  # under way during the next GEMM
+        else:
+            whole = lambda: gather()()  # noqa: E731 - a held product keeps the cut x alone, and gathers when its turn comes
+        summed = comm.start_reduce_tokens(dy @ weight, tp)
+        dw = _weight_gradient(sink, weight, dy, whole)
+        return summed(), dw, None, None, None
+
+
+class _RowParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, sink, tp, sequence_parallel):
+        ctx.save_for_backward(x, weight)
+        ctx.sink, ctx.tp, ctx.sequence_parallel = sink, tp, sequence_parallel
+        y = F.linear(x, weight)
+        return comm.start_reduce_tokens(y, tp)() if sequence_parallel else comm.all_reduce(y, tp)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        x = x.detach()
+        if ctx.sequence_parallel:
+            dy = comm.start_gather_tokens(dy, ctx.tp)()
+        dx = dy @ weight
+        return dx, _weight_gradient(ctx.sink, weight, dy, lambda: x), None, None, None
+
+
+def _weight_gradient(sink: Sink | None, weight: torch.Tensor, dy: torch.Tensor, x) -> torch.Tensor | None:
+    """dy^T x to the sink, now or when its turn comes, or to autograd where there is no sink. `x` is called for the input."""
+    if not weight.requires_grad:
+        return None
+    if sink is None:
+        return dy.flatten(0, -2).t() @ x().flatten(0, -2)
+    sink.owner.deferral.run(lambda: sink.add_product(dy.flatten(0, -2), x().flatten(0, -2)))
+    return None
+
+
+def _named(parts: dict[str, int | Rows], kind: str) -> dict[str, int | Rows]:
     return {f"{name}.{kind}": rows for name, rows in parts.items()}

@@ -60,6 +60,6 @@ def _due(progress: Progress, interval: int | None, last: bool) -> bool:
 def _evaluate(trainer: Trainer, batches: Callable[[], MicroBatches] | None, split: str, reporter: Reporter, progress: Progress) -> None:
     if batches is None:
         return
-    loss = mean_loss(trainer.model, batches(), trainer.mesh.dp, trainer.device)
+    loss = mean_loss(trainer.stages, trainer.prepare, batches(), trainer.config.logging.eval_iters)
     reporter.evaluation(progress.iteration, split, loss)
     reporter.restart_clock()

@@ -38,7 +38,7 @@ def load_pretrained(path: Path, *, device: torch.device, dtype: torch.dtype, ker
 def _from_checkpoint(path: Path, run_ops: ops.Ops, ckpt_step: int | None) -> tuple[GPT, DataConfig]:
     checkpoint = open_checkpoint(path, ckpt_step=ckpt_step, world=Axis("world"), device=torch.device("cpu"))
     config = read_config(checkpoint.config_yaml)
-    model = GPT(config.model, checkpoint.state["vocab_size"], tp=Axis("tp"), ops=run_ops, seed=None)
+    model = GPT(config.model, checkpoint.state["vocab_size"], ops=run_ops, seed=None)
     checkpoint.read_into(_pieces(model))
     return model, config.data
 
@@ -49,7 +49,7 @@ def _from_hf(path: Path, run_ops: ops.Ops) -> tuple[GPT, DataConfig]:
         config, vocab_size = families.from_llama_config(folder.config)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
-    model, names = GPT(config, vocab_size, tp=Axis("tp"), ops=run_ops, seed=None), families.llama_names(config)
+    model, names = GPT(config, vocab_size, ops=run_ops, seed=None), families.llama_names(config)
     for piece in _pieces(model):
         name = names[piece.name]
         if folder.shape(name) != piece.shape:

@@ -41,7 +41,7 @@ class RunState:
             "optimizer_steps": trainer.optimizer.steps.item(),
             "loss_scale": trainer.scaler.state(),
             "random": {"seed": trainer.config.batch.seed},  # all there is: every draw is a function of the seed, the iteration and the sample
-            "vocab_size": trainer.model.vocab_size,
+            "vocab_size": trainer.stages.chunks[0].vocab_size,
             "fingerprints": self.fingerprints,
         }
         save(
@@ -88,9 +88,9 @@ class RunState:
         return Progress(state["iteration"], state["consumed_samples"], state["consumed_tokens"])
 
     def _owned(self) -> Iterator[Piece]:
-        """What this rank writes: of data-parallel copies the first writes, of replicated parts the primary."""
+        """What this rank writes: of the copies of a shard the first writes, of replicated parts the primary."""
         optimizer = self.trainer.optimizer
-        if self.trainer.mesh.dp_cp.rank == 0:
+        if self.trainer.mesh.copies.rank == 0:
             for pieces in (optimizer.weight_pieces(), optimizer.moment_pieces()):
                 yield from (piece for piece in pieces if piece.primary)
 

@@ -5,16 +5,18 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import comm, rng
+from .. import comm
 from ..config import Config
 from ..data.loader import Batch
 from ..mesh import Mesh
-from ..model.gpt import GPT
-from ..optim.adamw import AdamW
-from ..optim.clip import clip_factor, grad_norm
+from ..optim.clip import clip_factor, squared_norm
+from ..optim.optimizer import Optimizer
 from ..optim.schedule import learning_rate
 from ..precision import LossScaler
+from .inputs import Preparation
+from .losses import LossPass
 from .progress import Progress
+from .stages import Stages
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,10 @@ class Trainer:
     config: Config
     mesh: Mesh
     device: torch.device
-    model: GPT
-    optimizer: AdamW
+    stages: Stages
+    prepare: Preparation
+    optimizer: Optimizer
     scaler: LossScaler
-
-    @property
-    def micro_batches(self) -> int:
-        """Forward passes of one rank per update."""
-        batch = self.config.batch
-        return batch.global_batch_size // (batch.micro_batch_size * self.mesh.dp.size)
 
     def step(self, progress: Progress, batches: Iterator[Batch], stop: bool) -> StepResult:
         """The update after `progress` on the next micro-batches; `stop` is this rank's wish to end the run.
@@ -57,44 +54,20 @@ class Trainer:
         config, optimizer = self.config, self.optimizer
         progress = progress.after_step(config.batch)
         tokens = config.batch.global_batch_size * config.batch.seq_length
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        optimizer.zero_gradients()
-        self.model.train()
-        for index in range(self.micro_batches):
-            losses, mask = self._forward(progress.iteration, index, next(batches))
-            total = masked_sum(losses, mask)
-            (total * (self.scaler.scale / tokens)).backward()
-            totals[0] += total.detach()
-            totals[1] += mask.sum()
-        totals[2] += float(stop)
-        comm.all_reduce(totals, self.mesh.dp)
-        optimizer.reduce_gradients(self.mesh.dp)
+        optimizer.begin(self.stages.training.num_microbatches)
+        losses = LossPass(self.stages, self.prepare, batches, iteration=progress.iteration, scale=self.scaler.scale / tokens)
+        self.stages.train(losses)
+        optimizer.reduce()
 
-        to_true = (tokens / (totals[1] * self.scaler.scale)).float()
-        norm = grad_norm(optimizer.buckets, self.mesh.model) * to_true
-        finite = torch.isfinite(norm) & torch.isfinite(totals[0]) & (totals[1] > 0)
+        # All that every rank must know alike, in one reduction over all of them: skip and clip are then the same everywhere.
+        wish = torch.tensor(float(stop), dtype=torch.float64).to(self.device, non_blocking=True)
+        known = comm.all_reduce(torch.stack([*losses.totals, wish, squared_norm(optimizer.buckets, self.device)]), self.mesh.world)
+        loss_sum, num_predictions, stop_wishes, squared = known.unbind()
+        to_true = tokens / (num_predictions * self.scaler.scale)
+        norm = (squared.sqrt() * to_true).float()
+        finite = torch.isfinite(norm) & torch.isfinite(loss_sum) & (num_predictions > 0)
         lr = learning_rate(config.optimizer, progress.iteration - 1)
-        optimizer.update(lr, to_true * clip_factor(norm, config.optimizer.clip_grad), ~finite)
-        result = StepResult(progress, lr, totals[0], totals[1], norm, ~finite, self.scaler.scale.clone(), totals[2])
-        self.scaler.update(~finite, totals[1] == 0)
+        optimizer.update(lr, to_true.float() * clip_factor(norm, config.optimizer.clip_grad), ~finite)
+        result = StepResult(progress, lr, loss_sum, num_predictions, norm, ~finite, self.scaler.scale.clone(), stop_wishes)
+        self.scaler.update(~finite, num_predictions == 0)
         return result
-
-    def _forward(self, iteration: int, index: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        model, seed = self.config.model, self.config.batch.seed
-        stream = None
-        if model.hidden_dropout > 0:
-            stream = rng.DropoutStream.of(seed, iteration, batch.samples, self.device)
-        if model.attention_dropout > 0:
-            torch.manual_seed(rng.attention_dropout_seed(seed, iteration, index, self.mesh.dp.rank))
-        tokens, labels, mask = to_device(batch, self.device)
-        return self.model.token_losses(tokens, labels, stream), mask
-
-
-def masked_sum(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum of the losses [B, T] that count. Selected, not multiplied: a loss that does not count may be NaN."""
-    return torch.where(mask > 0, losses, 0.0).sum()
-
-
-def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens, labels and loss mask [B, T] on the device; the copies do not wait."""
-    return tuple(tensor.to(device, non_blocking=True) for tensor in (batch.tokens, batch.labels, batch.loss_mask))

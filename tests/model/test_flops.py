@@ -29,7 +29,7 @@ def test_flops_by_hand():
 
 def test_total_parameters_are_those_of_the_model():
     for config in (LLAMA, GPT2):
-        model = GPT(config, 10, tp=Axis("tp"), ops=Ops(), seed=None)
+        model = GPT(config, 10, ops=Ops(), seed=None)
         pieces = [piece for p in model.parameters() for piece in p.param_layout.pieces(p.data)]
         assert total_parameters(config, 10) == sum(piece.tensor.numel() for piece in pieces)
 

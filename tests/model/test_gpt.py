@@ -28,7 +28,7 @@ VOCAB = 101
 
 
 def model_of(config: ModelConfig) -> GPT:
-    return GPT(config, VOCAB, tp=Axis("tp"), ops=Ops(), seed=3)
+    return GPT(config, VOCAB, ops=Ops(), seed=3)
 
 
 def tokens_of(batch: int = 2, length: int = 32) -> torch.Tensor:

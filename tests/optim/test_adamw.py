@@ -8,7 +8,7 @@ from trivium.config import OptimizerConfig
 from trivium.layout import Layout
 from trivium.mesh import Axis
 from trivium.ops import Ops
-from trivium.optim.adamw import AdamW
+from trivium.optim.optimizer import Optimizer
 from trivium.optim.buckets import Bucket, make_buckets
 from trivium.optim.clip import clip_factor, grad_norm
 from trivium.rng import Init, new_parameter

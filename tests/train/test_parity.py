@@ -57,7 +57,7 @@ def test_the_loss_is_the_masked_mean_over_the_global_batch(data, tmp_path):
     config = resolve(flags.parse(arguments.split()).config, 1)
     samples = build_datasets([str(data)], "100,0,0", 32, 1234, (160, 0, 0)).train
     ids = torch.from_numpy(np.stack([samples.tokens(k) for k in range(8)]))
-    model = GPT(config.model, 97, tp=Axis("tp"), ops=ops.Ops(), seed=1234)
+    model = GPT(config.model, 97, ops=ops.Ops(), seed=1234)
     losses, mask = model.token_losses(ids[:, :-1], ids[:, 1:]), ids[:, :-1] != 96
     assert 0.9 < mask.float().mean() < 1
     assert rows_of(tmp_path / "m.jsonl")[0]["lm_loss"] == pytest.approx((losses[mask].sum() / mask.sum()).item(), rel=1e-6)

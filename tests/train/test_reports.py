@@ -116,7 +116,7 @@ def test_evaluation_is_the_masked_mean_of_the_first_samples_without_dropout(data
     samples = build_datasets([str(data)], "60,40,0", 32, 1234, (160, 24, 0)).valid
     ids = torch.stack([torch.from_numpy(samples.tokens(k)) for k in range(24)])
     config = resolve(flags.parse(arguments.split()).config, 1)
-    model = GPT(config.model, 97, tp=Axis("tp"), ops=ops.Ops(), seed=1234).eval()
+    model = GPT(config.model, 97, ops=ops.Ops(), seed=1234).eval()
     losses, mask = model.token_losses(ids[:, :-1], ids[:, 1:]), ids[:, :-1] != 96
     assert 0.9 < mask.float().mean() < 1
     assert rows_of(tmp_path / "m.jsonl", "valid")[0]["lm_loss"] == pytest.approx((losses[mask].sum() / mask.sum()).item(), rel=1e-6)

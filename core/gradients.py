@@ -1,0 +1,100 @@
+"""Where a weight's gradient goes while a backward pass runs: into memory that its owner gives, at once or when the schedule says.
+
+Every use of a parameter passes through here, because hooks cannot tell what is needed: autograd's fire even where a gradient is
+still to be computed, and not at all where a parameter was not used.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+class Deferral:
+    """Whether weight-gradient products run inside a backward pass, or are held back for later: the W of zero-bubble schedules."""
+
+    def __init__(self):
+        self.held: list[Callable[[], None]] | None = None
+
+    @contextmanager
+    def holding(self) -> Iterator[list[Callable[[], None]]]:
+        """Within, products are appended to the list this gives; calling them in order computes the gradients."""
+        self.held = []
+        try:
+            yield self.held
+        finally:
+            self.held = None
+
+    def run(self, product: Callable[[], None]) -> None:
+        if self.held is None:
+            product()
+        else:
+            self.held.append(product)
+
+
+class Owner(Protocol):
+    """The memory that holds a parameter (an optimizer's bucket)."""
+
+    deferral: Deferral
+
+    def wait_for_weights(self) -> None:
+        """Return when the weights are those of the last update."""
+
+    def gradient_of(self, slot: int) -> torch.Tensor:
+        """fp32 memory in the parameter's shape, which the next gradient is to be added to."""
+
+    def wrote(self) -> None:
+        """Take note that one gradient has been added."""
+
+
+class Sink:
+    """One parameter's way to its owner, attached to it as `.sink`. A parameter without one gets its gradient from autograd as `.grad`."""
+
+    def __init__(self, owner: Owner, slot: int):
+        self.owner, self.slot = owner, slot
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add a finished gradient."""
+        self.owner.gradient_of(self.slot).add_(gradient)
+        self.owner.wrote()
+
+    def add_product(self, dy: torch.Tensor, x: torch.Tensor) -> None:
+        """Add dy^T x, of dy [N, O] and x [N, I]; in fp32 the GEMM itself accumulates."""
+        main = self.owner.gradient_of(self.slot)
+        if x.dtype == main.dtype:
+            main.addmm_(dy.t(), x)
+        else:
+            main.add_(dy.t() @ x)
+        self.owner.wrote()
+
+
+def current(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter, once its last update has arrived: for use inside an autograd function, which brings the gradient to the sink itself."""
+    sink = sink_of(parameter)
+    if sink is not None:
+        sink.owner.wait_for_weights()
+    return parameter
+
+
+def use(parameter: nn.Parameter) -> torch.Tensor:
+    """The parameter for use in plain operations: autograd's gradient of it goes to its sink."""
+    sink = sink_of(current(parameter))
+    return parameter if sink is None else _Use.apply(parameter, sink)
+
+
+def sink_of(parameter: nn.Parameter) -> Sink | None:
+    return getattr(parameter, "sink", None)
+
+
+class _Use(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parameter, sink):
+        ctx.sink = sink
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.sink.add(gradient)
+        return None, None

@@ -1,0 +1,60 @@
+"""From the flags of a run to its placement of stages and its split of layers. Raises ValueError in the flags' own words."""
+
+from ..config import ParallelConfig
+from .plan import Placement
+from .split import StageSpec, parse_layout, split_layers
+
+
+def placement_of(parallel: ParallelConfig, num_layers: int) -> Placement:
+    """How many chunks each rank has and which stages they are. --pipeline-schedule not given: 1f1b for one chunk, interleaved for several."""
+    pp, schedule = parallel.pipeline_model_parallel_size, parallel.pipeline_schedule
+    chunks = _chunks(parallel, num_layers)
+    if schedule is None:
+        schedule = "1f1b" if chunks in (None, 1) else "interleaved"
+    if chunks is None:
+        chunks = 2 if schedule == "zb-v" else 1
+    if schedule == "zb-v" and chunks != 2:
+        raise ValueError(f"--pipeline-schedule zb-v has 2 model chunks on each process, not {chunks}; leave the number of virtual stages out")
+    if schedule == "interleaved" and chunks < 2:
+        raise ValueError("--pipeline-schedule interleaved needs several model chunks: give --num-virtual-stages-per-pipeline-rank 2 or more")
+    if schedule not in ("interleaved", "zb-v") and chunks > 1:
+        raise ValueError(f"--pipeline-schedule {schedule} has one model chunk on each process, not {chunks}; use interleaved")
+    return Placement(schedule, pp, chunks)
+
+
+def specs_of(parallel: ParallelConfig, num_layers: int) -> tuple[StageSpec, ...]:
+    """What each stage holds, in their order."""
+    return split_layers(
+        num_layers,
+        placement_of(parallel, num_layers),
+        first=parallel.decoder_first_pipeline_num_layers,
+        last=parallel.decoder_last_pipeline_num_layers,
+        account_for_embedding=parallel.account_for_embedding_in_pipeline_split,
+        account_for_loss=parallel.account_for_loss_in_pipeline_split,
+        layout=parallel.pipeline_model_parallel_layout,
+    )
+
+
+def _chunks(parallel: ParallelConfig, num_layers: int) -> int | None:
+    """Model chunks of each rank as the flags say; None where none does."""
+    pp = parallel.pipeline_model_parallel_size
+    given = parallel.num_virtual_stages_per_pipeline_rank
+    per_chunk = parallel.num_layers_per_virtual_pipeline_stage
+    if parallel.pipeline_model_parallel_layout is not None:
+        stages = len(parse_layout(parallel.pipeline_model_parallel_layout))
+        if stages % pp:
+            flag = f"--pipeline-model-parallel-layout {parallel.pipeline_model_parallel_layout}"
+            raise ValueError(f"{flag} has {stages} stages, no multiple of --pipeline-model-parallel-size {pp}; add or join stages")
+        given = stages // pp if given is None else given
+        if given * pp != stages:
+            raise ValueError(
+                f"--pipeline-model-parallel-layout has {stages} stages, --num-virtual-stages-per-pipeline-rank {given} x {pp} processes not"
+            )
+    if per_chunk is not None:
+        if given is not None:
+            raise ValueError("--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank say the same; give one")
+        if num_layers % (pp * per_chunk):
+            unit = f"--pipeline-model-parallel-size {pp} x --num-layers-per-virtual-pipeline-stage {per_chunk} = {pp * per_chunk}"
+            raise ValueError(f"--num-layers {num_layers} is not a multiple of {unit}; change one of them")
+        given = num_layers // (pp * per_chunk)
+    return given

@@ -1,0 +1,125 @@
+"""Ways to break the engine, each as silent as those that users fear: a test of the tests.
+
+A mutation is a change of the text of one function, applied inside the ranks of a run; the layout named with it must turn red.
+"""
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from parity.cases import CHUNKS, CP, INSTANCES, OVERLAP, SCHEDULE, SP, STRATEGY, TP, TWO, V2, ZERO1, Case
+from trivium import comm, rng
+from trivium.optim import buckets, clip, optimizer, reduce
+from trivium.parallel import context, embedding, linear, loss
+from trivium.parallel.sharding import Sharding
+from trivium.pipeline import runtime
+from trivium.train import inputs, losses, step
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which stands in the source of `function` once, becomes `new`."""
+
+    function: Callable
+    old: str
+    new: str
+    case: Case
+
+
+MUTATIONS = {
+    "norm gradients not summed over tp": Mutation(reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2 {SP}")),
+    "QK norm gradients not summed over tp": Mutation(reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2")),
+    "copies of key-value heads not summed": Mutation(reduce.sum_partial, "size > 1", "size > 9", Case(4, f"{TP} 4", "untied")),
+    "replicated tensors counted on every rank": Mutation(clip.squared_norm, "if part.primary", "", Case(2, f"{TP} 2")),
+    "tied weight counted on both stages": Mutation(clip.squared_norm, "if part.primary", "", Case(2, TWO, "gpt")),
+    "copies of a shard all counted": Mutation(clip.squared_norm, "if b.reduction.copies.rank == 0", "", Case(4, f"{ZERO1} {INSTANCES} 2")),
+    "clip factor halved": Mutation(step.Trainer.step, "* clip_factor", "* 0.5 * clip_factor", Case(2, "")),
+    "tied gradients not added up": Mutation(buckets.Bucket.finish, "param_layout.twins)", "param_layout.twins) if False else None", Case(2, TWO)),
+    "shards not summed over instances": Mutation(
+        buckets.Bucket.finish, "comm.all_reduce(self.gradients, self.reduction.copies)", "pass", Case(4, f"{ZERO1} {INSTANCES} 2")
+    ),
+    "updated weights not gathered": Mutation(optimizer.Optimizer._gather, "bucket.start_gather()", "pass", Case(2, ZERO1)),
+    "bucket reduced before its last gradient": Mutation(
+        buckets.Bucket.wrote, "self._written == self._expected:", "self._written == self._expected - 1:", Case(2, f"{ZERO1} {OVERLAP}")
+    ),
+    "ZeRO-2 forgets all but the last micro-batch": Mutation(
+        buckets.Bucket._take_in, "self._sum +=", "self._sum =", Case(2, f"{STRATEGY} optim_grads")
+    ),
+    "one weight-gradient product lost": Mutation(
+        runtime._Pass.backward_weight, "product()", "product() if action.microbatch else None", Case(2, f"{TWO} {SCHEDULE} zb-h1")
+    ),
+    "gradients of two micro-batches exchanged": Mutation(
+        runtime._Pass.receive_gradient, "action.microbatch] =", "action.microbatch ^ 1] =", Case(2, f"{TWO} {SCHEDULE} gpipe")
+    ),
+    "input gradient not summed over tp": Mutation(
+        linear._ColumnParallel.backward, "comm.start_all_reduce(dx, tp)", "comm.Pending(dx)", Case(2, f"{TP} 2", "untied")
+    ),
+    "gathered gradient in the wrong order": Mutation(comm.start_gather_tokens, "pending.wait()", "pending.wait().flip(0)", Case(2, f"{TP} 2 {SP}")),
+    "sum of a row-parallel layer left out": Mutation(linear._RowParallel.forward, "comm.all_reduce(y, tp)", "y", Case(2, f"{TP} 2")),
+    "bias added on every tp rank": Mutation(
+        linear.RowParallelLinear.forward, "y + use(self.bias)", "y + sharding.tp.size * use(self.bias)", Case(2, f"{TP} 2", "gpt")
+    ),
+    "padding of the vocabulary in the sum": Mutation(
+        loss._CrossEntropy.forward, "real = min(max(vocab_size - first, 0), local)", "real = local", Case(2, f"{TP} 2")
+    ),
+    "maximum of the local vocabulary alone": Mutation(
+        loss._CrossEntropy.forward, 'comm.all_reduce(highest.clone(), tp, "max")', "highest.clone()", Case(2, f"{TP} 2")
+    ),
+    "tokens of other ranks looked up": Mutation(
+        embedding.VocabParallelEmbedding.forward, "masked_fill(elsewhere.unsqueeze(-1), 0.0)", "clone()", Case(2, f"{TP} 2")
+    ),
+    "one dropout mask for all tp ranks": Mutation(Sharding.own_tokens, "[self.tp.rank]", "[0]", Case(2, f"{TP} 2 {SP}")),
+    "dropout by the place in the slice": Mutation(
+        rng.DropoutStream.keep, "self.positions.unsqueeze", "self.positions.argsort().unsqueeze", Case(2, f"{CP} 2")
+    ),
+    "positions counted from zero on every cp rank": Mutation(
+        inputs.Preparation.__call__, "Passage(positions", "Passage(positions.argsort()", Case(2, f"{CP} 2")
+    ),
+    "labels of another slice": Mutation(
+        inputs.Preparation.__call__, "(tokens, labels, mask)), passage", "(tokens, labels.roll(1, 1), mask)), passage", Case(2, f"{CP} 2")
+    ),
+    "predictions counted on every tp rank": Mutation(losses.LossPass.__call__, "tp.rank == 0", "tp.rank >= 0", Case(2, f"{TP} 2")),
+    "mean of the ranks' means": Mutation(
+        step.Trainer.step, "to_true = tokens", "num_predictions = num_predictions * 0 + tokens; to_true = tokens", Case(2, "")
+    ),
+    "ring adds up without the log-sum-exp": Mutation(context._Ring.forward, "logaddexp(lse, ", "maximum(lse, ", Case(2, f"{CP} 2")),
+    "documents of the slice instead of the sequence": Mutation(
+        inputs.document_indices, "ends.cumsum(dim=1) - ends", "ends.cumsum(dim=1) * 0", Case(2, f"{CP} 2 --cp-comm-type allgather", "documents")
+    ),
+    "chunks of a rank in the wrong order": Mutation(
+        losses.LossPass.__call__,
+        "self.stages.chunks[chunk], self",
+        "self.stages.chunks[chunk % 2 and 3 - chunk or chunk], self",
+        Case(1, f"{CHUNKS} 3"),
+    ),
+    "tied weight used once is counted twice": Mutation(
+        buckets.Bucket.begin, "micro_batches * self.uses", "micro_batches * len(self.parameters)", Case(2, f"{V2} {SCHEDULE} zb-v")
+    ),
+}
+
+
+@contextmanager
+def applied(name: str | None) -> Iterator[None]:
+    """Within, the engine is broken in the way `name` says; None leaves it whole."""
+    if name is None:
+        yield
+        return
+    mutation = MUTATIONS[name]
+    honest = mutation.function.__code__
+    mutation.function.__code__ = mutated(mutation).__code__
+    try:
+        yield
+    finally:
+        mutation.function.__code__ = honest
+
+
+def mutated(mutation: Mutation) -> Callable:
+    """The function compiled again from its changed text, among the same globals. Exchanging the code reaches whoever has imported it."""
+    source = textwrap.dedent(inspect.getsource(mutation.function))
+    source = source[source.index("def ") :]  # without @staticmethod
+    assert source.count(mutation.old) == 1, f"{mutation.old!r} stands {source.count(mutation.old)} times in {mutation.function.__qualname__}"
+    made: dict[str, Callable] = {}
+    exec(compile(source.replace(mutation.old, mutation.new), inspect.getsourcefile(mutation.function), "exec"), mutation.function.__globals__, made)
+    return made[mutation.function.__name__]
