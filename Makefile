@@ -10,7 +10,7 @@ CHECKED := core kernels tools tests examples setup.py pretrain_gpt.py
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test soak quickstart lint format clean
+.PHONY: help setup test parity soak quickstart lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 14
@@ -36,7 +36,10 @@ $(VENV)/.peers: $(VENV)/.ready requirements-peers.txt
 	@touch $@
 
 test: $(VENV)/.peers lint  ## ruff and every test that needs neither a GPU nor patience
-	@$(PY) -m pytest -m "not soak and not gpu"
+	@$(PY) -m pytest -m "not soak and not gpu and not parity"
+
+parity: $(VENV)/.ready  ## every layout against one process, and the ways to break the engine that this must notice
+	@$(PY) -m pytest -m "not soak and not gpu" tests/parity
 
 soak: $(VENV)/.peers  ## the long proofs
 	@$(PY) -m pytest -m soak

@@ -14,6 +14,7 @@ import torch
 from trivium import flags, launch, logs, ops
 from trivium.checkpoint.load import open_checkpoint
 from trivium.checkpoint.manifest import CheckpointError
+from trivium.comm import CommunicationError
 from trivium.config import Config, ConfigError, resolve
 from trivium.data.dataset import Datasets, build_datasets
 from trivium.data.errors import DataError
@@ -22,16 +23,14 @@ from trivium.data.tokenizer import Tokenizer, build_tokenizer
 from trivium.mesh import Mesh
 from trivium.model import families
 from trivium.model.flops import total_parameters
-from trivium.precision import LossScaler, working_dtype
+from trivium.precision import working_dtype
 from trivium.presets import PRESETS, published_vocabulary
-from trivium.train.build import build_optimizer, build_stages
+from trivium.train.build import build_trainer
 from trivium.train.export import export_hf
-from trivium.train.inputs import Preparation
 from trivium.train.loop import Data, run
 from trivium.train.progress import Progress
 from trivium.train.report import Reporter
 from trivium.train.resume import RunState, load_problems
-from trivium.train.step import Trainer
 from trivium.validate import validate
 
 
@@ -55,10 +54,7 @@ def main(argv: list[str], place: launch.Place) -> None:
     backend = config.parallel.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     mesh = launch.plan_mesh(config, place).connect(backend, config.parallel.distributed_timeout_minutes)
 
-    stages = build_stages(config, tokenizer.vocab_size, mesh, run_ops, device)
-    optimizer = build_optimizer(config, mesh, stages, run_ops)
-    prepare = Preparation(config, stages.sharding, device, tokenizer.eod)
-    trainer = Trainer(config, mesh, device, stages, prepare, optimizer, LossScaler(config.precision, device))
+    trainer = build_trainer(config, mesh, device, run_ops, tokenizer.vocab_size, tokenizer.eod)
     state = RunState(trainer, tokenizer.fingerprint)
     progress = state.restore()
     datasets = build_datasets_of(config, tokenizer, progress)
@@ -168,10 +164,8 @@ def cli(argv: list[str]) -> int:
         return fail(place, str(error), 2 if named_flag else 1)
     except OSError as error:
         return fail(place, f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", 1)
-    except RuntimeError as error:
-        if "by peer" not in str(error):
-            raise
-        return fail(place, "lost the connection to another rank, whose own message says why", 1)
+    except CommunicationError as error:
+        return fail(place, str(error), 1)
     except KeyboardInterrupt:
         return fail(place, "interrupted; the same command with --load resumes from the last checkpoint", 130)
     return 0

@@ -187,5 +187,7 @@ def _guarded(axis: Axis, operation: str, call: Callable):
         return call()
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
+        if "by peer" in said:
+            said += "; the other rank is gone, and its own message says why"
         me, others = axis.ranks[axis.rank], ", ".join(map(str, axis.ranks[:16])) + (", ..." if axis.size > 16 else "")
         raise CommunicationError(f"rank {me}: {operation} over {axis.name} (ranks {others}) failed: {said}") from error

@@ -45,8 +45,8 @@ WITHOUT_EFFECT = {**dict.fromkeys(_SWITCHES.split(), 0), **dict.fromkeys(_WITH_V
 # Flags of Megatron and of this project's plan that ask for something else than happens here: refused, with what to use instead.
 _LATER = "is not available in this version"
 REFUSED = {
-    "use-torch-fsdp2": f"{_LATER}; leave it out",
-    "use-megatron-fsdp": f"{_LATER}; leave it out",
+    "use-torch-fsdp2": "has no counterpart; use --data-parallel-sharding-strategy optim_grads_params",
+    "use-megatron-fsdp": "has no counterpart; use --data-parallel-sharding-strategy optim_grads_params",
     "step-batch-size-schedule": f"{_LATER}; use a constant --global-batch-size",
     "rampup-batch-size": f"{_LATER}; use a constant --global-batch-size",
     "compile": f"{_LATER}; leave it out",

@@ -149,9 +149,9 @@ def _sharding(config: Config, world_size: int) -> Iterator[str]:
         yield f"--num-distributed-optimizer-instances {instances} does not divide data parallel x context parallel = {copies}; use 1"
     if parallel.overlap_param_gather and strategy == "no_shard":
         yield "--overlap-param-gather needs --use-distributed-optimizer: nothing is gathered without it"
-    if strategy == "optim_grads_params" and parallel.pipeline_model_parallel_size > 1:
-        flag = f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}"
-        yield f"--data-parallel-sharding-strategy optim_grads_params cannot be combined with {flag}; use optim_grads"
+    stages = parallel.pipeline_model_parallel_size * (parallel.num_virtual_stages_per_pipeline_rank or 1)
+    if strategy == "optim_grads_params" and (stages > 1 or parallel.pipeline_schedule == "zb-v"):
+        yield f"--data-parallel-sharding-strategy optim_grads_params cannot be combined with a pipeline of {stages} stages; use optim_grads"
 
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:

@@ -52,7 +52,9 @@ def main() -> None:
     train = training_flags(prefix, tokenizer, run)
     step("3/6 training", run / f"iter_{FIRST_LEG:07d}", [sys.executable, ROOT / "pretrain_gpt.py", *train, "--exit-interval", FIRST_LEG])
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    step("4/6 resumed on 2 data-parallel processes", run / f"iter_{LAST:07d}", [*two, ROOT / "pretrain_gpt.py", *train, "--save-hf", export])
+    layout = ["--tensor-model-parallel-size", 2, "--sequence-parallel"]
+    second = [*two, ROOT / "pretrain_gpt.py", *train, *layout, "--save-hf", export]
+    step("4/6 resumed under another layout: 2 tensor-parallel processes", run / f"iter_{LAST:07d}", second)
     print("\n5/6 sample", flush=True)
     run_command(
         tool(

@@ -1,10 +1,14 @@
 """Flags, layers of YAML, and what validate says."""
 
 import pytest
+import torch
 import yaml
 
+import pretrain_gpt
 from trivium import flags
 from trivium.config import Config, ConfigError, resolve
+from trivium.launch import Place
+from trivium.mesh import Mesh
 from trivium.model.flops import total_parameters
 from trivium.presets import PRESETS, published_vocabulary
 from trivium.validate import validate
@@ -62,12 +66,12 @@ def test_resolved_configuration_reads_back_the_same():
 
 def test_every_parse_problem_is_named_at_once_with_the_nearest_flag():
     with pytest.raises(ConfigError) as error:
-        flags.parse(["--num-layer", "3", "--recompute-activations", "--lr", "fast", "--train-iters", "1.5", "--normalization", "GroupNorm"])
+        flags.parse(["--num-layer", "3", "--async-save", "--lr", "fast", "--train-iters", "1.5", "--normalization", "GroupNorm"])
     text = str(error.value)
     assert "5 problems" in text
     for expected in (
         "did you mean --num-layers?",
-        "--recompute-activations is not available",
+        "--async-save is not available",
         "--lr 'fast' is not a finite number",
         "1.5' is not a whole",
         "RMSNorm",
@@ -108,7 +112,12 @@ def test_nonsense_in_yaml_is_a_problem(tmp_path, text):
 
 def test_yaml_may_deny_what_is_refused_and_knows_the_aliases(tmp_path):
     (tmp_path / "a.yaml").write_text("recompute_activations: false\nnum_experts: null\nmodel:\nuse_rotary_position_embeddings: true\n")
-    assert flags.parse(["--config", f"{tmp_path}/a.yaml"]).config.model.position_embedding_type == "rope"
+    config = flags.parse(["--config", f"{tmp_path}/a.yaml"]).config
+    assert (config.model.position_embedding_type, config.parallel.recompute_granularity) == ("rope", None)
+
+
+def test_recompute_activations_is_the_selective_kind():
+    assert flags.parse(["--recompute-activations"]).config.parallel.recompute_granularity == "selective"
 
 
 def test_bpe_files_imply_their_tokenizer_as_in_megatron():
@@ -132,7 +141,8 @@ def test_a_good_configuration_has_no_problem():
             "--global-batch-size 101 --micro-batch-size 4",
             "--global-batch-size 101 is not a multiple of --micro-batch-size 4 x data parallel 2 = 8; nearest that work: 96, 104",
         ),
-        ("--tensor-model-parallel-size 2", "--tensor-model-parallel-size 2: only 1 works"),
+        ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size 0 must be above 0"),
+        ("--expert-model-parallel-size 2", "--expert-model-parallel-size 2: there are no experts in this version; use 1"),
         ("--num-query-groups 3", "--num-query-groups 3 does not divide --num-attention-heads 4; use one of 1, 2, 4"),
         ("--seq-length 128 --max-position-embeddings 64", "--seq-length 128 is longer than --max-position-embeddings 64"),
         ("--bf16 --fp16", "--bf16 and --fp16 exclude each other"),
@@ -150,6 +160,141 @@ def test_a_good_configuration_has_no_problem():
 )
 def test_a_problem_names_flag_numbers_and_remedy(change, expected):
     assert expected in problems_of(f"{GOOD} {change}", world_size=2)
+
+
+TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
+ZERO1, STRATEGY, INSTANCES = "--use-distributed-optimizer", "--data-parallel-sharding-strategy", "--num-distributed-optimizer-instances"
+SCHEDULE, CHUNKS, RECOMPUTE = "--pipeline-schedule", "--num-virtual-stages-per-pipeline-rank", "--recompute-granularity"
+# Processes, flags, what the one problem says (flag, numbers, remedy), and that remedy as flags.
+LAYOUTS = {
+    "tensor parallel and heads": (8, f"{TP} 8", ("--num-attention-heads 4", f"{TP} 8", "use 8"), "--num-attention-heads 8"),
+    "tensor parallel and width": (2, f"{TP} 2 --ffn-hidden-size 101", ("--ffn-hidden-size 101", f"{TP} 2", "100, 102"), "--ffn-hidden-size 102"),
+    "more key-value heads than ranks": (
+        4,
+        f"{TP} 4 --num-attention-heads 12 --num-query-groups 6",
+        ("--num-query-groups 6", f"{TP} 4", "change one of them"),
+        "--num-query-groups 4",
+    ),
+    "fewer key-value heads than ranks": (
+        4,
+        f"{TP} 4 --num-attention-heads 12 --num-query-groups 3",
+        ("--num-query-groups 3", f"{TP} 4", "change one of them"),
+        "--num-query-groups 2",
+    ),
+    "sequence parallel": (
+        4,
+        f"{TP} 4 --sequence-parallel --seq-length 62",
+        ("--sequence-parallel", "--seq-length 62", f"{TP} 4", "64"),
+        "--seq-length 64",
+    ),
+    "sequence and context parallel": (
+        8,
+        f"{TP} 4 {CP} 2 --sequence-parallel --seq-length 60",
+        ("--sequence-parallel", "--seq-length 60", f"{TP} 4", f"{CP} 2", "64"),
+        "--seq-length 64",
+    ),
+    "context parallel": (4, f"{CP} 4 --seq-length 60", ("--seq-length 60", f"2 x {CP} 4", "56, 64"), "--seq-length 56"),
+    "exchanged heads": (
+        8,
+        f"{TP} 2 {CP} 4 --cp-comm-type a2a",
+        ("--cp-comm-type a2a", "--num-attention-heads 4", f"{TP} 2 x {CP} 4 = 8", "p2p or allgather"),
+        "--cp-comm-type allgather",
+    ),
+    "ring and documents": (
+        2,
+        f"{CP} 2 --reset-attention-mask",
+        ("--cp-comm-type p2p", "--reset-attention-mask", "allgather or a2a"),
+        "--cp-comm-type a2a",
+    ),
+    "ring and attention dropout": (
+        2,
+        f"{CP} 2 --attention-dropout 0.1",
+        ("--cp-comm-type p2p", "--attention-dropout 0", "allgather or a2a"),
+        "--cp-comm-type allgather",
+    ),
+    "layers and stages": (2, f"{PP} 2 --num-layers 5", ("--num-layers 5", f"{PP} 2", "use 4 or 6"), "--num-layers 6"),
+    "schedule and chunks": (2, f"{PP} 2 {SCHEDULE} 1f1b {CHUNKS} 2", (f"{SCHEDULE} 1f1b", "not 2", "use interleaved"), f"{SCHEDULE} interleaved"),
+    "chunks of an interleaved schedule": (2, f"{PP} 2 {SCHEDULE} interleaved", (f"{SCHEDULE} interleaved", f"{CHUNKS} 2"), f"{CHUNKS} 2"),
+    "zb-h1 and full recompute": (
+        2,
+        f"{PP} 2 {SCHEDULE} zb-h1 {RECOMPUTE} full",
+        (f"{SCHEDULE} zb-h1", f"{RECOMPUTE} full", "use selective"),
+        f"{RECOMPUTE} selective",
+    ),
+    "zb-v and full recompute": (
+        2,
+        f"{PP} 2 {SCHEDULE} zb-v {RECOMPUTE} full",
+        (f"{SCHEDULE} zb-v", f"{RECOMPUTE} full", "use selective"),
+        f"{RECOMPUTE} selective",
+    ),
+    "gathering what is not cut": (2, "--overlap-param-gather", ("--overlap-param-gather", f"needs {ZERO1}"), ZERO1),
+    "instances of what is not cut": (2, f"{INSTANCES} 2", (f"{INSTANCES} 2", f"needs {ZERO1}"), ZERO1),
+    "instances that do not divide": (
+        8,
+        f"{CP} 2 {ZERO1} {INSTANCES} 3",
+        (f"{INSTANCES} 3", "data parallel x context parallel = 8", "use 1"),
+        f"{INSTANCES} 1",
+    ),
+    "sharding asked for and denied": (
+        2,
+        f"{ZERO1} {STRATEGY} no_shard",
+        (ZERO1, f"{STRATEGY} no_shard", "give one"),
+        "--no-use-distributed-optimizer",
+    ),
+    "parameters cut over a pipeline": (
+        4,
+        f"{PP} 2 {STRATEGY} optim_grads_params",
+        (f"{STRATEGY} optim_grads_params", "2", "use optim_grads"),
+        f"{STRATEGY} optim_grads",
+    ),
+}
+
+
+@pytest.mark.parametrize(("ranks", "layout", "words", "remedy"), LAYOUTS.values(), ids=list(LAYOUTS))
+def test_a_layout_that_cannot_be_is_one_problem_and_its_remedy_works(ranks, layout, words, remedy):
+    (problem,) = validate(config_of(f"{GOOD} {layout}", ranks), ranks)
+    assert all(word in problem for word in words), problem
+    assert problems_of(f"{GOOD} {layout} {remedy}", ranks) == ""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "numbers", "valid"),
+    [
+        (6, f"{TP} 2 {PP} 2", ("6 processes", f"{TP} 2 x {PP} 2 x {CP} 1 = 4", "start 4, 8"), (4, 8)),
+        (3, f"{TP} 4", ("3 processes", "= 4", "start 4"), (4,)),
+        (30, f"{TP} 4 {CP} 2 {PP} 2", ("30 processes", f"{TP} 4 x {PP} 2 x {CP} 2 = 16", "start 16, 32"), (16, 32)),
+    ],
+)
+def test_a_number_of_processes_that_cannot_be_names_the_nearest_that_can(ranks, layout, numbers, valid):
+    (problem,) = validate(config_of(f"{GOOD} {layout}", ranks), ranks)
+    assert all(number in problem for number in numbers), problem
+    assert [problems_of(f"{GOOD} {layout}", count) for count in valid] == [""] * len(valid)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_wrong_number_of_processes_is_refused_before_any_process_group(monkeypatch, rank):
+    """On every rank, since none of them asks another: a group would hang until its time is out."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("a process group was asked for")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", never)
+    monkeypatch.setattr(Mesh, "connect", never)
+    with pytest.raises(ConfigError, match="6 processes are not a multiple"):
+        pretrain_gpt.main(f"{GOOD} {TP} 2 {PP} 2".split(), Place(rank, 6, rank))
+
+
+def test_several_layout_problems_are_told_at_once():
+    problems = problems_of(f"{GOOD} {TP} 3 {CP} 2 --seq-length 62 --overlap-param-gather --attention-dropout 0.1", world_size=7)
+    for flag in (
+        "7 processes",
+        "--num-attention-heads 4",
+        "--ffn-hidden-size 704",
+        "--seq-length 62",
+        "--cp-comm-type p2p",
+        "--overlap-param-gather",
+    ):
+        assert flag in problems
 
 
 def test_missing_flags_are_all_named():

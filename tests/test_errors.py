@@ -42,7 +42,7 @@ CASES = {
     "impossible batch": (write_good, "--global-batch-size 9", 2, ["--global-batch-size 9", "--micro-batch-size 2", "8, 10"]),
     "unknown flag": (write_good, "--hiden-size 3", 2, ["--hiden-size", "did you mean --hidden-size?"]),
     "not a number": (write_good, "--lr fast", 2, ["--lr 'fast' is not a finite number"]),
-    "tensor parallel": (write_good, "--tensor-model-parallel-size 2", 2, ["--tensor-model-parallel-size 2: only 1 works in this version"]),
+    "too few processes": (write_good, "--tensor-model-parallel-size 2", 2, ["1 processes", "--tensor-model-parallel-size 2", "start 2"]),
     "missing data": (None, "", 2, ["data.idx", "--data-path"]),
     "missing tokenizer": (write_good, "--tokenizer-type HuggingFaceTokenizer --tokenizer-model gone", 2, ["gone: no such file"]),
     "wrong --load": (write_good, "--load {folder}/elsewhere", 2, ["--load", "elsewhere holds no published checkpoint"]),

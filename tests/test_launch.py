@@ -10,8 +10,9 @@ import pytest
 import torch
 from runs import SMALL, rows_of
 
-from trivium.config import ConfigError
-from trivium.launch import Place, choose_device, first_host, read_environment, set_rendezvous
+from trivium import flags
+from trivium.config import ConfigError, resolve
+from trivium.launch import Place, choose_device, first_host, plan_mesh, read_environment, set_rendezvous
 
 ROOT = Path(__file__).resolve().parents[1]
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[003-004]", "SLURM_JOB_ID": "123456"}
@@ -43,6 +44,28 @@ def test_srun_gets_a_meeting_point_and_a_given_one_stays():
     env = SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
     set_rendezvous(env)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("10.0.0.1", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        ("", {"dp": 16, "copies": 16}),
+        ("--use-distributed-optimizer", {"dp": 16, "shards": 16}),
+        ("--data-parallel-sharding-strategy optim_grads --num-distributed-optimizer-instances 4", {"dp": 16, "shards": 4, "copies": 4}),
+        (
+            "--tensor-model-parallel-size 4 --context-parallel-size 2 --use-distributed-optimizer --preset tiny",  # 2 key-value heads
+            {"tp": 4, "cp": 2, "dp": 2, "shards": 4, "kv": 2},
+        ),
+        ("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --preset tiny", {"tp": 2, "pp": 4, "dp": 2, "copies": 2}),
+    ],
+)
+def test_flags_become_the_axes_of_the_mesh(arguments, sizes):
+    """Those that are not named have one rank."""
+    config = resolve(flags.parse(f"--num-attention-heads 4 {arguments}".split()).config, 16)
+    for rank in (0, 7, 15):
+        mesh = plan_mesh(config, Place(rank, 16, 0))
+        axes = ("tp", "cp", "dp", "pp", "ep", "shards", "copies", "kv")
+        assert {name: getattr(mesh, name).size for name in axes} == dict.fromkeys(axes, 1) | sizes and mesh.rank == rank
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

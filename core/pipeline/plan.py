@@ -133,11 +133,12 @@ def make_plan(
     """
     _check(schedule, num_ranks, num_microbatches, num_chunks, costs)
     placement = Placement(schedule, num_ranks, num_chunks)
-    order_of = _forwards if forward_only else _order
-    orders = [order_of(placement, rank, num_microbatches) for rank in range(num_ranks)]
+    orders = [_order(placement, rank, num_microbatches) for rank in range(num_ranks)]
+    if forward_only:
+        orders = [[action for action in order if type(action) is Forward] for order in orders]
     execution = _execute(placement, orders, costs)
-    if schedule in ("zb-h1", "zb-v") and not forward_only:
-        execution = _refill(placement, orders, costs, execution)
+    if schedule == "zb-v" and not forward_only:
+        execution = _better(execution, _execute(placement, orders, costs, fill=True))
     return Plan(schedule, num_ranks, num_chunks, num_microbatches, forward_only, _with_messages(placement, execution))
 
 
@@ -237,14 +238,6 @@ def _zb_v(rank: int, p: int, m: int) -> list[Compute]:
     return _numbered(pattern, m)
 
 
-def _forwards(placement: Placement, rank: int, m: int) -> list[Compute]:
-    """The forwards of a schedule. zb-v gets an order of its own: without backwards between them, chunk 1 has its inputs sooner."""
-    if placement.schedule != "zb-v":
-        return [action for action in _order(placement, rank, m) if type(action) is Forward]
-    f0, f1, lead = (Forward, 0), (Forward, 1), 2 * (placement.num_ranks - rank) - 1
-    return _numbered([f0] * lead + [f1, f0] * max(0, m - lead) + [f1] * lead, m)
-
-
 def _alternate(forwards: list[Compute], backwards: list[Compute], warmup: int) -> list[Compute]:
     """`warmup` forwards, then one forward and one backward in turn, then the backwards that are left."""
     order = forwards[:warmup]
@@ -286,11 +279,11 @@ def _output(action: Compute, stage: int, num_stages: int) -> Edge | None:
     return forward, stage + 1 if forward else stage - 1, action.microbatch
 
 
-def _execute(placement: Placement, orders: list[list[Compute]], costs: Costs, fill: str = "") -> Execution:
+def _execute(placement: Placement, orders: list[list[Compute]], costs: Costs, *, fill: bool = False) -> Execution:
     """Run the orders of all ranks side by side, each action as soon as its rank is free and its input there.
 
-    With `fill` the ranks place their weight gradients themselves, the oldest first: where they would wait otherwise ("patient": only if it
-    ends before the wait does), and before a forward with which they would hold more than rank 0 of 1F1B, p micro-batches.
+    With `fill` the ranks place their weight gradients themselves, the oldest first: where they would wait otherwise, and before a forward
+    with which they would hold more than p micro-batches.
     """
     num_stages, ranks, chunks = placement.num_stages, range(placement.num_ranks), range(placement.num_chunks)
     stage_of = [[placement.stage(rank, chunk) for chunk in chunks] for rank in ranks]
@@ -310,11 +303,9 @@ def _execute(placement: Placement, orders: list[list[Compute]], costs: Costs, fi
         if queue:
             need = _input(queue[0], stage_of[rank][queue[0].chunk], num_stages)
             ready = arrival.get(need, inf) if need else now
-        if weights[rank]:
-            room = duration[BackwardWeight][stage_of[rank][weights[rank][0].chunk]] if fill == "patient" else 0.0
-            full = held[rank] == num_stages and queue and type(queue[0]) is Forward
-            if full or (ready > now and ready - now >= room):
-                queue, ready = weights[rank], now
+        full = held[rank] == num_stages and queue and type(queue[0]) is Forward
+        if weights[rank] and (ready > now or full):
+            queue, ready = weights[rank], now
         if ready > now:
             if ready < inf:
                 heapq.heappush(free, (ready, rank))
@@ -337,14 +328,13 @@ def _execute(placement: Placement, orders: list[list[Compute]], costs: Costs, fi
     return execution
 
 
-def _refill(placement: Placement, orders: list[list[Compute]], costs: Costs, execution: Execution) -> Execution:
-    """Weight gradients where the paper puts them (`execution`) or where they fill waits: the shortest step of no larger bubble.
+def _better(paper: Execution, filled: Execution) -> Execution:
+    """zb-v with its weight gradients where the paper puts them, or where ranks wait, if neither the bubble nor the step gets longer by that.
 
-    The papers' places are made for F = B = W; of the two ways to fill, each is the better one for some costs.
+    The paper's places are made for F = B = W and 2p - 1 or more micro-batches; elsewhere they leave gaps.
     """
-    candidates = [execution, *(_execute(placement, orders, costs, fill) for fill in ("eager", "patient"))]
-    bubbles, makespans = zip(*map(_bubble_and_makespan, candidates), strict=True)
-    return min((makespans[i], i, candidates[i]) for i in range(3) if bubbles[i] <= bubbles[0])[2]
+    (bubble, makespan), (papers_bubble, papers_makespan) = _bubble_and_makespan(filled), _bubble_and_makespan(paper)
+    return filled if bubble <= papers_bubble and makespan <= papers_makespan else paper
 
 
 def _bubble_and_makespan(execution: Execution) -> tuple[float, float]:

@@ -14,8 +14,17 @@ from ..parallel.sharding import Sharding
 from ..pipeline.choose import placement_of, specs_of
 from ..pipeline.plan import make_plan
 from ..pipeline.runtime import Message
-from ..precision import working_dtype
+from ..precision import LossScaler, working_dtype
+from .inputs import Preparation
 from .stages import Stages
+from .step import Trainer
+
+
+def build_trainer(config: Config, mesh: Mesh, device: torch.device, ops: Ops, vocab_size: int, eod: int) -> Trainer:
+    """Everything a step needs, with initial weights. eod: the token that ends a document."""
+    stages = build_stages(config, vocab_size, mesh, ops, device)
+    optimizer = build_optimizer(config, mesh, stages, ops)
+    return Trainer(config, mesh, device, stages, Preparation(config, stages.sharding, device, eod), optimizer, LossScaler(config.precision, device))
 
 
 def build_stages(config: Config, vocab_size: int, mesh: Mesh, ops: Ops, device: torch.device) -> Stages:

@@ -1,6 +1,8 @@
 """The data of all parity runs, and the runs of one process that they are held against."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from runs import write_data
@@ -37,3 +39,17 @@ def reference(run) -> Callable[..., Measured]:
         return made[model, extra]
 
     return reference_of
+
+
+@pytest.fixture(scope="session")
+def table() -> Iterator[dict[str, tuple[Case, dict[str, float]]]]:
+    """The worst difference of every case by kind, in units of its tolerance; PARITY_TABLE=file writes them as a table at the end."""
+    found: dict[str, tuple[Case, dict[str, float]]] = {}
+    yield found
+    if (path := os.environ.get("PARITY_TABLE")) and found:
+        lines = ["| model | processes | layout | loss | grad norm | gradients | updates |", "|---|---|---|---|---|---|---|"]
+        for case, worst in found.values():
+            flags = case.flags.replace("|", "\\|") or "(data parallel)"
+            numbers = (worst["losses"] * 1e-5, worst["norms"] * 1e-5, worst["gradient"] * 1e-5, worst["update"] * 1e-4)
+            lines.append(f"| {case.model} | {case.ranks} | `{flags}` | " + " | ".join(f"{number:.1e}" for number in numbers) + " |")
+        Path(path).write_text("\n".join(lines) + "\n")

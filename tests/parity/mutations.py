@@ -106,20 +106,21 @@ def applied(name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
-    mutation = MUTATIONS[name]
-    honest = mutation.function.__code__
-    mutation.function.__code__ = mutated(mutation).__code__
+    function = inspect.unwrap(MUTATIONS[name].function)
+    honest = function.__code__
+    function.__code__ = mutated(MUTATIONS[name]).__code__
     try:
         yield
     finally:
-        mutation.function.__code__ = honest
+        function.__code__ = honest
 
 
 def mutated(mutation: Mutation) -> Callable:
     """The function compiled again from its changed text, among the same globals. Exchanging the code reaches whoever has imported it."""
-    source = textwrap.dedent(inspect.getsource(mutation.function))
-    source = source[source.index("def ") :]  # without @staticmethod
-    assert source.count(mutation.old) == 1, f"{mutation.old!r} stands {source.count(mutation.old)} times in {mutation.function.__qualname__}"
+    function = inspect.unwrap(mutation.function)
+    source = textwrap.dedent(inspect.getsource(function))
+    source = source[source.index("def ") :]  # without decorators
+    assert source.count(mutation.old) == 1, f"{mutation.old!r} stands {source.count(mutation.old)} times in {function.__qualname__}"
     made: dict[str, Callable] = {}
-    exec(compile(source.replace(mutation.old, mutation.new), inspect.getsourcefile(mutation.function), "exec"), mutation.function.__globals__, made)
-    return made[mutation.function.__name__]
+    exec(compile(source.replace(mutation.old, mutation.new), inspect.getsourcefile(function), "exec"), function.__globals__, made)
+    return made[function.__name__]

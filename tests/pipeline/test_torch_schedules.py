@@ -16,8 +16,8 @@ CLASSES = {
     "zb-h1": theirs.ScheduleInterleavedZeroBubble,
     "zb-v": theirs.ScheduleZBVZeroBubble,
 }
-SIZES = [(p, m) for p in (1, 2, 3, 4, 6, 8) for m in sorted({1, 2, 3, p, p + 1, 2 * p - 2, 2 * p - 1, 2 * p, 3 * p + 1, 24} - {0})]
-COSTS = [Costs(), Costs(2, 3, 1), Costs(10, 11, 7), Costs(10, 9, 11), Costs(3, 5, 4), Costs(9, 9, 15)]
+SIZES = [(p, m) for p in (1, 2, 3, 4, 7) for m in sorted({1, 2, p, p + 1, 2 * p - 2, 2 * p - 1, 2 * p, 24} - {0})]
+COSTS = [Costs(), Costs(2, 3, 1), Costs(10, 11, 7), Costs(10, 9, 11), Costs(9, 9, 15)]
 
 
 def their_orders(schedule, p, m, v):
@@ -78,5 +78,5 @@ def test_our_bubble_is_never_larger(schedule, v):
             ours, other = simulate(make_plan(schedule, p, m, v, costs), costs).bubble, bubble(orders, p * v, costs) / v
             assert ours <= other + 1e-9, (p, m, costs)
             compared, smaller = compared + 1, smaller + (ours < other - 1e-9)
-    assert compared >= 150
-    assert smaller > 100 or schedule != "zb-v"  # theirs has its places made for F = B = W, and for many micro-batches
+    assert compared >= 100
+    assert smaller > 50 or schedule != "zb-v"  # theirs has its places made for F = B = W, and for many micro-batches

@@ -1,0 +1,182 @@
+"""The parallel suite: time and traffic of an update by layout, on the same cores as one process, and what overlap hides."""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trivium import flags, launch, ops
+from trivium.config import resolve
+from trivium.data.loader import Batch
+from trivium.precision import working_dtype
+from trivium.train.build import build_trainer
+from trivium.train.progress import Progress
+
+MODEL = (
+    "--num-layers 4 --hidden-size 256 --num-attention-heads 8 --group-query-attention --num-query-groups 4 --swiglu --normalization RMSNorm "
+    "--position-embedding-type rope --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --seq-length 256 --micro-batch-size 1 "
+    "--global-batch-size 8 --train-iters 1000 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 4095"
+)
+TP, PP, CP, ZERO = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size", "--use-distributed-optimizer"
+STRATEGY, OVERLAP = "--data-parallel-sharding-strategy", "--overlap-grad-reduce --ddp-bucket-size 1000000"
+
+# name: processes, flags
+LAYOUTS = {
+    "one process": (1, ""),
+    "dp2": (2, ""),
+    "dp2, reduction overlapped": (2, OVERLAP),
+    "dp2 ZeRO-1": (2, ZERO),
+    "dp2 ZeRO-1, overlapped": (2, f"{ZERO} {OVERLAP} --overlap-param-gather"),
+    "dp2 ZeRO-2": (2, f"{STRATEGY} optim_grads"),
+    "dp2 ZeRO-2, overlapped": (2, f"{STRATEGY} optim_grads {OVERLAP}"),
+    "dp2 ZeRO-3": (2, f"{STRATEGY} optim_grads_params"),
+    "tp2": (2, f"{TP} 2"),
+    "tp2 sequence parallel": (2, f"{TP} 2 --sequence-parallel"),
+    "cp2 ring": (2, f"{CP} 2"),
+    "cp2 all-gather": (2, f"{CP} 2 --cp-comm-type allgather"),
+    "cp2 all-to-all": (2, f"{CP} 2 --cp-comm-type a2a"),
+    "pp2 gpipe": (2, f"{PP} 2 --pipeline-schedule gpipe"),
+    "pp2 1f1b": (2, f"{PP} 2"),
+    "pp2 zb-h1": (2, f"{PP} 2 --pipeline-schedule zb-h1"),
+    "pp2 interleaved, 2 chunks": (2, f"{PP} 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "pp2 zb-v": (2, f"{PP} 2 --pipeline-schedule zb-v"),
+}
+# On one device: what recompute saves, against the formulas.
+RECOMPUTE = {
+    "keep everything": "",
+    "recompute attention": "--recompute-granularity selective",
+    "recompute layers": "--recompute-granularity full",
+}
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of one run: seconds of each update, bytes that one rank sends in an update, highest memory of a device (0 on a CPU), last loss."""
+
+    seconds: list[float]
+    sent: dict[str, int]
+    memory: int
+    loss: float
+
+
+def parallel_suite(rounds: int, steps: int) -> dict[str, Any]:
+    """Every layout in turn, `rounds` times; medians over all updates, beside one process with all the cores."""
+    devices = torch.cuda.device_count()
+    layouts = LAYOUTS if devices != 1 else {f"one device, {name}": (1, given) for name, given in RECOMPUTE.items()}
+    measured: dict[str, list[Measurement]] = {name: [] for name in layouts}
+    for _ in range(rounds):
+        for name, (processes, given) in layouts.items():
+            measured[name].append(run_layout(processes, f"{MODEL} {given}", steps))
+    results = {name: summary(runs) for name, runs in measured.items()}
+    base = next(iter(results.values()))["milliseconds"]
+    print(f"\n{'layout':<28}{'ms/update':>11}{'spread':>9}{'x one':>8}{'MB sent/rank':>14}{'GB peak':>9}   what is sent")
+    for name, row in results.items():
+        row["ratio"] = row["milliseconds"] / base
+        kinds = ", ".join(f"{kind} {count / 1e6:.1f}" for kind, count in row["sent"].items())
+        total = sum(row["sent"].values()) / 1e6
+        print(f"{name:<28}{row['milliseconds']:>11.1f}{row['spread']:>8.0%}{row['ratio']:>8.2f}{total:>14.1f}{row['memory'] / 1e9:>9.2f}   {kinds}")
+    for name, row in results.items():
+        plain = results.get(name.replace(", overlapped", "").replace(", reduction overlapped", ""))
+        if plain is not row and plain is not None:
+            print(f"{name}: {1 - row['milliseconds'] / plain['milliseconds']:+.1%} of the update hidden")
+    losses = {row["loss"] for row in results.values()}
+    print(f"losses after {WARM_UP + steps} updates agree to {max(losses) - min(losses):.1e}")
+    return results
+
+
+def summary(runs: list[Measurement]) -> dict[str, Any]:
+    """spread: half the distance between the quartiles, as a share of the median."""
+    seconds = sorted(second for one in runs for second in one.seconds)
+    quarter = len(seconds) // 4
+    middle = median(seconds)
+    spread = (seconds[-1 - quarter] - seconds[quarter]) / 2 / middle
+    return {"milliseconds": middle * 1e3, "spread": spread, "sent": runs[0].sent, "memory": max(one.memory for one in runs), "loss": runs[0].loss}
+
+
+def run_layout(processes: int, arguments: str, steps: int) -> Measurement:
+    """One run on its own processes, which share this machine's cores evenly; what rank 0 measured."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        calls = [(launch.Place(rank, processes, rank), arguments, steps, str(Path(folder) / "store"), answers) for rank in range(processes)]
+        workers = [context.Process(target=measure, args=call) for call in calls]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise ValueError(f"a process of the layout {arguments.removeprefix(MODEL).strip() or 'of one process'} failed; its own message is above")
+    return answers.get()
+
+
+def measure(place: launch.Place, arguments: str, steps: int, store: str, answers) -> None:
+    """A rank's updates on made-up tokens, the first of them not timed, one more to count what is sent."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.world_size))
+    config = resolve(flags.parse(arguments.split()).config, place.world_size)
+    device = launch.choose_device("auto", place.local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    mesh = launch.plan_mesh(config, place).connect(backend, 10, init_method=f"file://{store}")
+    run_ops = ops.choose("auto", device, working_dtype(config.precision))
+    trainer = build_trainer(config, mesh, device, run_ops, config.data.vocab_size + 1, config.data.vocab_size)
+    batches, progress, seconds = random_batches(config, mesh.dp.rank, mesh.dp.size), Progress(), []
+    for step in range(WARM_UP + steps):
+        start = time.perf_counter()
+        result = trainer.step(progress, batches, stop=False)
+        progress, loss = result.progress, (result.loss_sum / result.num_predictions).item()  # waits for the update
+        if step >= WARM_UP:
+            seconds.append(time.perf_counter() - start)
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    with Traffic() as traffic:
+        trainer.step(progress, batches, stop=False).grad_norm.item()
+    if place.rank == 0:
+        answers.put(Measurement(seconds, traffic.sent, memory, loss))
+    mesh.close()
+
+
+def random_batches(config, rank: int, size: int):
+    """Endless micro-batches of one data-parallel rank; over all ranks they are the same samples whatever the layout."""
+    micro, length, sample = config.batch.micro_batch_size, config.batch.seq_length, rank * config.batch.micro_batch_size
+    while True:
+        samples = torch.arange(sample, sample + micro)
+        ids = torch.stack([torch.randint(config.data.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(int(k))) for k in samples])
+        yield Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(micro, length), samples)
+        sample += micro * size
+
+
+# operation: its name, the argument that holds what is moved, its share in units of (n - 1) / n
+KINDS = {
+    "allreduce_": ("all-reduce", 0, 2),
+    "_reduce_scatter_base_": ("reduce-scatter", 1, 1),
+    "_allgather_base_": ("all-gather", 0, 1),
+    "alltoall_base_": ("all-to-all", 0, 1),
+    "send": ("send", 0, None),
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that this rank sends, with collectives by their ring algorithms: (n - 1) / n of a tensor, twice that to all-reduce."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and (kind := KINDS.get(func._opname)):
+            name, position, shares = kind
+            tensors = args[position] if isinstance(args[position], list | tuple) else [args[position]]
+            size = sum(tensor.nbytes for tensor in tensors)
+            if shares is not None:
+                group = dist.ProcessGroup.unbox(next(argument for argument in args if isinstance(argument, torch.ScriptObject)))
+                n = group.size()
+                size = size * shares * (n - 1) // n
+            self.sent[name] = self.sent.get(name, 0) + size
+        return func(*args, **(kwargs or {}))
