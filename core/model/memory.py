@@ -15,6 +15,7 @@ from math import gcd
 from ..config import Config, ModelConfig
 
 FP32 = 4
+_LOGITS_IN_CACHE = 1 << 18  # logits that a loss on the CPU handles at a time
 _ALIGNMENT = 64  # elements between the slots of a bucket
 _MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1}
 
@@ -320,16 +321,15 @@ class Activations:
 
 def activations_of(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut) -> Activations:
     """Of a whole chunk: its layers, and what embedding, head and loss keep."""
-    layer = sum(layer_saved(model, cut).values())
-    hidden = cut.e * cut.norm_tokens * model.hidden_size
-    saved, group = _layers_saved(model, chunk.layers, cut, layer, hidden)
+    saved, group = _layers_saved(model, chunk.layers, cut)
     saved += _ends_saved(model, vocab_size, chunk, cut)
-    output = 0 if chunk.predicts else hidden
+    output = 0 if chunk.predicts else cut.e * cut.norm_tokens * model.hidden_size
     return Activations(saved, output, _deferred(model, vocab_size, chunk, cut), _working(model, vocab_size, chunk, cut, group))
 
 
-def _layers_saved(model: ModelConfig, layers: int, cut: Cut, layer: int, hidden: int) -> tuple[int, int]:
+def _layers_saved(model: ModelConfig, layers: int, cut: Cut) -> tuple[int, int]:
     """Bytes kept, and those that one group makes again in backward (Chen et al. 2016; Korthikanti et al. 2022, section 5)."""
+    layer, hidden = sum(layer_saved(model, cut).values()), cut.e * cut.norm_tokens * model.hidden_size
     tables = FP32 * _table(model, cut) if layers and model.position_embedding_type == "rope" else 0
     if cut.granularity != "full":
         return layers * layer + (tables if cut.e == FP32 else 0), 0
@@ -367,16 +367,23 @@ def _deferred(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut) -> in
 
 
 def _working(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, group: int) -> int:
-    """The larger of: the loss' fp32 copies of the logits (three forward from 16 bits, two from fp32), and a layer's backward.
+    """The fullest of three moments: the loss, or the head's weight gradient; a layer's backward, when the logits are gone; the embedding's.
 
-    A backward holds what is computed again, gradients of the widest place, and one weight's whole gradient before it is added to the fp32
-    sum, which in fp32 the product itself does (but the embedding's).
+    The loss makes fp32 copies of the logits, three forward from 16 bits, two from fp32. A layer's backward has what it computes again,
+    gradients of the widest place, and in 16 bits one weight's whole gradient, which in fp32 the product itself adds to the sum.
     """
     (q, k, f), bt, h = _widths(model, cut.tp), cut.tokens, model.hidden_size
-    logits = _logits(model, vocab_size, cut)
-    up = f * (2 if model.swiglu else 1)
-    largest = max([up * h, (q + 2 * k) * h] * bool(chunk.layers) + [logits * h] * chunk.predicts, default=0) if cut.e != FP32 else 0
-    largest = max(largest, logits * h) if chunk.embeds else largest
-    layer = group + cut.e * (bt * (2 * h + up) + largest)
-    loss = bt * logits * FP32 * (3 if cut.e != FP32 else 2) if chunk.predicts and not cut.chunked_loss else 0
-    return max(layer, loss)
+    up, logits, moments = f * (2 if model.swiglu else 1), _logits(model, vocab_size, cut), [0]
+    narrow = cut.e != FP32
+    head = layers = 0
+    if chunk.predicts:
+        head = cut.e * bt * logits
+        copied = min(bt * logits, _LOGITS_IN_CACHE) if cut.chunked_loss else bt * logits
+        moments += [FP32 * copied * (3 if narrow else 2), cut.e * (bt * h + logits * h * narrow)]
+    if chunk.layers:
+        layers = group + cut.e * (bt * (h + f) + max(up, q + 2 * k) * h * narrow)
+        moments.append(layers - head)
+    if chunk.embeds:
+        kept = _layers_saved(model, chunk.layers, cut)[0]
+        moments.append(cut.e * (bt * h + logits * h) - kept - head)
+    return max(moments)

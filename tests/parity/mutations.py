@@ -84,7 +84,10 @@ MUTATIONS = {
     "mean of the ranks' means": Mutation(
         step.Trainer.step, "to_true = tokens", "num_predictions = num_predictions * 0 + tokens; to_true = tokens", Case(2, "")
     ),
-    "ring adds up without the log-sum-exp": Mutation(context._Ring.forward, "logaddexp(lse, ", "maximum(lse, ", Case(2, f"{CP} 2")),
+    "ring sees later keys of earlier ranks": Mutation(context._visible, "(everything, slice(half))", "(everything, everything)", Case(2, f"{CP} 2")),
+    "ring forgets the gradients of other ranks": Mutation(
+        context._Ring.backward, "summed() if summed else torch", "summed() * 0 if summed else torch", Case(2, f"{CP} 2")
+    ),
     "documents of the slice instead of the sequence": Mutation(
         inputs.document_indices, "ends.cumsum(dim=1) - ends", "ends.cumsum(dim=1) * 0", Case(2, f"{CP} 2 --cp-comm-type allgather", "documents")
     ),

@@ -313,7 +313,7 @@ def cases(draw):
 
 
 def makespan_without_queues(plan, costs):
-    """When the last action ends if every message is there as soon as it is made."""
+    """When the last action ends if every message goes off as soon as it is made, whatever else is under way."""
     ends, clock, at = {}, [0.0] * plan.num_ranks, [0] * plan.num_ranks
     actions = [[action for action in rank if not isinstance(action, Message)] for rank in plan.actions]
     while any(position < len(rank) for position, rank in zip(at, actions, strict=True)):
@@ -322,10 +322,11 @@ def makespan_without_queues(plan, costs):
                 action = actions[rank][at[rank]]
                 stage, forward = plan.stage(rank, action.chunk), isinstance(action, Forward)
                 source = stage - 1 if forward else stage + 1
+                hop = 0.0 if not 0 <= source < plan.num_stages or plan.place(source)[0] == rank else costs.transfer * plan.num_chunks
                 waits = not isinstance(action, BackwardWeight) and 0 <= source < plan.num_stages
                 if waits and (forward, source, action.microbatch) not in ends:
                     break
-                clock[rank] = max(clock[rank], ends[forward, source, action.microbatch] if waits else 0.0) + costs.of(type(action), stage)
+                clock[rank] = max(clock[rank], ends[forward, source, action.microbatch] + hop if waits else 0.0) + costs.of(type(action), stage)
                 if not isinstance(action, BackwardWeight):
                     ends[forward, stage, action.microbatch] = clock[rank]
                 at[rank] += 1
@@ -340,6 +341,20 @@ def test_queues_cost_no_time_when_messages_take_none(case):
     costs = replace(costs, transfer=0.0)
     plan = make_plan(schedule, p, m, v, costs)
     assert simulate(plan, costs).makespan == pytest.approx(makespan_without_queues(plan, costs))
+
+
+@pytest.mark.parametrize(("schedule", "v"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1)])
+def test_queues_cost_no_time_when_the_transfer_was_planned_for(schedule, v):
+    """Known how long messages take, they are listed in the order in which they will be made."""
+    costs = Costs(transfer=0.2)
+    plan = make_plan(schedule, 4, 16, v, costs)
+    assert simulate(plan, costs).makespan == pytest.approx(makespan_without_queues(plan, costs))
+
+
+def test_a_transfer_is_planned_for_at_its_full_length():
+    """With two chunks of half a unit each it is two forwards long. Planned for as one, it would end the step at 18.5."""
+    costs = Costs(1, 2, 1, transfer=1)
+    assert simulate(make_plan("interleaved", 2, 2, 2, costs), costs).makespan == 17
 
 
 @settings(max_examples=100, deadline=None)

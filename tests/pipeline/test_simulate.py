@@ -212,6 +212,14 @@ def test_a_chunk_is_its_share_of_a_rank_in_time_and_memory():
     assert [(start, end) for _, start, end in timeline.spans[0]] == [(at / 2, at / 2 + 0.5) for at in range(6)]
 
 
+def test_a_message_between_chunks_takes_as_long_as_one_between_ranks():
+    """Four chunks of half a unit and three messages of a quarter."""
+    costs = Costs(transfer=0.25)
+    first, second = simulate(make_plan("interleaved", 2, 1, 2, costs, forward_only=True), costs).spans
+    assert [(start, end) for _, start, end in first] == [(0, 0.5), (1.5, 2)]
+    assert [(start, end) for _, start, end in second] == [(0.75, 1.25), (2.25, 2.75)]
+
+
 def test_stages_that_take_longer():
     timeline = simulate(make_plan("1f1b", 2, 2), Costs(stages=(1, 3)))
     assert timeline.busy == (6, 18)
