@@ -95,6 +95,7 @@ class Mesh:
             return self
         timeout = timedelta(minutes=timeout_minutes)
         if not dist.is_initialized():
+            # No device_id: with it all messages of a rank would share one NCCL queue, and pipeline plans need one per pair of ranks.
             dist.init_process_group(backend, init_method=init_method, rank=self.rank, world_size=self.world_size, timeout=timeout)
         groups = {self.world.ranks: dist.group.WORLD}
         connected = {}

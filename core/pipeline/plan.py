@@ -153,8 +153,10 @@ def _check(schedule: str, num_ranks: int, num_microbatches: int, num_chunks: int
     wanted = {"interleaved": num_chunks, "zb-v": 2}.get(schedule, 1)
     if num_chunks != wanted:
         raise ValueError(f"{schedule} has {wanted} chunk{'s' * (wanted > 1)} a rank, not {num_chunks}{'; use interleaved' * (wanted == 1)}")
-    if min(costs.forward, costs.backward_input, costs.backward_weight, *costs.stages) <= 0 or costs.transfer < 0:
-        raise ValueError(f"a pipeline is planned from times above 0, and transfers of 0 or more, not from {costs}")
+    if not (
+        all(0 < cost < inf for cost in (costs.forward, costs.backward_input, costs.backward_weight, *costs.stages)) and 0 <= costs.transfer < inf
+    ):
+        raise ValueError(f"a pipeline is planned from times above 0 and transfers of 0 or more, all finite, not from {costs}")
     if costs.stages and len(costs.stages) != num_ranks * num_chunks:
         raise ValueError(f"costs of {len(costs.stages)} stages for {num_ranks} ranks x {num_chunks} chunks = {num_ranks * num_chunks} stages")
 
@@ -178,17 +180,17 @@ def _order(placement: Placement, rank: int, m: int) -> list[Compute]:
 
 
 def _gpipe(m: int) -> list[Compute]:
-    """All forwards, then all backwards (Huang et al. 2019, section 2.3). Holds m activations."""
+    """All forwards, then all backwards (Huang et al. 2019, section 2.2). Holds m activations."""
     return [Forward(0, i) for i in range(m)] + [Backward(0, i) for i in range(m)]
 
 
 def _one_forward_one_backward(rank: int, p: int, m: int) -> list[Compute]:
-    """Warm up, alternate, drain (Narayanan et al. 2021, section 2.2). Holds at most `p - rank` activations."""
+    """Warm up, alternate, drain (Narayanan et al. 2021, section 2.2.1). Holds at most `p - rank` activations."""
     return _alternate([Forward(0, i) for i in range(m)], [Backward(0, i) for i in range(m)], warmup=p - 1 - rank)
 
 
 def _interleaved(rank: int, p: int, m: int, v: int) -> list[Compute]:
-    """1F1B whose chunks take turns, a group of micro-batches each time (Narayanan et al. 2021, section 2.3).
+    """1F1B whose chunks take turns, a group of micro-batches each time (Narayanan et al. 2021, section 2.2.2).
 
     Groups of p where p divides m, as in Megatron. Elsewhere of a few more, and never fewer while m >= p: what a chunk sends off comes back
     for the next chunk p micro-batches later, and after a shorter turn the rank would wait for it. The larger groups come first, so that no
@@ -218,7 +220,7 @@ def _zb_h1(rank: int, p: int, m: int) -> list[Compute]:
 
 
 def _zb_v(rank: int, p: int, m: int) -> list[Compute]:
-    """Chunk 0 down the ranks, chunk 1 up again, W split off (Qi et al. 2023, section 6). Holds at most p micro-batches.
+    """Chunk 0 down the ranks, chunk 1 up again, W split off (ZB-V of Qi et al. 2023, section 6). Holds at most p micro-batches.
 
     The pattern is made of 2p - 1 micro-batches or more; with fewer, those beyond m are left out of it.
     """

@@ -263,6 +263,7 @@ def test_a_run_goes_on_under_another_strategy(arguments, tmp_path):
     assert found == pytest.approx(whole, rel=1e-5) and len(found) == 8
 
 
-def test_several_model_chunks_are_refused(arguments):
+@pytest.mark.parametrize("chunks", ["--num-virtual-stages-per-pipeline-rank 2", "--num-layers-per-virtual-pipeline-stage 1"])
+def test_several_model_chunks_are_refused(arguments, chunks):
     with pytest.raises(ConfigError, match="optim_grads_params"):
-        train(f"{arguments} {ZERO3} --num-virtual-stages-per-pipeline-rank 2", 2)
+        train(f"{arguments} {ZERO3} {chunks}", 2)

@@ -31,7 +31,7 @@ from trivium.pipeline.simulate import simulate
 
 KINDS = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4), ("zb-h1", 1), ("zb-v", 2)]
 SIZES = [(p, m) for p in range(1, 9) for m in range(1, 33)]
-SAMPLE = [(p, m) for p in (1, 2, 3, 4, 7) for m in sorted({1, 2, p - 1, p, p + 1, 2 * p - 1, 2 * p, 3 * p + 1} - {0})]
+SAMPLE = [(p, m) for p in (1, 2, 3, 5) for m in sorted({1, 2, p - 1, p, p + 1, 2 * p - 1, 2 * p, 2 * p + 1} - {0})]
 UNEVEN = [Costs(2, 3, 1), Costs(3, 2, 3), Costs(1, 2, 3)]
 EXACT = 1e-9  # whole-number costs are summed exactly; only the division by the number of chunks rounds
 
@@ -277,6 +277,8 @@ def test_receives_are_posted_a_compute_action_ahead(schedule, v):
         (("1f1b", 4, 8, 1, Costs(0, 1, 1)), "times above 0"),
         (("1f1b", 4, 8, 1, Costs(transfer=-1)), "transfers of 0 or more"),
         (("1f1b", 4, 8, 1, Costs(stages=(1, 1, 0, 1))), "times above 0"),
+        (("1f1b", 4, 8, 1, Costs(float("inf"), 1, 1)), "all finite"),
+        (("1f1b", 4, 8, 1, Costs(1, float("nan"), 1)), "all finite"),
         (("1f1b", 4, 8, 1, Costs(stages=(1, 1))), "2 stages for 4 ranks x 1 chunks = 4 stages"),
     ],
 )
@@ -333,7 +335,7 @@ def makespan_without_queues(plan, costs):
     return max(clock) / plan.num_chunks
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 def test_queues_cost_no_time_when_messages_take_none(case):
     """A message listed behind one that is made later would wait for it."""
@@ -357,7 +359,7 @@ def test_a_transfer_is_planned_for_at_its_full_length():
     assert simulate(make_plan("interleaved", 2, 2, 2, costs), costs).makespan == 17
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases(), numbers, st.booleans())
 def test_any_plan_completes_at_any_speed(case, factor, forward_only):
     """A plan stays free of deadlock when the real times are not those it was made from: uneven, slower, with slow messages."""
