@@ -91,6 +91,9 @@ def announce(config: Config, without_effect: tuple[str, ...], run_ops: ops.Ops, 
     if without_effect:
         log.info(f"flags without effect here: {' '.join(without_effect)}")
     log.info(f"device {device}, {working_dtype(config.precision)}; {run_ops.describe()}")
+    parallel = config.parallel
+    if parallel.data_parallel_sharding_strategy == "optim_grads_params" and (parallel.overlap_grad_reduce or parallel.overlap_param_gather):
+        log.info("--overlap-grad-reduce, --overlap-param-gather: with optim_grads_params PyTorch overlaps both by itself")
     if config.model.attention_dropout > 0:
         log.info(f"--attention-dropout {config.model.attention_dropout}: its masks depend on the layout; all else is the same under every layout")
     if config.logging.eval_iters == 0:

@@ -3,6 +3,7 @@
 A failure names the rank, the operation and the ranks it was with: on its own the transport only says that something timed out.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,11 @@ from .mesh import Axis
 # torch 2.13 renamed both and warns of the names that 2.10 to 2.12 have.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_MEANINGS = (
+    ("by peer|[Bb]roken pipe|remote process exited", "another rank is gone, and its own message says why"),
+    ("[Tt]imed ?out|[Tt]imeout", "a rank hangs or the network is cut; if it is only slow, raise --distributed-timeout-minutes"),
+)
 
 
 class CommunicationError(RuntimeError):
@@ -186,8 +192,12 @@ def _guarded(axis: Axis, operation: str, call: Callable):
     try:
         return call()
     except (RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:300]
-        if "by peer" in said:
-            said += "; the other rank is gone, and its own message says why"
         me, others = axis.ranks[axis.rank], ", ".join(map(str, axis.ranks[:16])) + (", ..." if axis.size > 16 else "")
-        raise CommunicationError(f"rank {me}: {operation} over {axis.name} (ranks {others}) failed: {said}") from error
+        raise CommunicationError(f"rank {me}: {operation} over {axis.name} (ranks {others}) failed: {_explained(str(error))}") from error
+
+
+def _explained(said: str) -> str:
+    """What the transport said, in one line of at most 300 letters that ends with what it means for the user, where that is known."""
+    said = re.sub(r"\[/\S+:\d+\] ", "", " ".join(said.split())).split(" This is typically caused by")[0]  # gloo's source lines and guesses
+    meaning = next((f"; {meaning}" for words, meaning in _MEANINGS if re.search(words, said)), "")
+    return said[: 300 - len(meaning)] + meaning

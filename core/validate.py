@@ -133,6 +133,9 @@ def _pipeline(config: Config) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
+    if placement.num_stages > 1 and parallel.data_parallel_sharding_strategy == "optim_grads_params":
+        stages = f"a pipeline of {placement.num_stages} stages"
+        yield f"--data-parallel-sharding-strategy optim_grads_params cannot be combined with {stages}; use optim_grads"
     if placement.schedule in ("zb-h1", "zb-v") and parallel.recompute_granularity == "full":
         yield f"--pipeline-schedule {placement.schedule} defers weight gradients: not with --recompute-granularity full; use selective"
 
@@ -149,9 +152,6 @@ def _sharding(config: Config, world_size: int) -> Iterator[str]:
         yield f"--num-distributed-optimizer-instances {instances} does not divide data parallel x context parallel = {copies}; use 1"
     if parallel.overlap_param_gather and strategy == "no_shard":
         yield "--overlap-param-gather needs --use-distributed-optimizer: nothing is gathered without it"
-    stages = parallel.pipeline_model_parallel_size * (parallel.num_virtual_stages_per_pipeline_rank or 1)
-    if strategy == "optim_grads_params" and (stages > 1 or parallel.pipeline_schedule == "zb-v"):
-        yield f"--data-parallel-sharding-strategy optim_grads_params cannot be combined with a pipeline of {stages} stages; use optim_grads"
 
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:

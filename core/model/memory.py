@@ -32,6 +32,12 @@ class Chunk:
 # Parameters.
 
 
+def local_widths(model: ModelConfig, tp: int) -> tuple[int, int, int]:
+    """q, k and f: with fewer key-value heads than ranks, each rank holds one whole head."""
+    heads = max(1, model.num_kv_heads // tp)
+    return model.num_attention_heads // tp * model.head_size, heads * model.head_size, model.ffn_hidden_size // tp
+
+
 @dataclass(frozen=True)
 class Weight:
     """One parameter as this rank holds it, padding included; `alone` in its bucket: the embedding that is also the head."""
@@ -44,7 +50,7 @@ class Weight:
 def layer_weights(model: ModelConfig, tp: int) -> list[Weight]:
     """One layer's parameters on each rank of tp, in the order in which they are made."""
     h, norm = model.hidden_size, _norm_weights(model)
-    q, k, f = _widths(model, tp)
+    q, k, f = local_widths(model, tp)
     up = f * (2 if model.swiglu else 1)
     found = [
         ("attention_norm", h, norm),
@@ -80,12 +86,6 @@ def weights_of(model: ModelConfig, vocab_size: int, tp: int, chunks: Sequence[Ch
 def _norm_weights(model: ModelConfig) -> int:
     """Weight, and bias of a LayerNorm."""
     return 2 if model.normalization == "LayerNorm" else 1
-
-
-def _widths(model: ModelConfig, tp: int) -> tuple[int, int, int]:
-    """q, k and f: with fewer key-value heads than ranks, each rank holds one whole head."""
-    heads = max(1, model.num_kv_heads // tp)
-    return model.num_attention_heads // tp * model.head_size, heads * model.head_size, model.ffn_hidden_size // tp
 
 
 # Weights, gradients and optimizer state.
@@ -231,7 +231,7 @@ def layer_saved(model: ModelConfig, cut: Cut) -> dict[str, int]:
     image. Without sequence parallel the first two terms are whole on every rank (Korthikanti et al. 2022, section 4.2).
     """
     bt, bs, e = cut.tokens, cut.norm_tokens, cut.e
-    f = _widths(model, cut.tp)[2]
+    f = local_widths(model, cut.tp)[2]
     saved = {
         "norms": 2 * _norm_saved(model, cut, bs, model.hidden_size),
         "inputs of qkv and up": 2 * e * bs * model.hidden_size,
@@ -252,7 +252,7 @@ def _norm_saved(model: ModelConfig, cut: Cut, rows: int, width: int) -> int:
 
 def _attention_saved(model: ModelConfig, cut: Cut) -> int:
     """From the fused projection to the input of the output projection, that input included."""
-    (q, k, _), bt, e = _widths(model, cut.tp), cut.tokens, cut.e
+    (q, k, _), bt, e = local_widths(model, cut.tp), cut.tokens, cut.e
     heads = model.num_attention_heads // cut.tp
     moved = model.position_embedding_type == "rope" or model.qk_layernorm  # q and k are no longer views of the projection
     projection, output = e * bt * (q + 2 * k), e * bt * q
@@ -293,7 +293,7 @@ def _qk_norms_saved(model: ModelConfig, cut: Cut) -> int:
     """The kernel copies q and k out of the projection; LayerNorm and fp32 RMSNorm in plain PyTorch keep views of it."""
     if not model.qk_layernorm:
         return 0
-    q, k, _ = _widths(model, cut.tp)
+    q, k, _ = local_widths(model, cut.tp)
     numbers, rows = cut.tokens * (q + k), cut.tokens * (q + k) // model.head_size
     if model.normalization == "LayerNorm":
         return 2 * FP32 * rows
@@ -359,7 +359,7 @@ def _logits(model: ModelConfig, vocab_size: int, cut: Cut) -> int:
 
 def _deferred(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut) -> int:
     """Each linear layer's x, cut by tokens where it was gathered, and dy, whole: b e ((2 s + 2 t) h + t (2 q + 2 k + 3 f))."""
-    (q, k, f), bt, bs, h = _widths(model, cut.tp), cut.tokens, cut.norm_tokens, model.hidden_size
+    (q, k, f), bt, bs, h = local_widths(model, cut.tp), cut.tokens, cut.norm_tokens, model.hidden_size
     up = f * (2 if model.swiglu else 1)
     layer = 2 * bs * h + 2 * bt * h + bt * (2 * q + 2 * k + up + f)
     head = bs * h + bt * _logits(model, vocab_size, cut) if chunk.predicts else 0
@@ -372,7 +372,7 @@ def _working(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, group:
     The loss makes fp32 copies of the logits, three forward from 16 bits, two from fp32. A layer's backward has what it computes again,
     gradients of the widest place, and in 16 bits one weight's whole gradient, which in fp32 the product itself adds to the sum.
     """
-    (q, k, f), bt, h = _widths(model, cut.tp), cut.tokens, model.hidden_size
+    (q, k, f), bt, h = local_widths(model, cut.tp), cut.tokens, model.hidden_size
     up, logits, moments = f * (2 if model.swiglu else 1), _logits(model, vocab_size, cut), [0]
     narrow = cut.e != FP32
     head = layers = 0

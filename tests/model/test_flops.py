@@ -1,7 +1,6 @@
 """FLOP and parameter counts against numbers worked out by hand."""
 
 from trivium.config import ModelConfig
-from trivium.mesh import Axis
 from trivium.model.flops import flops_per_token, matrix_parameters, peak_flops, total_parameters
 from trivium.model.gpt import GPT
 from trivium.ops import Ops

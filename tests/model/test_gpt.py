@@ -7,10 +7,9 @@ import torch
 
 from trivium import rng
 from trivium.config import ModelConfig
-from trivium.mesh import Axis
 from trivium.model import families
 from trivium.model.generate import Sampling, choose, generate
-from trivium.model.gpt import GPT
+from trivium.model.gpt import GPT, Passage
 from trivium.ops import Ops
 
 transformers = pytest.importorskip("transformers")
@@ -122,12 +121,13 @@ def test_initial_weights_have_the_spread_they_should():
 def test_hidden_dropout_is_at_every_site_with_its_own_mask(site, monkeypatch):
     """Each site's mask taken out in turn changes the output."""
     model, tokens = model_of(replace(LLAMA, hidden_dropout=0.3)), tokens_of()
-    stream = rng.DropoutStream.of(1, 1, torch.arange(2), torch.device("cpu"))
+    positions = torch.arange(tokens.shape[1])
+    passage = Passage(positions, stream=rng.DropoutStream.of(1, 1, torch.arange(2), positions))
     with torch.no_grad():
-        whole = model(tokens, stream)
+        whole = model(tokens, passage)
         honest = rng.DropoutStream.keep
         monkeypatch.setattr(rng.DropoutStream, "keep", lambda self, shape, p, at: honest(self, shape, p, at) | (at == site))
-        assert not torch.equal(model(tokens, stream), whole)
+        assert not torch.equal(model(tokens, passage), whole)
 
 
 def test_greedy_generation_equals_transformers():

@@ -31,6 +31,7 @@ MODELS = {
 }
 MODELS["deep"] = MODELS["llama"].replace("--num-layers 3", "--num-layers 7")
 MODELS["documents"] = MODELS["llama"] + " --reset-attention-mask --reset-position-ids"
+MODELS["narrow"] = MODELS["gpt"] + " --ffn-hidden-size 9"
 SGD = "--optimizer sgd --exit-interval 3 --eval-iters 0"
 COUNTED_UPDATES = 3
 LR = 5e-3

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from parity.cases import CHUNKS, CP, INSTANCES, OVERLAP, SCHEDULE, SP, STRATEGY, TP, TWO, V2, ZERO1, Case
 from trivium import comm, rng
-from trivium.optim import buckets, clip, optimizer, reduce
+from trivium.optim import buckets, clip, fsdp, optimizer, reduce
 from trivium.parallel import context, embedding, linear, loss
 from trivium.parallel.sharding import Sharding
 from trivium.pipeline import runtime
@@ -39,6 +39,15 @@ MUTATIONS = {
     "tied gradients not added up": Mutation(buckets.Bucket.finish, "param_layout.twins)", "param_layout.twins) if False else None", Case(2, TWO)),
     "shards not summed over instances": Mutation(
         buckets.Bucket.finish, "comm.all_reduce(self.gradients, self.reduction.copies)", "pass", Case(4, f"{ZERO1} {INSTANCES} 2")
+    ),
+    "ZeRO-3 not summed over instances": Mutation(
+        fsdp.ShardedParameter.finish,
+        "comm.all_reduce(self.gradients, self.reduction.copies)",
+        "pass",
+        Case(4, f"{STRATEGY} optim_grads_params {INSTANCES} 2"),
+    ),
+    "ZeRO-3 averages instead of summing": Mutation(
+        fsdp.cut_parameters, "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)", Case(2, f"{STRATEGY} optim_grads_params")
     ),
     "updated weights not gathered": Mutation(optimizer.Optimizer._gather, "bucket.start_gather()", "pass", Case(2, ZERO1)),
     "bucket reduced before its last gradient": Mutation(

@@ -30,7 +30,7 @@ def test_layout_matches_one_process(case, run, reference, table):
 def test_reference_learns(model, reference):
     """What is compared is a run that clips, masks and learns, in which no part has a gradient that is all zero but for key biases."""
     found = reference(model)
-    assert found.losses[-1] < 0.9 * found.losses[0]
+    assert found.losses[-1] < 0.95 * found.losses[0]
     assert min(found.norms) > 0.3
     total, count = (sum(value(g) for g in found.gradients.values()) for value in (lambda g: g.square().sum().item(), torch.Tensor.numel))
     silent = [n for n, g in found.gradients.items() if g.square().sum() / g.numel() < 1e-6 * total / count]

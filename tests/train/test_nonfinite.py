@@ -10,7 +10,8 @@ from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data, write_end
 import pretrain_gpt
 from trivium.launch import Place
 from trivium.mesh import Mesh
-from trivium.train import step
+from trivium.model.gpt import GPT
+from trivium.train.losses import LossPass
 
 RUN = SMALL + LLAMA + NO_DROPOUT + " --eval-iters 0 --split 100,0,0"
 
@@ -22,27 +23,44 @@ def data(tmp_path_factory):
 
 def poisoned_run(mesh: Mesh, arguments: str, iteration: int, value: float, where: str) -> None:
     """A run in which one micro-batch of the last rank has a loss, or one gradient element, of `value`."""
-    honest = step.Trainer._forward
+    honest, honest_losses = LossPass.__call__, GPT.token_losses
 
-    def forward(self, now, index, batch):
-        losses, mask = honest(self, now, index, batch)
-        if now == iteration and index == 1 and self.mesh.rank == mesh.world_size - 1:
-            if where == "loss":
-                return losses * value, mask
-            losses.register_hook(lambda gradient: torch.cat([gradient.flatten()[:1] * value, gradient.flatten()[1:]]).view_as(gradient))
-        return losses, mask
+    def poisoned(*args):
+        losses = honest_losses(*args)
+        if where == "loss":
+            return losses * value
+        losses.register_hook(lambda gradient: torch.cat([gradient.flatten()[:1] * value, gradient.flatten()[1:]]).view_as(gradient))
+        return losses
 
-    step.Trainer._forward = forward
+    def call(self, chunk, index, x):
+        here = self.iteration == iteration and index == 1 and mesh.rank == mesh.world_size - 1
+        GPT.token_losses = poisoned if here else honest_losses
+        return honest(self, chunk, index, x)
+
+    LossPass.__call__ = call
     try:
         pretrain_gpt.main(arguments.split(), Place(mesh.rank, mesh.world_size, mesh.rank))
     finally:
-        step.Trainer._forward = honest
+        LossPass.__call__, GPT.token_losses = honest, honest_losses
 
 
-@pytest.mark.parametrize(("where", "value"), [("loss", float("nan")), ("loss", float("inf")), ("gradient", float("nan"))])
-def test_one_bad_micro_batch_on_one_rank_skips_the_update_everywhere(data, tmp_path, where, value):
+ZERO1 = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+
+
+@pytest.mark.parametrize(
+    ("layout", "where", "value"),
+    [
+        ("", "loss", float("nan")),
+        ("", "loss", float("inf")),
+        ("", "gradient", float("nan")),
+        (ZERO1, "gradient", float("nan")),
+        ("--pipeline-model-parallel-size 2", "loss", float("nan")),  # which only the last stage sees
+        ("--tensor-model-parallel-size 2 --sequence-parallel", "gradient", float("inf")),
+    ],
+)
+def test_one_bad_micro_batch_on_one_rank_skips_the_update_everywhere(data, tmp_path, layout, where, value):
     """After the skip the run goes on, its weights as if the bad batch had never been: the loss falls on."""
-    run_ranks(2, poisoned_run, f"{RUN} --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl", 6, value, where)
+    run_ranks(2, poisoned_run, f"{RUN} {layout} --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl", 6, value, where)
     rows = rows_of(tmp_path / "m.jsonl")
     assert [row["iteration"] for row in rows if row["skipped"]] == [6]
     assert (rows[5]["lm_loss"] is None) == (where == "loss") and rows[5]["grad_norm"] is None

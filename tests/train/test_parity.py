@@ -49,7 +49,6 @@ def test_the_loss_is_the_masked_mean_over_the_global_batch(data, tmp_path):
     from trivium import flags, ops
     from trivium.config import resolve
     from trivium.data.dataset import build_datasets
-    from trivium.mesh import Axis
     from trivium.model.gpt import GPT
 
     arguments = f"{SMALL}{LLAMA}{NO_DROPOUT} --eod-mask-loss --split 100,0,0 --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl"

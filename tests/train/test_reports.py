@@ -12,7 +12,6 @@ from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data, write_end
 from trivium import flags, ops
 from trivium.config import resolve
 from trivium.data.dataset import build_datasets
-from trivium.mesh import Axis
 from trivium.model.gpt import GPT
 
 RUN = SMALL + LLAMA + NO_DROPOUT + " --eval-interval 10 --eval-iters 2 --split 80,10,10"

@@ -10,7 +10,7 @@ from trivium import flags, ops
 from trivium.config import resolve
 from trivium.data.dataset import build_datasets
 from trivium.launch import Place
-from trivium.mesh import Axis, Mesh
+from trivium.mesh import Mesh
 from trivium.model.gpt import GPT
 from trivium.optim.optimizer import Optimizer
 

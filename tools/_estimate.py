@@ -1,0 +1,216 @@
+"""What a layout needs and does, by arithmetic alone: memory of every pipeline rank, bytes sent, and the time of an update."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from _costs import Hardware, Times, all_reduce, chunk_times, context_bytes, data_bytes, exposed_data_seconds, tensor_bytes
+
+from trivium.config import Config, data_parallel_size, key_value_copies, optimizer_shards
+from trivium.model.flops import flops_per_token
+from trivium.model.memory import FP32, Activations, Chunk, Cut, State, activations_of, state_of, weights_of
+from trivium.pipeline.choose import placement_of, specs_of
+from trivium.pipeline.plan import Action, Backward, BackwardInput, BackwardWeight, Costs, Forward, Message, Placement, Plan, make_plan
+from trivium.pipeline.simulate import Timeline, simulate
+
+LONG = 96  # micro-batches and more of a plan that are not simulated one by one
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one pipeline rank at its fullest. in_flight: micro-batches whose activations it holds then, a chunk's counting 1 / v."""
+
+    rank: int
+    state: State
+    activations: int
+    working: int
+    in_flight: float
+
+    @property
+    def total(self) -> int:
+        return self.state.total + self.activations + self.working
+
+
+class Layout:
+    """A resolved, valid configuration on a number of devices, and what follows from it."""
+
+    def __init__(self, config: Config, vocab_size: int, num_devices: int, hardware: Hardware):
+        self.config, self.vocab_size, self.num_devices, self.hardware = config, vocab_size, num_devices, hardware
+        parallel, batch = config.parallel, config.batch
+        self.model, self.cut = config.model, Cut.of(config)
+        self.tp, self.pp, self.cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+        self.dp = data_parallel_size(parallel, num_devices)
+        self.shards, self.copies = optimizer_shards(parallel, num_devices), self.dp * self.cp
+        self.strategy = parallel.data_parallel_sharding_strategy
+        self.num_microbatches = batch.global_batch_size // (batch.micro_batch_size * self.dp)
+        self.placement: Placement = placement_of(parallel, self.model.num_layers)
+        specs = specs_of(parallel, self.model.num_layers)
+        self.stages = [Chunk(len(spec.layers), spec.embeds, spec.predicts) for spec in specs]
+
+    def chunks(self, rank: int) -> list[Chunk]:
+        return [self.stages[self.placement.stage(rank, chunk)] for chunk in range(self.placement.num_chunks)]
+
+    # Memory.
+
+    def state(self, rank: int) -> State:
+        return state_of(weights_of(self.model, self.vocab_size, self.tp, self.chunks(rank)), self.config, self.shards, self.copies)
+
+    def activations(self, rank: int) -> list[Activations]:
+        return [activations_of(self.model, self.vocab_size, chunk, self.cut) for chunk in self.chunks(rank)]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The engine's own, of so many micro-batches that more of them change neither bubble nor memory."""
+        schedule, p, v = self.placement.schedule, self.pp, self.placement.num_chunks
+        return make_plan(schedule, p, simulated_microbatches(p, self.num_microbatches), v)
+
+    @cached_property
+    def memory(self) -> list[RankMemory]:
+        """Of every pipeline rank."""
+        found = []
+        for rank, actions in enumerate(self.plan.actions):
+            held, working, chunks = fullest(actions, self.activations(rank))
+            found.append(RankMemory(rank, self.state(rank), held, working, chunks / self.placement.num_chunks))
+        return found
+
+    @property
+    def fullest(self) -> RankMemory:
+        return max(self.memory, key=lambda rank: rank.total)
+
+    # Time.
+
+    @cached_property
+    def times(self) -> list[Times]:
+        """Of each stage."""
+        return [chunk_times(self.model, self.vocab_size, chunk, self.cut, self.placement.schedule, self.hardware) for chunk in self.stages]
+
+    def rank_times(self, rank: int) -> Times:
+        return sum((self.times[self.placement.stage(rank, chunk)] for chunk in range(self.placement.num_chunks)), Times())
+
+    @property
+    def message(self) -> int:
+        """Bytes between two stages."""
+        return self.cut.e * self.cut.norm_tokens * self.model.hidden_size
+
+    @property
+    def pipeline_link(self) -> float:
+        return self.hardware.link(self.num_devices)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The stages' times as the simulator takes them; one ratio of forward to backward stands for all stages."""
+        mean = sum(self.times, Times()) * (1 / self.pp)
+        relative = tuple(max(1e-9, times.total / mean.total) * self.placement.num_chunks for times in self.times)
+        transfer = self.message / self.pipeline_link if self.pp > 1 else 0.0
+        return Costs(mean.forward, mean.backward_input, mean.backward_weight, transfer, relative)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        return simulate(self.plan, self.costs)
+
+    @cached_property
+    def makespan(self) -> float:
+        """Of all micro-batches: those beyond the plan's take what the last group of it took."""
+        extra = self.num_microbatches - self.plan.num_microbatches
+        if extra == 0:
+            return self.timeline.makespan
+        shorter = make_plan(self.placement.schedule, self.pp, self.plan.num_microbatches - self.pp, self.placement.num_chunks)
+        return self.timeline.makespan + (self.timeline.makespan - simulate(shorter, self.costs).makespan) * extra / self.pp
+
+    @property
+    def slowest(self) -> float:
+        """Seconds of the busiest rank's own work, all micro-batches."""
+        return max(self.rank_times(rank).total for rank in range(self.pp)) * self.num_microbatches
+
+    @property
+    def bubble(self) -> float:
+        """The share of the makespan in which the busiest rank waits."""
+        return 1 - self.slowest / self.makespan
+
+    def data_seconds(self, rank: int) -> float:
+        """Of data parallelism, what no computation hides."""
+        state, times = self.state(rank).parameters, self.rank_times(rank)
+        return exposed_data_seconds(self.data_bytes(state), self.config, self.num_microbatches, times, self.data_link)
+
+    @property
+    def data_link(self) -> float:
+        return self.hardware.link(self.tp * self.copies)
+
+    @cached_property
+    def step_seconds(self) -> float:
+        return self.makespan + max(self.data_seconds(rank) for rank in {0, self.pp // 2, self.pp - 1})
+
+    def utilization(self, *, causal: bool) -> float:
+        """MFU, by either convention."""
+        tokens = self.config.batch.global_batch_size * self.config.batch.seq_length
+        work = flops_per_token(self.model, self.vocab_size, self.config.batch.seq_length, causal=causal) * tokens
+        return work / (self.step_seconds * self.num_devices * self.hardware.peak)
+
+    # Communication.
+
+    def data_bytes(self, parameters: int) -> dict[str, float]:
+        return data_bytes(parameters, self.strategy, self.shards, self.copies, self.cut.e, self.num_microbatches)
+
+    def sent(self, rank: int) -> dict[str, float]:
+        """Bytes that each device of a pipeline rank sends in one update, by axis."""
+        m, chunks = self.num_microbatches, self.chunks(rank)
+        layers = sum(chunk.layers for chunk in chunks)
+        tensor = sum(sum(tensor_bytes(self.model, chunk, self.cut)) for chunk in chunks) * m
+        ends = 0.0
+        if self.model.tied and self.pp > 1 and self.placement.schedule != "zb-v" and rank in (0, self.pp - 1):
+            ends = FP32 * self.model.padded_vocabulary(self.vocab_size, self.tp) // self.tp * self.model.hidden_size / self.shards
+        return {
+            "tp": tensor + self._partial_bytes(rank),
+            "cp": sum(context_bytes(self.model, self.cut)) * layers * m,
+            "pp": self._messages(rank) * self.message * m + ends,
+            "dp": sum(self.data_bytes(self.state(rank).parameters).values()),
+        }
+
+    def _messages(self, rank: int) -> int:
+        """Sent in one micro-batch: activations on, gradients back."""
+        sends = [type(action).__name__ for action in self.plan.actions[rank] if isinstance(action, Message)]
+        return sum(name.startswith("Send") for name in sends) // self.plan.num_microbatches
+
+    def _partial_bytes(self, rank: int) -> float:
+        """Gradients that each rank of tp has a share of: norms and biases of cut tokens, QK norms, key-value heads that several ranks hold."""
+        if self.tp == 1:
+            return 0.0
+        model, chunks = self.model, self.chunks(rank)
+        layers = sum(chunk.layers for chunk in chunks)
+        norm = model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+        count = layers * 2 * model.head_size * model.qk_layernorm * (norm // model.hidden_size)
+        if self.cut.sequence_parallel:
+            count += layers * (2 * norm + 2 * model.hidden_size * model.linear_bias) + norm * any(chunk.predicts for chunk in chunks)
+            learned = model.position_embedding_type == "learned_absolute"
+            count += model.max_position_embeddings * model.hidden_size * (learned and any(chunk.embeds for chunk in chunks))
+        copies = key_value_copies(model, self.config.parallel)
+        heads = layers * 2 * model.head_size * (model.hidden_size + model.qkv_bias)
+        return FP32 / self.shards * (all_reduce(count, self.tp) + all_reduce(heads, copies))
+
+
+def simulated_microbatches(p: int, m: int) -> int:
+    """m, or fewer where the pipeline only repeats itself: whole rounds of p less, but past warm-up and drain."""
+    least = max(3 * p, LONG // p * p)
+    return m if m <= least else least + (m - least) % p
+
+
+def fullest(actions: Iterable[Action], activations: Sequence[Activations]) -> tuple[int, int, int]:
+    """Bytes of activations that a rank holds when activations and working memory are most, that working memory, and how many chunks' they are."""
+    held = count = 0
+    most = (0, 0, 0)
+    for action in actions:
+        if isinstance(action, Message):
+            continue
+        chunk, kind = activations[action.chunk], type(action)
+        if kind is Forward:
+            held, count = held + chunk.held, count + 1
+        if kind is not BackwardWeight:
+            most = max(most, (held, chunk.working, count), key=lambda found: found[0] + found[1])
+        if kind is Backward:
+            held, count = held - chunk.held, count - 1
+        elif kind is BackwardInput:
+            held += chunk.deferred - chunk.held
+            most = max(most, (held, 0, count), key=lambda found: found[0] + found[1])
+        elif kind is BackwardWeight:
+            held, count = held - chunk.deferred, count - 1
+    return most
