@@ -169,6 +169,11 @@ def cli(argv: list[str]) -> int:
         return fail(place, f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", 1)
     except CommunicationError as error:
         return fail(place, str(error), 1)
+    except RuntimeError as error:
+        problem = launch.missed_meeting(error, place)
+        if problem is None:
+            raise
+        return fail(place, problem, 1)
     except KeyboardInterrupt:
         return fail(place, "interrupted; the same command with --load resumes from the last checkpoint", 130)
     return 0
@@ -182,4 +187,4 @@ def fail(place: launch.Place, message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(sys.argv[1:]))
+    launch.leave(cli(sys.argv[1:]))

@@ -39,7 +39,7 @@ class Pending:
     def wait(self) -> torch.Tensor:
         """The result, once it is there. Waiting again is free."""
         if self.work is not None:
-            _guarded(self.axis, self.operation, self.work.wait)
+            guarded(self.axis, self.operation, self.work.wait)
             self.work, self.buffers = None, ()
         return self.result
 
@@ -185,10 +185,11 @@ class _ReduceTokens(torch.autograd.Function):
 
 
 def _start(axis: Axis, operation: str, result: torch.Tensor, begin: Callable[[], dist.Work], *buffers: torch.Tensor) -> Pending:
-    return Pending(result, axis, operation, _guarded(axis, operation, begin), buffers)
+    return Pending(result, axis, operation, guarded(axis, operation, begin), buffers)
 
 
-def _guarded(axis: Axis, operation: str, call: Callable):
+def guarded(axis: Axis, operation: str, call: Callable):
+    """call(), its failure told as a CommunicationError; for operations that another library starts over `axis`."""
     try:
         return call()
     except (RuntimeError, ValueError) as error:
@@ -198,6 +199,6 @@ def _guarded(axis: Axis, operation: str, call: Callable):
 
 def _explained(said: str) -> str:
     """What the transport said, in one line of at most 300 letters that ends with what it means for the user, where that is known."""
-    said = re.sub(r"\[/\S+:\d+\] ", "", " ".join(said.split())).split(" This is typically caused by")[0]  # gloo's source lines and guesses
+    said = re.sub(r"\[/\S+:\d+\] ", "", " ".join(said.split())).split(". This is typically")[0]  # gloo's source lines and guesses
     meaning = next((f"; {meaning}" for words, meaning in _MEANINGS if re.search(words, said)), "")
     return said[: 300 - len(meaning)] + meaning

@@ -1,10 +1,16 @@
 """Where this process stands: its rank, the number of processes, its device. Reads torchrun's or Slurm's variables, sets none but the rendezvous."""
 
+import atexit
+import contextlib
+import gc
 import os
 import re
+import sys
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 from .config import Config, ConfigError, key_value_copies, optimizer_shards
 from .mesh import Mesh
@@ -53,6 +59,30 @@ def set_rendezvous(env: dict[str, str] | None = None) -> None:
     if "SLURM_STEP_NODELIST" in env:
         env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def missed_meeting(error: RuntimeError, place: Place) -> str | None:
+    """What to tell the user if `error` is that the processes did not all find each other at the start; None for any other error."""
+    said = " ".join(str(error).split()).split(", keys: ")[0]
+    if not isinstance(error, dist.DistStoreError | dist.DistNetworkError) and not said.startswith("Gloo connectFullMesh failed"):
+        return None
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return (
+        f"rank {place.rank}: the {place.world_size} processes did not all meet at {where}: {said.rstrip('.')}; "
+        "start all of them where they reach that address, or raise --distributed-timeout-minutes"
+    )
+
+
+def leave(status: int) -> NoReturn:
+    """End this process. After a failure at once: gloo's threads, torn down with an operation under way, abort the process or hold it up."""
+    if status == 0 or not dist.is_initialized():
+        sys.exit(status)
+    atexit._run_exitfuncs()  # the loader ends its processes, writers of logs write what they hold
+    gc.collect()  # the last metrics reach their file
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def first_host(nodelist: str) -> str:

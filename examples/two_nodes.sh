@@ -1,53 +1,81 @@
 #!/bin/bash
-# Two nodes on one machine: two network namespaces, joined by one cable, train together through torchrun. Linux, root, iproute2.
-#   examples/two_nodes.sh --preset tiny --mock-data --tokenizer-type NullTokenizer --vocab-size 256 --seq-length 64 \
-#       --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 1e-3 --pipeline-model-parallel-size 2
-# Arguments go to pretrain_gpt.py. PROCESSES=2 starts two processes on each node: those of one node are neighbours in rank, so
-# --tensor-model-parallel-size 2 stays inside a node. To see a network fail, run the command printed at the start while it trains.
+# Two nodes on one Linux machine, as root: two network namespaces, joined by one cable, train together on the CPU through torchrun.
+#   examples/two_nodes.sh --preset tiny --mock-data --tokenizer-type NullTokenizer --vocab-size 256 --seq-length 64 --lr 1e-3 \
+#       --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --log-interval 5 --eval-iters 0 --pipeline-model-parallel-size 2
+# Its arguments are pretrain_gpt.py's. PROCESSES=2 starts two processes on each node; ranks 0 and 1 are on the first node, so that
+# --tensor-model-parallel-size 2 stays inside of nodes. To see a network fail, run one of the commands that it prints first.
 set -euo pipefail
+PATH=$PATH:/usr/sbin:/sbin
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
-PATH=$PATH:/usr/sbin:/sbin
-refuse() { echo "two_nodes.sh: $*" >&2; exit 2; }
-[ -x "$(command -v "$python")" ] || refuse "no $python; run make setup, or name a Python with PYTHON="
-command -v ip > /dev/null || refuse "no ip command; install iproute2"
-[ "$(id -u)" = 0 ] || refuse "network namespaces need root; try sudo"
+nodes=("trivium$$-0" "trivium$$-1")
+addresses=(10.77.0.1 10.77.0.2)
 
-nodes=("trivium$$-0" "trivium$$-1") addresses=(10.77.0.1 10.77.0.2)
+refuse() {
+    echo "two_nodes.sh: $*" >&2
+    exit 2
+}
+
 cleanup() {
     trap '' INT TERM HUP
     for signal in TERM KILL; do
-        pids=$(for node in "${nodes[@]}"; do ip netns pids "$node" 2> /dev/null || true; done)
-        [ -z "$pids" ] || { kill -s "$signal" $pids 2> /dev/null || true; sleep 1; }
+        for _ in {1..40}; do
+            left=$(for node in "${nodes[@]}"; do ip netns pids "$node" 2> /dev/null || true; done)
+            [ -n "$left" ] || break 2
+            kill -s "$signal" $left 2> /dev/null || true
+            sleep 0.25
+        done
     done
-    for node in "${nodes[@]}"; do ip netns del "$node" 2> /dev/null || true; done
+    for node in "${nodes[@]}"; do ip netns delete "$node" 2> /dev/null || true; done
 }
+
+# One node's torchrun, each line with the node's name in front.
+start_node() {
+    local k=$1
+    shift
+    { ip netns exec "${nodes[k]}" "$python" -m torch.distributed.run --nnodes 2 --node-rank "$k" --nproc-per-node "${PROCESSES:-1}" \
+        --master-addr "${addresses[0]}" --master-port 29500 "$root/pretrain_gpt.py" "$@" 2>&1 >&3 3>&- | sed -u "s/^/node $k | /" >&2 3>&-; } \
+        3>&1 | sed -u "s/^/node $k | /"
+}
+
+[ "$(uname)" = Linux ] || refuse "network namespaces are Linux's"
+[ "$(id -u)" = 0 ] || refuse "network namespaces need root; try sudo"
+command -v ip > /dev/null || refuse "there is no ip command; install iproute2"
+command -v "$python" > /dev/null || refuse "there is no $python; run make setup, or name a Python with PYTHON=..."
+
 trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
-
 for node in "${nodes[@]}"; do ip netns add "$node" || refuse "no network namespace can be made here"; done
-ip link add cable netns "${nodes[0]}" type veth peer name cable netns "${nodes[1]}" || refuse "no veth pair can be made here"
+ip link add cable netns "${nodes[0]}" type veth peer name cable netns "${nodes[1]}" || refuse "no pair of virtual interfaces can be made here"
 for k in 0 1; do
     ip -n "${nodes[k]}" address add "${addresses[k]}/24" dev cable
     ip -n "${nodes[k]}" link set cable up
     ip -n "${nodes[k]}" link set lo up
 done
-echo "two nodes: ${nodes[*]}; to cut the cable: ip -n ${nodes[1]} link set cable down"
+echo "two nodes: ${nodes[*]}"
+echo "to cut the cable: ip -n ${nodes[1]} link set cable down"
+echo "to lose what it carries: ip -n ${nodes[1]} neighbour replace ${addresses[0]} lladdr 02:00:00:00:00:01 dev cable nud permanent"
 
-# Gloo and NCCL would take the address that the host name stands for, which is the same on both nodes.
-export GLOO_SOCKET_IFNAME=cable NCCL_SOCKET_IFNAME=cable OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
-agents=()
+# Gloo would take the address that the host name stands for, which is the same one on both nodes, and reaches neither.
+export GLOO_SOCKET_IFNAME=cable
+# Both nodes would claim the same GPUs.
+export CUDA_VISIBLE_DEVICES=
+# Without it torch warns that the nodes' addresses have no names.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+jobs=()
 for k in 0 1; do
-    ip netns exec "${nodes[k]}" "$python" -m torch.distributed.run --nnodes 2 --node-rank "$k" --nproc-per-node "${PROCESSES:-1}" \
-        --master-addr "${addresses[0]}" --master-port 29500 --max-restarts 0 --monitor-interval 0.5 "$root/pretrain_gpt.py" "$@" \
-        > >(sed -u "s/^/node $k | /") 2> >(sed -u "s/^/node $k | /" >&2) &
-    agents+=($!)
+    start_node "$k" "$@" &
+    jobs+=($!)
 done
 status=0
 for k in 0 1; do
     code=0
-    wait "${agents[k]}" || code=$?
-    [ "$code" = 0 ] || { echo "two_nodes.sh: node $k ended with status $code" >&2; status=1; }
+    wait "${jobs[k]}" || code=$?
+    if [ "$code" != 0 ]; then
+        echo "two_nodes.sh: node $k ended with exit status $code" >&2
+        status=1
+    fi
 done
 exit $status

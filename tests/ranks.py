@@ -83,7 +83,7 @@ class Ranks:
 
 
 def run_ranks(n: int, function, *args, timeout: float = 60.0, **axes: int) -> list:
-    """Run the module-level `function(mesh, *args)` on n ranks with the axes tp, pp, cp, ep given; its results by rank."""
+    """Run the module-level `function(mesh, *args)` on n ranks with the sizes of axes given, as Mesh.plan takes them; its results by rank."""
     return _POOL.run(n, function, args, timeout, axes)
 
 

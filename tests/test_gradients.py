@@ -7,6 +7,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
+from trivium import comm
 from trivium.config import ModelConfig
 from trivium.gradients import Deferral, Sink, current, sink_of, use
 from trivium.layout import Layout
@@ -156,6 +157,30 @@ def test_deferred_products_are_bitwise_the_plain_gradient(n, sequence_parallel, 
         for found in (sink, deferred):
             assert torch.equal(found[rank][0], plain[rank][0])
             assert all(map(torch.equal, found[rank][1], plain[rank][1]))
+
+
+def gathers(mesh: Mesh) -> list[int]:
+    """How often tokens were gathered by the end of a backward pass that held its products, and after those."""
+    sharding = Sharding(tp=mesh.tp, sequence_parallel=True)
+    layer = ColumnParallelLinear(12, {"a": 16}, sharding, bias=False, init=Init(1, 0.3))
+    memory, honest, begun = Memory(layer.weight), comm.start_gather_tokens, []
+    x = LAYERS_INPUT.tensor_split(mesh.tp.size, dim=1)[mesh.tp.rank].clone().requires_grad_()
+    y, counts = layer(x), []
+    comm.start_gather_tokens = lambda *args: begun.append(args) or honest(*args)
+    try:
+        with memory.deferral.holding() as products:
+            y.sum().backward()
+        counts.append(len(begun))
+        for product in products:
+            product()
+    finally:
+        comm.start_gather_tokens = honest
+    return [*counts, len(begun)]
+
+
+def test_a_held_product_keeps_its_tokens_and_gathers_the_others_when_its_turn_comes():
+    """Zero-bubble schedules hold many: each would keep all T tokens instead of T / tp."""
+    assert run_ranks(2, gathers, tp=2) == [[0, 1]] * 2
 
 
 # --- Deferral ---

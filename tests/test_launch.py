@@ -10,9 +10,10 @@ import pytest
 import torch
 from runs import SMALL, rows_of
 
+import pretrain_gpt
 from trivium import flags
 from trivium.config import ConfigError, resolve
-from trivium.launch import Place, choose_device, first_host, plan_mesh, read_environment, set_rendezvous
+from trivium.launch import Place, choose_device, first_host, missed_meeting, plan_mesh, read_environment, set_rendezvous
 
 ROOT = Path(__file__).resolve().parents[1]
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[003-004]", "SLURM_JOB_ID": "123456"}
@@ -81,12 +82,15 @@ def test_a_reader_that_goes_away_does_not_end_the_program():
     assert result.returncode == 0 and result.stdout.startswith("tiny") and result.stderr == ""
 
 
-def test_two_processes_with_sruns_variables_train_together(tmp_path):
-    """As srun starts them, without torchrun: the variables are all there is."""
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        return str(probe.getsockname()[1])
+
+
+def test_two_processes_with_sruns_variables_train_together(tmp_path):
+    """As srun starts them, without torchrun: the variables are all there is."""
+    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
     arguments = f"{SMALL} --mock-data --eval-iters 0 --train-iters 3 --lr-warmup-iters 0 --metrics-jsonl {tmp_path}/m.jsonl".split()
     ranks = [
         subprocess.Popen(
@@ -102,3 +106,58 @@ def test_two_processes_with_sruns_variables_train_together(tmp_path):
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert [row["global_batch_size"] for row in rows_of(tmp_path / "m.jsonl")] == [8, 8, 8]
     assert outputs[0].count("training from iteration 0") == 1 and outputs[1] == ""
+
+
+# --- what is refused, and when ---
+
+IMPOSSIBLE = f"{SMALL} --mock-data --tensor-model-parallel-size 2 --global-batch-size 12".split()
+REFUSAL = (
+    "pretrain_gpt.py: 1 problem in the configuration\n"
+    "  3 processes are not a multiple of --tensor-model-parallel-size 2 x --pipeline-model-parallel-size 1 x --context-parallel-size 1 = 2; "
+    "start 2, 4, or change the sizes\n"
+)
+
+
+@pytest.fixture
+def task_of_step(monkeypatch):
+    """Makes this process one task of an srun step: call with its number and how many there are."""
+    monkeypatch.delenv("RANK", raising=False)
+
+    def become(task: int, tasks: int) -> None:
+        step = {"SLURM_PROCID": task, "SLURM_LOCALID": task, "SLURM_STEP_NUM_TASKS": tasks, "SLURM_STEP_NODELIST": "localhost"}
+        for name, value in step.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", free_port())
+
+    return become
+
+
+@pytest.mark.parametrize(("task", "said"), [(0, REFUSAL), (2, "")])
+def test_an_impossible_number_of_tasks_is_refused_before_any_of_them_meets_another(task_of_step, monkeypatch, capfd, task, said):
+    """Each task alone: the others never come, and none is waited for. The first one tells."""
+    task_of_step(task, 3)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: pytest.fail("a group was made"))
+    assert pretrain_gpt.cli(IMPOSSIBLE) == 2
+    assert capfd.readouterr().err == said
+
+
+def test_torchrun_with_an_impossible_number_of_processes_ends_with_one_message():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", ROOT / "pretrain_gpt.py", *IMPOSSIBLE]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode != 0 and result.stderr.count("not a multiple of") == 1 and REFUSAL in result.stderr, result.stderr
+    assert "exitcode  : 2" in result.stderr, "torchrun's own report of rank 0"
+    assert str(ROOT / "core") not in result.stderr
+
+
+def test_a_task_that_waits_in_vain_for_the_others_says_where(task_of_step, capfd):
+    task_of_step(0, 2)
+    assert pretrain_gpt.cli(f"{SMALL} --mock-data --distributed-timeout-minutes 0.03".split()) == 1
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"pretrain_gpt.py: rank 0: the 2 processes did not all meet at localhost:{os.environ['MASTER_PORT']}: Timed out after ")
+    assert "1/2 clients joined; start all of them" in error and error.endswith("raise --distributed-timeout-minutes")
+
+
+def test_other_errors_are_not_taken_for_a_missed_meeting():
+    assert missed_meeting(RuntimeError("shape mismatch"), Place(0, 2)) is None
+    assert missed_meeting(RuntimeError("Gloo connectFullMesh failed with Connect timeout"), Place(1, 2)).startswith("rank 1: the 2 processes did not")

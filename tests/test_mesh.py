@@ -67,12 +67,17 @@ LARGE = [
 ]
 
 
-@pytest.mark.parametrize("sizes", LARGE, ids=str)
-def test_at_4096_ranks_every_axis_partitions_the_world(sizes):
+@pytest.fixture(scope="module", params=LARGE, ids=str)
+def large(request) -> tuple[dict[str, int], list[Mesh]]:
+    """Sizes, and the mesh of each of 4,096 ranks."""
+    return request.param, [Mesh.plan(4096, rank, **request.param) for rank in range(4096)]
+
+
+def test_at_4096_ranks_every_axis_partitions_the_world(large):
     """And all ranks of a group have the same group in mind, each at its own place in it."""
     members: dict[str, dict[tuple[int, ...], list[int]]] = {name: {} for name in AXIS_NAMES}
-    for rank in range(4096):
-        for axis in Mesh.plan(4096, rank, **sizes).axes():
+    for rank, mesh in enumerate(large[1]):
+        for axis in mesh.axes():
             assert axis.ranks[axis.rank] == rank and axis.size == len(axis.ranks)
             members[axis.name].setdefault(axis.ranks, []).append(rank)
     for name in PARTITIONING:
@@ -80,10 +85,9 @@ def test_at_4096_ranks_every_axis_partitions_the_world(sizes):
         assert sorted(rank for ranks in members[name] for rank in ranks) == list(range(4096)), name
 
 
-@pytest.mark.parametrize("sizes", LARGE, ids=str)
-def test_at_4096_ranks_each_copy_of_a_parameter_is_one_shard_in_one_block(sizes):
+def test_at_4096_ranks_each_copy_of_a_parameter_is_one_shard_in_one_block(large):
     """shards x copies is dp x cp: each block of shards holds the whole state, and a shard lies on one rank of each block."""
-    meshes = [Mesh.plan(4096, rank, **sizes) for rank in range(4096)]
+    sizes, meshes = large
     for mesh in meshes:
         assert mesh.shards.size == sizes.get("shards", 1) and mesh.shards.size * mesh.copies.size == mesh.dp_cp.size
         assert {rank for copy in mesh.copies.ranks for rank in meshes[copy].shards.ranks} == set(mesh.dp_cp.ranks)
@@ -92,12 +96,10 @@ def test_at_4096_ranks_each_copy_of_a_parameter_is_one_shard_in_one_block(sizes)
         assert mesh.dp_cp.rank == mesh.copies.rank * mesh.shards.size + mesh.shards.rank, "a block is of neighbours: one node, where it fits"
 
 
-@pytest.mark.parametrize("sizes", LARGE, ids=str)
-def test_at_4096_ranks_neighbours_of_tp_share_a_key_value_head(sizes):
+def test_at_4096_ranks_neighbours_of_tp_share_a_key_value_head(large):
     """Head h of the K = tp / copies lies on ranks h x copies and on of tp, and nowhere else."""
-    copies = sizes.get("kv_copies", 1)
-    for rank in range(4096):
-        mesh = Mesh.plan(4096, rank, **sizes)
+    copies = large[0].get("kv_copies", 1)
+    for rank, mesh in enumerate(large[1]):
         head = mesh.tp.rank // copies
         assert mesh.kv.ranks == mesh.tp.ranks[head * copies : (head + 1) * copies] and mesh.kv.ranks[mesh.kv.rank] == rank
 

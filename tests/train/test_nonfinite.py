@@ -22,13 +22,15 @@ def data(tmp_path_factory):
 
 
 def poisoned_run(mesh: Mesh, arguments: str, iteration: int, value: float, where: str) -> None:
-    """A run in which one micro-batch of the last rank has a loss, or one gradient element, of `value`."""
+    """A run in which one micro-batch of the last rank has losses, or one gradient element, of `value`."""
     honest, honest_losses = LossPass.__call__, GPT.token_losses
 
     def poisoned(*args):
         losses = honest_losses(*args)
         if where == "loss":
             return losses * value
+        if where == "loss alone":
+            return losses + value  # whose gradient is 1
         losses.register_hook(lambda gradient: torch.cat([gradient.flatten()[:1] * value, gradient.flatten()[1:]]).view_as(gradient))
         return losses
 
@@ -53,6 +55,7 @@ ZERO1 = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gathe
         ("", "loss", float("nan")),
         ("", "loss", float("inf")),
         ("", "gradient", float("nan")),
+        ("", "loss alone", float("inf")),
         (ZERO1, "gradient", float("nan")),
         ("--pipeline-model-parallel-size 2", "loss", float("nan")),  # which only the last stage sees
         ("--tensor-model-parallel-size 2 --sequence-parallel", "gradient", float("inf")),
@@ -63,7 +66,7 @@ def test_one_bad_micro_batch_on_one_rank_skips_the_update_everywhere(data, tmp_p
     run_ranks(2, poisoned_run, f"{RUN} {layout} --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl", 6, value, where)
     rows = rows_of(tmp_path / "m.jsonl")
     assert [row["iteration"] for row in rows if row["skipped"]] == [6]
-    assert (rows[5]["lm_loss"] is None) == (where == "loss") and rows[5]["grad_norm"] is None
+    assert (rows[5]["lm_loss"] is None) == (where != "gradient") and (rows[5]["grad_norm"] is None) == (where != "loss alone")
     assert rows[6]["learning_rate"] != rows[5]["learning_rate"] and rows[6]["consumed_samples"] == 7 * 8
     assert all(row["lm_loss"] is not None for row in rows[6:]) and rows[-1]["lm_loss"] < rows[4]["lm_loss"]
 

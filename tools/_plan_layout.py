@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import ge, mul
 
-from _costs import Hardware, Times, all_reduce, chunk_times, context_bytes, data_bytes, exposed_data_seconds, tensor_bytes
+from _plan_costs import Hardware, Times, all_reduce, chunk_times, context_bytes, data_bytes, exposed_data_seconds, tensor_bytes
 
 from trivium.config import Config, data_parallel_size, key_value_copies, optimizer_shards
 from trivium.model.flops import flops_per_token
@@ -69,13 +70,18 @@ class Layout:
         """Of every pipeline rank."""
         found = []
         for rank, actions in enumerate(self.plan.actions):
-            held, working, chunks = fullest(actions, self.activations(rank))
-            found.append(RankMemory(rank, self.state(rank), held, working, chunks / self.placement.num_chunks))
+            v = self.placement.num_chunks
+            held, working, chunks = fullest(moments(actions, v), self.activations(rank))
+            found.append(RankMemory(rank, self.state(rank), held, working, chunks / v))
         return found
 
     @property
     def fullest(self) -> RankMemory:
         return max(self.memory, key=lambda rank: rank.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.fullest.total + self.hardware.reserve <= self.hardware.memory
 
     # Time.
 
@@ -125,12 +131,13 @@ class Layout:
     @property
     def bubble(self) -> float:
         """The share of the makespan in which the busiest rank waits."""
-        return 1 - self.slowest / self.makespan
+        return max(0.0, 1 - self.slowest / self.makespan)
 
     def data_seconds(self, rank: int) -> float:
         """Of data parallelism, what no computation hides."""
-        state, times = self.state(rank).parameters, self.rank_times(rank)
-        return exposed_data_seconds(self.data_bytes(state), self.config, self.num_microbatches, times, self.data_link)
+        parallel, sent = self.config.parallel, self.data_bytes(self.state(rank).parameters)
+        overlaps = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+        return exposed_data_seconds(sent, self.strategy, overlaps, self.num_microbatches, self.rank_times(rank), self.data_link)
 
     @property
     def data_link(self) -> float:
@@ -194,23 +201,33 @@ def simulated_microbatches(p: int, m: int) -> int:
     return m if m <= least else least + (m - least) % p
 
 
-def fullest(actions: Iterable[Action], activations: Sequence[Activations]) -> tuple[int, int, int]:
-    """Bytes of activations that a rank holds when activations and working memory are most, that working memory, and how many chunks' they are."""
-    held = count = 0
-    most = (0, 0, 0)
+Moment = tuple[tuple[int, ...], int | None]  # by chunk whole micro-batches, then by chunk those whose weights' gradient waits; the chunk at work
+
+
+def moments(actions: Iterable[Action], chunks: int) -> list[Moment]:
+    """What a rank holds while each action runs, without the moments at which it holds no more of anything than at another."""
+    held, found = [0] * (2 * chunks), set()
     for action in actions:
+        kind = type(action)
         if isinstance(action, Message):
             continue
-        chunk, kind = activations[action.chunk], type(action)
-        if kind is Forward:
-            held, count = held + chunk.held, count + 1
+        whole, late = action.chunk, chunks + action.chunk
+        held[whole] += kind is Forward
         if kind is not BackwardWeight:
-            most = max(most, (held, chunk.working, count), key=lambda found: found[0] + found[1])
-        if kind is Backward:
-            held, count = held - chunk.held, count - 1
-        elif kind is BackwardInput:
-            held += chunk.deferred - chunk.held
-            most = max(most, (held, 0, count), key=lambda found: found[0] + found[1])
-        elif kind is BackwardWeight:
-            held, count = held - chunk.deferred, count - 1
-    return most
+            found.add((tuple(held), action.chunk))
+        held[whole] -= kind in (Backward, BackwardInput)
+        held[late] += (kind is BackwardInput) - (kind is BackwardWeight)
+        if kind is BackwardInput:
+            found.add((tuple(held), None))
+    return [moment for moment in found if not any(_covers(other, moment) for other in found if other != moment)]
+
+
+def _covers(larger: Moment, moment: Moment) -> bool:
+    return moment[1] in (None, larger[1]) and all(map(ge, larger[0], moment[0]))
+
+
+def fullest(found: Iterable[Moment], activations: Sequence[Activations]) -> tuple[int, int, int]:
+    """Of the moment that takes most: bytes of activations, bytes of working memory, and how many chunks' activations are held."""
+    sizes = [chunk.held for chunk in activations] + [chunk.deferred for chunk in activations]
+    sums = ((sum(map(mul, held, sizes)), 0 if at_work is None else activations[at_work].working, sum(held)) for held, at_work in found)
+    return max(sums, key=lambda most: most[0] + most[1])

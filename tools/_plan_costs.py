@@ -3,15 +3,18 @@
 The model of time. Arithmetic runs at `peak x efficiency`. A ring collective of n bytes over d devices sends n (d - 1) / d from each, an
 all-reduce twice that, at the link's bytes a second: a node's where the axis lies within one (ranks stand in the order tp, cp, dp, pp), else
 that between nodes. A tensor-parallel collective is waited for, unless the engine starts it before a GEMM that does not need it; the ring
-of context parallelism hides behind attention; what data parallelism overlaps hides behind one micro-batch. Norms, activations, the
-optimizer's update, and starting kernels and messages are part of `efficiency`.
+of context parallelism hides behind attention; what data parallelism overlaps hides behind one micro-batch. What is hidden still costs
+HIDDEN of its time, for the processors it takes away. Norms, activations, the optimizer's update, and starting kernels and messages are part
+of `efficiency`.
 """
 
 from dataclasses import dataclass
 from math import gcd
 
-from trivium.config import Config, ModelConfig
+from trivium.config import ModelConfig
 from trivium.model.memory import FP32, Chunk, Cut, local_widths
+
+HIDDEN = 0.15  # collectives run on about 20 of an H100's 132 multiprocessors
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Hardware:
     """Defaults: an H100 SXM, its links at 80% of the 450 and 50 GB/s of the datasheets. Bytes and FLOP a second of one device."""
 
     peak: float = 989e12
-    efficiency: float = 0.6
+    efficiency: float = 0.55  # with it, Llama 3 405B on 8,192 and 16,384 comes within a point of the MFU its report gives, 43% and 41%
     intra_node: float = 360e9
     inter_node: float = 40e9
     devices_per_node: int = 8
@@ -52,6 +55,11 @@ class Times:
 
     def __mul__(self, factor: float) -> "Times":
         return Times(self.forward * factor, self.backward_input * factor, self.backward_weight * factor)
+
+
+def exposed(seconds: float, window: float) -> float:
+    """What communication of so many seconds costs beside a computation of `window` seconds."""
+    return max(0.0, seconds - window) + HIDDEN * min(seconds, window)
 
 
 def gather(size: float, ranks: int) -> float:
@@ -109,18 +117,16 @@ def data_bytes(parameters: int, strategy: str, shards: int, copies: int, e: int,
     return {"gradients": gradients * rounds, "weights": weights * gathers, "copies": repeated}
 
 
-def exposed_data_seconds(sent: dict[str, float], config: Config, num_microbatches: int, times: Times, link: float) -> float:
+def exposed_data_seconds(
+    sent: dict[str, float], strategy: str, overlaps: tuple[bool, bool], num_microbatches: int, times: Times, link: float
+) -> float:
     """What no computation hides: overlapped, gradients hide behind one micro-batch's backward and gathered weights behind its forward."""
-    parallel, m = config.parallel, num_microbatches
-    strategy = parallel.data_parallel_sharding_strategy
-    seconds = {kind: size / link for kind, size in sent.items()}
+    seconds, m = {kind: size / link for kind, size in sent.items()}, num_microbatches
     if strategy == "optim_grads_params":
-        return m * max(0.0, (seconds["gradients"] + seconds["weights"]) / m - times.total) + seconds["copies"]
-    window = times.backward_input + times.backward_weight if parallel.overlap_grad_reduce else 0.0
+        return m * exposed((seconds["gradients"] + seconds["weights"]) / m, times.total) + seconds["copies"]
     rounds = m if strategy == "optim_grads" else 1
-    gradients = rounds * max(0.0, seconds["gradients"] / rounds - window)
-    weights = max(0.0, seconds["weights"] - (times.forward if parallel.overlap_param_gather else 0.0))
-    return gradients + weights + seconds["copies"]
+    gradients = rounds * exposed(seconds["gradients"] / rounds, overlaps[0] * (times.backward_input + times.backward_weight))
+    return gradients + exposed(seconds["weights"], overlaps[1] * times.forward) + seconds["copies"]
 
 
 def chunk_times(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, schedule: str, hardware: Hardware) -> Times:
@@ -131,14 +137,15 @@ def chunk_times(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, sch
     attention = 2 * bt * cut.seq_length * q / hardware.rate
     ring = [size / hardware.link(cut.tp * cut.cp) for size in context_bytes(model, cut)]
     if cut.cp_comm_type == "p2p":
-        ring = [max(0.0, ring[0] - attention), max(0.0, ring[1] - 2 * attention)]
+        ring = [exposed(ring[0], attention), exposed(ring[1], 2 * attention)]
     unit, split = gather(cut.e * bt * h, cut.tp) / hardware.link(cut.tp), schedule.startswith("zb")
+    window = 0.0 if split else column  # zb puts the GEMM off that would hide what is summed
     if cut.sequence_parallel:
-        # Backward: two dy are waited for; x is gathered during one GEMM and dx scattered during the next, which zb has put off.
+        # Backward: two dy are waited for, x is gathered during one GEMM (with zb, later and alone) and dx scattered during the next.
+        back = 2 * unit + exposed(2 * unit, window) + (0.0 if split else exposed(2 * unit, column))
         waited, late = 4 * unit, 2 * unit * split
-        back = 2 * unit + (2 * unit if split else max(0.0, 2 * unit - column)) + (0.0 if split else max(0.0, 2 * unit - column))
     else:
-        waited, late, back = 4 * unit, 0.0, (4 * unit if split else max(0.0, 4 * unit - column))
+        waited, late, back = 4 * unit, 0.0, exposed(4 * unit, window)
     forward = column + row + attention + ring[0] + waited
     layer = Times(forward, column + row + 2 * attention + ring[1] + back, column + row + late)
     again = Times(0.0, forward, 0.0) * _recomputed(chunk, cut)
