@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from math import lcm
 
 from .config import BatchConfig, Config, ModelConfig, data_parallel_size
 from .pipeline.choose import placement_of, specs_of
@@ -109,7 +110,8 @@ def _sequence(config: Config) -> Iterator[str]:
         yield f"--seq-length {length} is not a multiple of 2 x --context-parallel-size {cp}; use {_nearest_multiples(length, 2 * cp)}"
     elif parallel.sequence_parallel and length and length // cp % tp:
         unit = f"--context-parallel-size {cp} x --tensor-model-parallel-size {tp}"
-        yield f"--sequence-parallel: --seq-length {length} cannot be cut over {unit}; use {_nearest_multiples(length, 2 * cp * tp)}"
+        near = _nearest_multiples(length, tp if cp == 1 else lcm(2 * cp, cp * tp))
+        yield f"--sequence-parallel: --seq-length {length} cannot be cut over {unit}; use {near}"
     if cp == 1:
         return
     ring = "--cp-comm-type p2p"

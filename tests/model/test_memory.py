@@ -338,8 +338,8 @@ WIDE = " --hidden-size 256 --seq-length 128 --micro-batch-size 4 --num-layers 4 
     [
         ("", 100, False, 0.05),
         (f"{AGAIN} full", 100, False, 0.15),
-        (f"{AGAIN} full", 8000, False, 0.15),
-        ("", 8000, True, 0.005),  # a GPU's loss, in one piece: its copies of the logits outweigh all else
+        (f"{AGAIN} full", 3000, False, 0.15),
+        ("", 3000, True, 0.005),  # a GPU's loss, in one piece: its copies of the logits outweigh all else
     ],
 )
 def test_no_more_is_live_than_saved_and_working_memory(monkeypatch, precision, how, vocabulary, whole_loss, within):
