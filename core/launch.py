@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import gc
 import os
 import re
 import sys
@@ -78,7 +77,6 @@ def leave(status: int) -> NoReturn:
     if status == 0 or not dist.is_initialized():
         sys.exit(status)
     atexit._run_exitfuncs()  # the loader ends its processes, writers of logs write what they hold
-    gc.collect()  # the last metrics reach their file
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -161,3 +161,21 @@ def test_a_task_that_waits_in_vain_for_the_others_says_where(task_of_step, capfd
 def test_other_errors_are_not_taken_for_a_missed_meeting():
     assert missed_meeting(RuntimeError("shape mismatch"), Place(0, 2)) is None
     assert missed_meeting(RuntimeError("Gloo connectFullMesh failed with Connect timeout"), Place(1, 2)).startswith("rank 1: the 2 processes did not")
+
+
+LEAVING = """
+import atexit, sys, threading, time
+atexit.register(print, "the loader ends its processes")
+import torch.distributed as dist
+from trivium.launch import leave
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+threading.Thread(target=time.sleep, args=(600,)).start()
+leave(3)
+"""
+
+
+def test_a_failed_process_leaves_at_once_and_tidily_whatever_its_threads_are_at(tmp_path):
+    """The thread stands for those of a transport with an operation under way: the interpreter waits for it, or aborts."""
+    command = [sys.executable, "-c", LEAVING, tmp_path / "store"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stdout, result.stderr) == (3, "the loader ends its processes\n", "")

@@ -114,6 +114,11 @@ class Layout:
     def timeline(self) -> Timeline:
         return simulate(self.plan, self.costs)
 
+    def picture(self) -> tuple[Timeline, int]:
+        """The timeline of so many micro-batches, all or enough to see warm-up, middle and drain."""
+        count = min(self.num_microbatches, max(8 // self.pp * self.pp, 2 * self.pp))
+        return simulate(make_plan(self.placement.schedule, self.pp, count, self.placement.num_chunks), self.costs), count
+
     @cached_property
     def makespan(self) -> float:
         """Of all micro-batches: those beyond the plan's take what the last group of it took."""

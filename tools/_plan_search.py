@@ -1,7 +1,7 @@
 """The fastest layouts of a model that fit: every cut of the devices is timed by closed formulas, the best are simulated.
 
-While searching, the bubble is the table's of docs (GPipe's and 1F1B's (p-1)(F+B+W), divided by v when interleaved, ...) and memory is that of
-the first, second and last pipeline rank. The finalists are measured as any layout is: the engine's own plan, simulated, and every rank.
+While searching, the bubble comes from `waiting` and memory is that of the first, second and last pipeline rank. The finalists are measured as
+any layout is: the engine's own plan, simulated, and every rank.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,6 @@ from trivium.validate import validate
 FINALISTS = 8
 LARGEST_TP, LARGEST_MICRO_BATCH, MOST_CHUNKS = 8, 8, 8
 LONGEST_ZERO_BUBBLE = 32  # stages; the memory of zero-bubble schedules is read off their plans
-UNCUT = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout")
-
 
 Score = tuple[int, float]  # steps of half a percent of time, bytes sent
 

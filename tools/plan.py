@@ -123,8 +123,8 @@ def plan_model(config: Config, options: argparse.Namespace, given: set[str]) -> 
     best = layouts[0]
     print(json.dumps(as_json(best)) if options.json else report(best) + (comparison(layouts) if options.search else ""))
     if options.draw:
-        title = f"{best.placement.schedule}: {best.pp} ranks, {best.plan.num_microbatches} of {best.num_microbatches} micro-batches"
-        draw(best.timeline, title, "s", options.draw)
+        timeline, shown = best.picture()
+        draw(timeline, f"{best.placement.schedule}: {best.pp} ranks, {shown} of {best.num_microbatches} micro-batches", "s", options.draw)
 
 
 def searched(config: Config, vocab_size: int, devices: int, hardware: Hardware, given: set[str]) -> list[Layout]:

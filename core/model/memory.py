@@ -1,8 +1,7 @@
 """Bytes that one rank needs, from the configuration alone: weights, gradients, optimizer state, and what autograd keeps. No torch.
 
-What autograd keeps is read off this engine's own operations, tensor by tensor, as Korthikanti et al. 2022 do for Megatron-LM's
-(section 4): there a 16-bit layer keeps s b h (34 + 5 a s / h) bytes without any saving, here flash attention stores no scores and a norm
-no second copy of its input. Memory that several operations keep is counted once, parameters not at all.
+What autograd keeps is read off this engine's own operations, tensor by tensor, as Korthikanti et al. 2022, section 4, do for Megatron-LM's.
+Memory that several operations keep is counted once, parameters not at all.
 
 Letters, beside the usual ones: b micro-batch, t tokens of a sequence on this rank (T/cp), s those of its norms (t/tp with sequence
 parallel, else t), q, k and f the local width of queries (A D/tp), of keys (K D/tp) and of the feed-forward layer (F/tp), e bytes of a number.
@@ -226,9 +225,10 @@ class Cut:
 def layer_saved(model: ModelConfig, cut: Cut) -> dict[str, int]:
     """Bytes that autograd keeps of one layer and micro-batch, by what keeps them.
 
-    Sums to b s h e (4 + ...): per norm its input and, for the linear layer behind it, its output; q, k, v, o and the log-sum-exp of flash
-    attention, where v is a view that keeps the whole fused q, k, v; gate, up, silu(gate) and their product, or one pre-activation and its
-    image. Without sequence parallel the first two terms are whole on every rank (Korthikanti et al. 2022, section 4.2).
+    Norms: their input and, for the linear layer behind, their output, 4 e b s h. Attention: q, k, v, o and the log-sum-exp of flash
+    attention; v is a view that keeps the whole fused projection, beside rotated copies of q and k. Feed-forward: gate, up, silu(gate) and their
+    product, 4 e b t f, or pre-activation and image, 2 e b t f. For a llama e b (4 s h + t (3 q + 3 k + 4 f)), for a GPT in 16 bits with
+    dropout 34 b t h, as in Korthikanti et al. 2022, equation 1, without its 5 a s / h of scores; both and b t 4 A / tp and less.
     """
     bt, bs, e = cut.tokens, cut.norm_tokens, cut.e
     f = local_widths(model, cut.tp)[2]
@@ -367,23 +367,22 @@ def _deferred(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut) -> in
 
 
 def _working(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, group: int) -> int:
-    """The fullest of three moments: the loss, or the head's weight gradient; a layer's backward, when the logits are gone; the embedding's.
+    """The fullest of a few moments: the loss, which makes fp32 copies of the logits, three forward from 16 bits, two from fp32; the head's
+    weight gradient; with the logits gone, down's and up's, beside what a layer computes again; the embedding's, when all else is gone.
 
-    The loss makes fp32 copies of the logits, three forward from 16 bits, two from fp32. A layer's backward has what it computes again,
-    gradients of the widest place, and in 16 bits one weight's whole gradient, which in fp32 the product itself adds to the sum.
+    A weight's gradient is whole in 16 bits before it is added to the fp32 sum; in fp32 the product itself adds it, but not the embedding's.
     """
-    (q, k, f), bt, h = local_widths(model, cut.tp), cut.tokens, model.hidden_size
-    up, logits, moments = f * (2 if model.swiglu else 1), _logits(model, vocab_size, cut), [0]
-    narrow = cut.e != FP32
-    head = layers = 0
+    f, bt, h = local_widths(model, cut.tp)[2], cut.tokens, model.hidden_size
+    up, kept = (2 * f, 4 * f) if model.swiglu else (f, 2 * f)
+    words, narrow, found = _logits(model, vocab_size, cut), cut.e != FP32, [0]
+    logits = cut.e * bt * words * chunk.predicts
     if chunk.predicts:
-        head = cut.e * bt * logits
-        copied = min(bt * logits, _LOGITS_IN_CACHE) if cut.chunked_loss else bt * logits
-        moments += [FP32 * copied * (3 if narrow else 2), cut.e * (bt * h + logits * h * narrow)]
+        copied = min(bt * words, _LOGITS_IN_CACHE) if cut.chunked_loss else bt * words
+        found += [FP32 * copied * (3 if narrow else 2), cut.e * h * (bt + words * narrow)]
     if chunk.layers:
-        layers = group + cut.e * (bt * (h + f) + max(up, q + 2 * k) * h * narrow)
-        moments.append(layers - head)
+        incoming = h * (bt + cut.norm_tokens * cut.sequence_parallel)  # its whole, and the slice it was gathered from
+        found.append(group - logits + cut.e * (incoming + bt * f + f * h * narrow))
+        found.append(group - logits + cut.e * (incoming + bt * (h + up - kept) + up * h * narrow))
     if chunk.embeds:
-        kept = _layers_saved(model, chunk.layers, cut)[0]
-        moments.append(cut.e * (bt * h + logits * h) - kept - head)
-    return max(moments)
+        found.append(cut.e * h * (bt + words) - _layers_saved(model, chunk.layers, cut)[0] - logits)
+    return max(found)

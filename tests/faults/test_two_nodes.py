@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from runs import NO_DROPOUT, SMALL, rows_of, train
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples/two_nodes.sh"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples/two_nodes.sh"
 RUN = f"{SMALL} --mock-data --eval-iters 0 --log-interval 1"
 TIMEOUT = 15  # seconds a collective may take; processes that start on a busy machine must find each other within it, too
 CUT = f"{RUN} --train-iters 100000 --distributed-timeout-minutes {TIMEOUT / 60}"
@@ -116,5 +117,5 @@ def test_without_a_network_both_nodes_end_in_time_and_name_the_operation(tmp_pat
         ranks = [int(rank) for rank, _ in told]
         assert len(set(ranks)) == len(ranks) and set(ranks) <= set(range(node * processes, (node + 1) * processes))
         assert all(re.match(OPERATION, message) for _, message in told), told
-        assert any("Timed out waiting 15000ms" in said and said.endswith("raise --distributed-timeout-minutes") for _, said in told), told
-    assert "core/" not in errors, "torchrun's own report is no more than that"
+        assert any(re.search(f"(waiting {TIMEOUT}000ms|timeout).*raise --distributed-timeout-minutes$", said) for _, said in told), told
+    assert str(ROOT / "core") not in errors, "torchrun's own report is no more than that"

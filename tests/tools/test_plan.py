@@ -175,11 +175,12 @@ def test_hidden_communication_is_not_free():
 
 
 def test_the_fullest_moment_by_hand():
-    """One rank of zb-h1: B leaves 7 of 10 bytes; two chunks of 1F1B with working memory on one of them."""
+    """One rank of zb-h1: B leaves 7 of 10 bytes, or 15; two chunks of 1F1B with working memory on one of them."""
     wait, plain = Activations(9, 1, 7, 2), [Forward(0, 0), Forward(0, 1), BackwardInput(0, 0), BackwardInput(0, 1), BackwardWeight(0, 0)]
     assert fullest(moments(plain, 1), [wait]) == (20, 2, 2)
     late = [Forward(0, 0), BackwardInput(0, 0), Forward(0, 1), BackwardInput(0, 1), BackwardWeight(0, 0), Forward(0, 2)]
     assert fullest(moments(late, 1), [wait]) == (17, 2, 2)
+    assert fullest(moments(late[:2], 1), [Activations(9, 1, 15, 2)]) == (15, 0, 1)
     chunks = [Activations(10, 0, 0, 1), Activations(4, 0, 0, 50)]
     assert fullest(moments([Forward(0, 0), Forward(0, 1), Forward(1, 0), Backward(1, 0), Backward(0, 0)], 2), chunks) == (24, 50, 3)
 
@@ -323,10 +324,11 @@ def test_json_is_the_report_for_programs(capsys):
     assert sum(found["ranks"][0]["state"][kind] for kind in ("weights", "gradients", "masters", "moments")) < found["ranks"][0]["total"]
 
 
-def test_flags_of_the_best_layout_are_those_of_the_run(capsys):
+@pytest.mark.parametrize("given", ["", f"{TP} 4 {SP} {PP} 2 --pipeline-schedule interleaved {AGAIN} full"])
+def test_flags_of_the_best_layout_are_those_of_the_run(given, capsys):
     """What a search prints can be pasted: the same layout, memory and time."""
     words = "--preset llama3-8b --num-devices 16 --seq-length 8192 --global-batch-size 64 --json".split()
-    tool.main([*words, "--search"])
+    tool.main([*words, "--search", *given.split()])
     best = json.loads(capsys.readouterr().out)
     tool.main([*words, *best["flags"].split()])
     assert json.loads(capsys.readouterr().out) == best
