@@ -53,6 +53,7 @@ BF16_CASES = [
 ]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("case", BF16_CASES, ids=str)
 def test_bf16_is_as_near_to_fp32_as_one_process_in_bf16(case, run, reference):
     """Rounding to 8 bits differs with every order of sums: no parity, but the distance from fp32 must not grow. Gradients of the whole model."""
