@@ -177,5 +177,5 @@ leave(3)
 def test_a_failed_process_leaves_at_once_and_tidily_whatever_its_threads_are_at(tmp_path):
     """The thread stands for those of a transport with an operation under way: the interpreter waits for it, or aborts."""
     command = [sys.executable, "-c", LEAVING, tmp_path / "store"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ | {"PYTHONUNBUFFERED": ""})
     assert (result.returncode, result.stdout, result.stderr) == (3, "the loader ends its processes\n", "")
