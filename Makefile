@@ -22,7 +22,7 @@ $(VENV)/.requirements: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Trivium needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); try: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "setup: installing requirements.txt into $(VENV)"
-	@$(PIP) install -qq -r requirements.txt
+	@$(PIP) install -qq --no-compile -r requirements.txt
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.requirements pyproject.toml setup.py $(CSRC)

@@ -50,7 +50,8 @@ def main(argv: list[str], place: launch.Place) -> None:
     launch.set_rendezvous()
     if config.parallel.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-    torch.use_deterministic_algorithms(config.parallel.deterministic_mode)
+    if config.parallel.deterministic_mode != torch.are_deterministic_algorithms_enabled():  # to ask costs nothing, to set two seconds of imports
+        torch.use_deterministic_algorithms(config.parallel.deterministic_mode)
     backend = config.parallel.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     mesh = launch.plan_mesh(config, place).connect(backend, config.parallel.distributed_timeout_minutes)
 

@@ -6,11 +6,13 @@ install succeeds and the numpy and PyTorch references run in its place, with a n
 
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+
+ParallelCompile("MAX_JOBS").install()
 
 native = Pybind11Extension(
     "trivium._native",

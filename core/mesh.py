@@ -104,7 +104,10 @@ class Mesh:
                 continue
             if axis.ranks not in groups:
                 # Only members make a group: at 4,096 ranks the alternative is thousands of calls on each.
-                groups[axis.ranks] = dist.new_group(list(axis.ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
+                # Its name is for NCCL's own messages.
+                groups[axis.ranks] = dist.new_group(
+                    list(axis.ranks), timeout=timeout, backend=backend, use_local_synchronization=True, group_desc=axis.name
+                )
             connected[self._field_of(axis)] = replace(axis, group=groups[axis.ranks])
         return replace(self, **connected)
 

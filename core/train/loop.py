@@ -1,6 +1,7 @@
 """The loop: steps, evaluations, checkpoints, and the reasons to end."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 from .. import logs
@@ -60,6 +61,8 @@ def _due(progress: Progress, interval: int | None, last: bool) -> bool:
 def _evaluate(trainer: Trainer, batches: Callable[[], MicroBatches] | None, split: str, reporter: Reporter, progress: Progress) -> None:
     if batches is None:
         return
-    loss = mean_loss(trainer.stages, trainer.prepare, batches(), trainer.config.logging.eval_iters)
+    # Closed here: worker processes that are left to the garbage collector hold it up for five seconds.
+    with closing(batches()) as source:
+        loss = mean_loss(trainer.stages, trainer.prepare, source, trainer.config.logging.eval_iters)
     reporter.evaluation(progress.iteration, split, loss)
     reporter.restart_clock()

@@ -42,7 +42,7 @@ CASES = [
     Case(2, f"{TP} 2"),
     Case(2, f"{TP} 2", "gpt"),
     Case(2, f"{TP} 2", "untied"),
-    Case(4, f"{TP} 4", core=True),
+    Case(4, f"{TP} 4"),
     Case(2, f"{TP} 2 {SP}", core=True),
     Case(2, f"{TP} 2 {SP}", "gpt", core=True),
     Case(4, f"{TP} 4 {SP}"),
@@ -98,10 +98,10 @@ CASES = [
     Case(8, f"{CP} 2 {TP} 2 {TWO} --cp-comm-type allgather", "documents"),
     Case(8, f"{CP} 2 {TP} 2 {SP} {STRATEGY} optim_grads_params"),
     # recompute, alone and where collectives are computed again
-    Case(1, "--recompute-granularity full"),
+    Case(1, "--recompute-granularity full", core=True),
     Case(1, "--recompute-granularity selective"),
     Case(4, f"{TP} 2 {SP} {TWO} --recompute-granularity full --recompute-method block"),
-    Case(4, f"{TP} 2 {CP} 2 --recompute-granularity full --recompute-num-layers 2", core=True),
+    Case(4, f"{TP} 2 {CP} 2 --recompute-granularity full --recompute-num-layers 2"),
     Case(4, f"{TP} 2 {SP} {V2} {SCHEDULE} zb-v --recompute-granularity selective"),
     Case(2, f"{STRATEGY} optim_grads_params --recompute-granularity full"),
 ]

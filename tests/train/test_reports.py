@@ -1,6 +1,8 @@
 """What a run prints and writes, as users and their scripts read it."""
 
+import gc
 import math
+import multiprocessing
 import os
 import re
 import subprocess
@@ -13,6 +15,7 @@ from trivium import flags, ops
 from trivium.config import resolve
 from trivium.data.dataset import build_datasets
 from trivium.model.gpt import GPT
+from trivium.train import loop
 
 RUN = SMALL + LLAMA + NO_DROPOUT + " --eval-interval 10 --eval-iters 2 --split 80,10,10"
 MEGATRON_LINE = re.compile(
@@ -65,6 +68,23 @@ def check_tensorboard(folder, rows):
     assert {"lm loss", "learning-rate", "grad-norm", "loss-scale", "batch-size", "lm loss validation"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("lm loss")] == list(range(1, 21))
     assert [event.value for event in events.Scalars("lm loss")] == pytest.approx([row["lm_loss"] for row in rows], rel=1e-6)
+
+
+def test_an_evaluation_ends_its_worker_processes(data, monkeypatch):
+    """Left to the garbage collector they pile up until it comes by, and then hold the run up for five seconds each."""
+    counts, honest = [], loop.mean_loss
+
+    def mean_loss(*arguments):
+        counts.append(len(multiprocessing.active_children()))
+        return honest(*arguments)
+
+    monkeypatch.setattr(loop, "mean_loss", mean_loss)
+    gc.disable()
+    try:
+        train(f"{RUN} --data-path {data} --train-iters 6 --eval-interval 2 --num-workers 1")
+    finally:
+        gc.enable()
+    assert counts == [counts[0]] * 4 and counts[0] >= 2  # the training data's worker and the evaluation's own
 
 
 def test_zero_width_split_and_no_iterations_mean_no_validation(data, tmp_path, capsys):
