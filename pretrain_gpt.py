@@ -188,4 +188,4 @@ def fail(place: launch.Place, message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    launch.leave(cli(sys.argv[1:]))
+    launch.leave(cli(sys.argv[1:]), launch.read_environment())

@@ -72,9 +72,9 @@ def missed_meeting(error: RuntimeError, place: Place) -> str | None:
     )
 
 
-def leave(status: int) -> NoReturn:
-    """End this process. After a failure at once: gloo's threads, torn down with an operation under way, abort the process or hold it up."""
-    if status == 0 or not dist.is_initialized():
+def leave(status: int, place: Place) -> NoReturn:
+    """End this process. One of several at once: gloo's threads may still hold tensors, and an interpreter that goes down meanwhile aborts."""
+    if place.world_size == 1:
         sys.exit(status)
     atexit._run_exitfuncs()  # the loader ends its processes, writers of logs write what they hold
     with contextlib.suppress(OSError):

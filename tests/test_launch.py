@@ -167,10 +167,10 @@ LEAVING = """
 import atexit, sys, threading, time
 atexit.register(print, "the loader ends its processes")
 import torch.distributed as dist
-from trivium.launch import leave
+from trivium.launch import Place, leave
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 threading.Thread(target=time.sleep, args=(600,)).start()
-leave(3)
+leave(3, Place(0, 2))
 """
 
 

@@ -140,6 +140,7 @@ def measure(place: launch.Place, arguments: str, steps: int, store: str, answers
     if place.rank == 0:
         answers.put(Measurement(seconds, traffic.sent, memory, loss))
     mesh.close()
+    launch.leave(0, place)
 
 
 def random_batches(config, rank: int, size: int):

@@ -23,7 +23,7 @@ def run(folder) -> Callable[..., Measured]:
     """run(case, extra="", mutation=None): a run of a case, 20 updates of AdamW unless `extra` says otherwise."""
 
     def run_case(case: Case, extra: str = "", mutation: str | None = None) -> Measured:
-        return measure(f"{RUN} {MODELS[case.model]} --data-path {folder / 'data'} {case.flags} {extra}", case.ranks, folder, mutation)
+        return measure(f"{RUN} {MODELS[case.model]} --data-path {folder / 'data'} {case.arguments} {extra}", case.ranks, folder, mutation)
 
     return run_case
 

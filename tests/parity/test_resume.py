@@ -22,7 +22,7 @@ PAIRS = [
 
 
 def pretrain(case: Case, folder, arguments: str) -> None:
-    arguments = f"{RUN} {MODELS[case.model]} --data-path {folder / 'data'} {case.flags} {arguments}"
+    arguments = f"{RUN} {MODELS[case.model]} --data-path {folder / 'data'} {case.arguments} {arguments}"
     if case.ranks == 1:
         spied_run(Mesh.plan(1, 0), arguments, None)
     else:
