@@ -104,7 +104,8 @@ def summary(runs: list[Measurement]) -> dict[str, Any]:
 
 def run_layout(processes: int, arguments: str, steps: int) -> Measurement:
     """One run on its own processes, which share this machine's cores evenly; what rank 0 measured."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # its server imports once, and starts no device
+    context.set_forkserver_preload(["torch", "torch.distributed", "trivium.train.build"])
     answers = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         calls = [(launch.Place(rank, processes, rank), arguments, steps, str(Path(folder) / "store"), answers) for rank in range(processes)]
