@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data"}
 # Threads that wait asleep: beside other busy processes, spinning ones make a run several times slower.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "true"} | os.environ
-VOCABULARY, LENGTH, BATCH, FIRST_LEG, LAST = 4096, 256, 16, 240, 320
+VOCABULARY, LENGTH, BATCH, FIRST_LEG, LAST = 4096, 256, 16, 140, 180
 
 
 def main() -> None:
