@@ -47,7 +47,7 @@ def main(argv: list[str], place: launch.Place) -> None:
     tokenizer = build_tokenizer(**config.data.tokenizer)
     announce(config, request.without_effect, run_ops, device)
 
-    launch.set_rendezvous()
+    launch.set_rendezvous(place)
     if config.parallel.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
     if config.parallel.deterministic_mode != torch.are_deterministic_algorithms_enabled():  # to ask costs nothing, to set two seconds of imports

@@ -52,12 +52,20 @@ def plan_mesh(config: Config, place: Place) -> Mesh:
     )
 
 
-def set_rendezvous(env: dict[str, str] | None = None) -> None:
-    """Under srun, name the meeting point that torchrun would have named: the first node of the step, a port made from the job id."""
+def set_rendezvous(place: Place, env: dict[str, str] | None = None) -> None:
+    """Under srun, name the meeting point that torchrun would have named: the first node of the step, a port made from the job id.
+
+    Raises ConfigError where several processes have none.
+    """
     env = os.environ if env is None else env
     if "SLURM_STEP_NODELIST" in env:
         env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if place.world_size > 1 and missing and not dist.is_initialized():
+        raise ConfigError(
+            [f"WORLD_SIZE is {place.world_size}, but {' and '.join(missing)} not set; start with torchrun, or export them"]
+        )
 
 
 def missed_meeting(error: RuntimeError, place: Place) -> str | None:

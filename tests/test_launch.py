@@ -40,11 +40,17 @@ def test_first_host_of_a_node_list(nodes, first):
 
 def test_srun_gets_a_meeting_point_and_a_given_one_stays():
     env = dict(SRUN)
-    set_rendezvous(env)
+    set_rendezvous(read_environment(env), env)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("gpu003", str(20000 + 123456 % 20000))
     env = SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
-    set_rendezvous(env)
+    set_rendezvous(read_environment(env), env)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("10.0.0.1", "1")
+
+
+def test_several_processes_without_a_meeting_point_are_told_so():
+    set_rendezvous(Place(), {})
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but MASTER_PORT not set; start with torchrun"):
+        set_rendezvous(Place(0, 2), {"MASTER_ADDR": "localhost"})
 
 
 @pytest.mark.parametrize(
