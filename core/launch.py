@@ -63,9 +63,7 @@ def set_rendezvous(place: Place, env: dict[str, str] | None = None) -> None:
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
     if place.world_size > 1 and missing and not dist.is_initialized():
-        raise ConfigError(
-            [f"WORLD_SIZE is {place.world_size}, but {' and '.join(missing)} not set; start with torchrun, or export them"]
-        )
+        raise ConfigError([f"WORLD_SIZE is {place.world_size}, but {' and '.join(missing)} not set; start with torchrun, or export them"])
 
 
 def missed_meeting(error: RuntimeError, place: Place) -> str | None:

@@ -1,6 +1,10 @@
 """Runs of pretrain_gpt.py for tests: in this process, or on gloo ranks of the pool, on made-up or small real data."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ from trivium.data.indexed import IndexedDatasetWriter
 from trivium.launch import Place
 from trivium.mesh import Mesh
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 20 "
     "--lr 5e-3 "
@@ -19,6 +24,10 @@ SMALL = (
 )
 LLAMA = " --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --group-query-attention --num-query-groups 2"
 LLAMA += " --untie-embeddings-and-output-weights"
+TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
+SP, ZERO1, STRATEGY = "--sequence-parallel", "--use-distributed-optimizer", "--data-parallel-sharding-strategy"
+INSTANCES, SCHEDULE = "--num-distributed-optimizer-instances", "--pipeline-schedule"
+CHUNKS, RECOMPUTE = "--num-virtual-stages-per-pipeline-rank", "--recompute-granularity"
 NO_DROPOUT = " --attention-dropout 0 --hidden-dropout 0"
 EXACT = ("iteration", "consumed_samples", "consumed_tokens", "lm_loss", "grad_norm", "learning_rate", "skipped")
 
@@ -46,6 +55,20 @@ def train(arguments: str, ranks: int = 1) -> None:
         pretrain_gpt.main(arguments.split(), Place())
     else:
         run_ranks(ranks, _train_on_rank, arguments)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start_step(arguments: str, stderr: int = subprocess.PIPE) -> list[subprocess.Popen]:
+    """Two processes as srun starts them, without torchrun: the variables are all there is. Their stdout is a pipe."""
+    command = [sys.executable, ROOT / "pretrain_gpt.py", *arguments.split()]
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    tasks = [os.environ | step | {"SLURM_PROCID": task, "SLURM_LOCALID": task} for task in "01"]
+    return [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True) for environment in tasks]
 
 
 def _train_on_rank(mesh: Mesh, arguments: str) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from runs import CHUNKS, CP, INSTANCES, PP, RECOMPUTE, SCHEDULE, STRATEGY, TP, ZERO1
 
 import pretrain_gpt
 from trivium import flags
@@ -162,9 +163,6 @@ def test_a_problem_names_flag_numbers_and_remedy(change, expected):
     assert expected in problems_of(f"{GOOD} {change}", world_size=2)
 
 
-TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
-ZERO1, STRATEGY, INSTANCES = "--use-distributed-optimizer", "--data-parallel-sharding-strategy", "--num-distributed-optimizer-instances"
-SCHEDULE, CHUNKS, RECOMPUTE = "--pipeline-schedule", "--num-virtual-stages-per-pipeline-rank", "--recompute-granularity"
 # Processes, flags, what the one problem says (flag, numbers, remedy), and that remedy as flags.
 LAYOUTS = {
     "tensor parallel and heads": (8, f"{TP} 8", ("--num-attention-heads 4", f"{TP} 8", "use 8"), "--num-attention-heads 8"),

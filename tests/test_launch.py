@@ -1,21 +1,18 @@
 """Which process this is, under each launcher."""
 
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, rows_of
+from runs import ROOT, SMALL, free_port, rows_of, start_step
 
 import pretrain_gpt
 from trivium import flags
 from trivium.config import ConfigError, resolve
 from trivium.launch import Place, choose_device, first_host, missed_meeting, plan_mesh, read_environment, set_rendezvous
 
-ROOT = Path(__file__).resolve().parents[1]
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[003-004]", "SLURM_JOB_ID": "123456"}
 
 
@@ -88,26 +85,9 @@ def test_a_reader_that_goes_away_does_not_end_the_program():
     assert result.returncode == 0 and result.stdout.startswith("tiny") and result.stderr == ""
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def test_two_processes_with_sruns_variables_train_together(tmp_path):
-    """As srun starts them, without torchrun: the variables are all there is."""
-    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
-    arguments = f"{SMALL} --mock-data --eval-iters 0 --train-iters 3 --lr-warmup-iters 0 --metrics-jsonl {tmp_path}/m.jsonl".split()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, ROOT / "pretrain_gpt.py", *arguments],
-            env=os.environ | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    arguments = f"{SMALL} --mock-data --eval-iters 0 --train-iters 3 --lr-warmup-iters 0 --metrics-jsonl {tmp_path}/m.jsonl"
+    ranks = start_step(arguments, stderr=subprocess.STDOUT)
     outputs = [rank.communicate(timeout=90)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert [row["global_batch_size"] for row in rows_of(tmp_path / "m.jsonl")] == [8, 8, 8]

@@ -1,4 +1,4 @@
-"""The parallel suite: time and traffic of an update by layout, on the same cores as one process, and what overlap hides."""
+"""The parallel suite: time, traffic and memory of an update by layout, on the same cores as one process, and what overlap hides."""
 
 import multiprocessing
 import os
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from _plan_costs import Hardware
+from _plan_layout import Layout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trivium import flags, launch, ops
@@ -24,6 +26,11 @@ MODEL = (
     "--num-layers 4 --hidden-size 256 --num-attention-heads 8 --group-query-attention --num-query-groups 4 --swiglu --normalization RMSNorm "
     "--position-embedding-type rope --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --seq-length 256 --micro-batch-size 1 "
     "--global-batch-size 8 --train-iters 1000 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 4095"
+)
+# On a device: large enough that its own workspaces weigh little.
+LARGER = (
+    "--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 1024 --micro-batch-size 4 --global-batch-size 32 --vocab-size 50303 "
+    "--bf16"
 )
 TP, PP, CP, ZERO = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size", "--use-distributed-optimizer"
 STRATEGY, OVERLAP = "--data-parallel-sharding-strategy", "--overlap-grad-reduce --ddp-bucket-size 1000000"
@@ -49,7 +56,7 @@ LAYOUTS = {
     "pp2 interleaved, 2 chunks": (2, f"{PP} 2 --num-virtual-stages-per-pipeline-rank 2"),
     "pp2 zb-v": (2, f"{PP} 2 --pipeline-schedule zb-v"),
 }
-# On one device: what recompute saves, against the formulas.
+# On one device, which has nothing to share: what recompute saves.
 RECOMPUTE = {
     "keep everything": "",
     "recompute attention": "--recompute-granularity selective",
@@ -72,18 +79,20 @@ def parallel_suite(rounds: int, steps: int) -> dict[str, Any]:
     """Every layout in turn, `rounds` times; medians over all updates, beside one process with all the cores."""
     devices = torch.cuda.device_count()
     layouts = LAYOUTS if devices != 1 else {f"one device, {name}": (1, given) for name, given in RECOMPUTE.items()}
-    measured: dict[str, list[Measurement]] = {name: [] for name in layouts}
+    lines = {name: (processes, f"{MODEL} {LARGER if devices else ''} {given}") for name, (processes, given) in layouts.items()}
+    measured: dict[str, list[Measurement]] = {name: [] for name in lines}
     for _ in range(rounds):
-        for name, (processes, given) in layouts.items():
-            measured[name].append(run_layout(processes, f"{MODEL} {given}", steps))
-    results = {name: summary(runs) for name, runs in measured.items()}
+        for name, line in lines.items():
+            measured[name].append(run_layout(*line, steps))
+    results = {name: summary(runs) | {"estimated_memory": estimated_memory(*lines[name])} for name, runs in measured.items()}
     base = next(iter(results.values()))["milliseconds"]
-    print(f"\n{'layout':<28}{'ms/update':>11}{'spread':>9}{'x one':>8}{'MB sent/rank':>14}{'GB peak':>9}   what is sent")
+    print(f"\n{'layout':<28}{'ms/update':>11}{'spread':>9}{'x one':>8}{'MB sent/rank':>14}{'GB estimated':>14}{'peak':>7}   what is sent")
     for name, row in results.items():
         row["ratio"] = row["milliseconds"] / base
         kinds = ", ".join(f"{kind} {count / 1e6:.1f}" for kind, count in row["sent"].items())
-        total = sum(row["sent"].values()) / 1e6
-        print(f"{name:<28}{row['milliseconds']:>11.1f}{row['spread']:>8.0%}{row['ratio']:>8.2f}{total:>14.1f}{row['memory'] / 1e9:>9.2f}   {kinds}")
+        total, peak = sum(row["sent"].values()) / 1e6, f"{row['memory'] / 1e9:.2f}" if row["memory"] else "-"
+        columns = f"{row['milliseconds']:>11.1f}{row['spread']:>8.0%}{row['ratio']:>8.2f}{total:>14.1f}{row['estimated_memory'] / 1e9:>14.2f}"
+        print(f"{name:<28}{columns}{peak:>7}   {kinds}")
     for name, row in results.items():
         plain = results.get(name.replace(", overlapped", "").replace(", reduction overlapped", ""))
         if plain is not row and plain is not None:
@@ -100,6 +109,12 @@ def summary(runs: list[Measurement]) -> dict[str, Any]:
     middle = median(seconds)
     spread = (seconds[-1 - quarter] - seconds[quarter]) / 2 / middle
     return {"milliseconds": middle * 1e3, "spread": spread, "sent": runs[0].sent, "memory": max(one.memory for one in runs), "loss": runs[0].loss}
+
+
+def estimated_memory(processes: int, arguments: str) -> int:
+    """Bytes of rank 0 at its fullest, by the formulas of tools/plan.py."""
+    config = resolve(flags.parse(arguments.split()).config, processes)
+    return Layout(config, config.data.vocab_size + 1, processes, Hardware()).memory[0].total
 
 
 def run_layout(processes: int, arguments: str, steps: int) -> Measurement:

@@ -3,9 +3,6 @@
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankError, run_ranks
-from runs import NO_DROPOUT, SMALL
+from runs import NO_DROPOUT, SMALL, free_port, start_step
 
 import pretrain_gpt
 from trivium.comm import CommunicationError, all_reduce, all_to_all, start_all_gather, start_receive, start_reduce_scatter, start_send
@@ -25,7 +22,6 @@ from trivium.data.loader import MicroBatches
 from trivium.launch import Place
 from trivium.mesh import Axis, Mesh
 
-ROOT = Path(__file__).resolve().parents[2]
 RUN = f"{SMALL}{NO_DROPOUT} --mock-data --eval-iters 0 --train-iters 100000"
 SLOW = "a rank hangs or the network is cut; if it is only slow, raise --distributed-timeout-minutes"
 GONE = "another rank is gone, and its own message says why"
@@ -117,10 +113,10 @@ class Hanging(MicroBatches):
         return super().__next__()
 
 
-def run_beside_a_hanging_loader(mesh: Mesh, flags: str, stopped: bool, path: Path, port: int) -> tuple[float, str]:
+def run_beside_a_hanging_loader(mesh: Mesh, flags: str, stopped: bool, path: Path, port: str) -> tuple[float, str]:
     """A run whose rank 1 hangs: how many seconds after it the run ended on this rank, and with what words."""
     dist.destroy_process_group()  # the pool's: the run makes its own, with its own timeout
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if mesh.rank == 1:
         Hanging.path, Hanging.stopped = path, stopped
         pretrain_gpt.MicroBatches = Hanging
@@ -134,12 +130,6 @@ def run_beside_a_hanging_loader(mesh: Mesh, flags: str, stopped: bool, path: Pat
             process = int(path.read_text())
             path.unlink()
             os.kill(process, signal.SIGCONT)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(("flags", "operation", "stopped"), RUNS)
@@ -178,18 +168,8 @@ def test_every_operation_with_a_killed_rank_fails_at_once_and_says_that_it_is_go
 @pytest.mark.parametrize("flags", ["--overlap-grad-reduce", "--context-parallel-size 2 --cp-comm-type a2a --num-workers 2"])
 def test_the_processes_of_a_failed_run_are_gone_and_say_one_line(tmp_path, number, timeout, earliest, latest, reason, flags):
     """Groups that are taken down with operations under way abort the process: it has to leave without, and still with its rows written."""
-    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    arguments = f"{RUN} {flags} --log-interval 1 --distributed-timeout-minutes {timeout / 60} --metrics-jsonl {tmp_path}/rows.jsonl".split()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, ROOT / "pretrain_gpt.py", *arguments],
-            env=os.environ | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    arguments = f"{RUN} {flags} --log-interval 1 --distributed-timeout-minutes {timeout / 60} --metrics-jsonl {tmp_path}/rows.jsonl"
+    ranks = start_step(arguments)
     try:
         lines = iter(ranks[0].stdout)
         assert any(re.search(r"iteration +5/", line) for line in lines)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
+import runs
 import torch
 from ranks import run_ranks
+from runs import CHUNKS, CP, PP, RECOMPUTE, SP, STRATEGY, TP, ZERO1
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,20 +39,10 @@ RUN = (
     "--lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 99 --mock-data --device cpu --make-vocab-size-divisible-by 16 "
     "--attention-dropout 0 --hidden-dropout 0 "
 )
-LLAMA = (
-    "--ffn-hidden-size 160 --group-query-attention --num-query-groups 2 --swiglu --position-embedding-type rope --normalization RMSNorm "
-    "--disable-bias-linear --untie-embeddings-and-output-weights "
-)
+LLAMA = f"--ffn-hidden-size 160{runs.LLAMA} "
 TIED = LLAMA.replace("--untie-embeddings-and-output-weights ", "")
 QK = TIED + "--qk-layernorm --add-qkv-bias --rotary-percent 0.5 "
 GPT2 = ""  # learned positions, LayerNorm, GELU, every bias, tied
-TP, CP, PP, SP = "--tensor-model-parallel-size", "--context-parallel-size", "--pipeline-model-parallel-size", "--sequence-parallel"
-ZERO1, STRATEGY, AGAIN, CHUNKS = (
-    "--use-distributed-optimizer",
-    "--data-parallel-sharding-strategy",
-    "--recompute-granularity",
-    "--num-virtual-stages-per-pipeline-rank",
-)
 
 
 def config_of(line: str, world_size: int) -> Config:
@@ -254,9 +246,9 @@ def assert_saved(line: str, chunk: Chunk, ranks: int = 1, **axes: int) -> None:
     [
         "",
         "--kernels torch",
-        f"{AGAIN} selective",
-        f"{AGAIN} full --recompute-num-layers 2",
-        f"{AGAIN} full --recompute-method block --recompute-num-layers 2",
+        f"{RECOMPUTE} selective",
+        f"{RECOMPUTE} full --recompute-num-layers 2",
+        f"{RECOMPUTE} full --recompute-method block --recompute-num-layers 2",
         "--attention-backend unfused",
         "--attention-dropout 0.1",
         "--hidden-dropout 0.1",
@@ -279,9 +271,9 @@ def test_activations_of_every_stage_are_what_autograd_keeps(line, chunk):
     [
         (2, f"{TP} 2"),
         (2, f"{TP} 2 {SP}"),
-        (2, f"{TP} 2 {SP} {AGAIN} full"),
+        (2, f"{TP} 2 {SP} {RECOMPUTE} full"),
         (2, f"{CP} 2"),
-        (2, f"{CP} 2 {AGAIN} selective"),
+        (2, f"{CP} 2 {RECOMPUTE} selective"),
         (2, f"{CP} 2 --cp-comm-type allgather"),
         (2, f"{CP} 2 --cp-comm-type allgather --qk-layernorm"),
         (2, f"{CP} 2 --cp-comm-type a2a --reset-attention-mask"),
@@ -360,8 +352,8 @@ WIDE = " --hidden-size 256 --seq-length 64 --micro-batch-size 4 --num-layers 3 -
     ("how", "vocabulary", "whole_loss", "within"),
     [
         ("", 100, False, 0.05),
-        (f"{AGAIN} full", 100, False, 0.15),
-        (f"{AGAIN} full", 3000, False, 0.15),
+        (f"{RECOMPUTE} full", 100, False, 0.15),
+        (f"{RECOMPUTE} full", 3000, False, 0.15),
         ("", 3000, True, 0.005),  # a GPU's loss, in one piece: its copies of the logits outweigh all else
     ],
 )

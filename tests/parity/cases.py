@@ -4,9 +4,8 @@ import re
 from dataclasses import dataclass
 from math import prod
 
-TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
-SP, ZERO1, SCHEDULE = "--sequence-parallel", "--use-distributed-optimizer", "--pipeline-schedule"
-STRATEGY, INSTANCES, CHUNKS = "--data-parallel-sharding-strategy", "--num-distributed-optimizer-instances", "--num-virtual-stages-per-pipeline-rank"
+from runs import CHUNKS, CP, INSTANCES, PP, SCHEDULE, SP, STRATEGY, TP, ZERO1
+
 FIRST, LAYOUT = "--decoder-first-pipeline-num-layers", "--pipeline-model-parallel-layout"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 3000"
 TWO, FOUR = f"{PP} 2 {FIRST} 2", f"{PP} 4 {LAYOUT} Ett|tt|tt|tL"  # of 3 and of 7 layers

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from parity.cases import CHUNKS, CP, INSTANCES, OVERLAP, SCHEDULE, SP, STRATEGY, TP, TWO, V2, ZERO1, Case
+from runs import CHUNKS, CP, INSTANCES, SCHEDULE, SP, STRATEGY, TP, ZERO1
+
+from parity.cases import OVERLAP, TWO, V2, Case
 from trivium import comm, rng
 from trivium.optim import buckets, clip, fsdp, optimizer, reduce
 from trivium.parallel import context, embedding, linear, loss

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from runs import CP, PP, SCHEDULE, SP, STRATEGY, TP, ZERO1
 
-from parity.cases import CASES, CP, OVERLAP, PP, SCHEDULE, SP, STRATEGY, TP, TWO, V2, ZERO1, Case
+from parity.cases import CASES, OVERLAP, TWO, V2, Case
 from parity.harness import MODELS, SGD, differences
 
 CORE = [case if case.core else pytest.param(case, marks=pytest.mark.parity) for case in CASES]

@@ -3,8 +3,9 @@
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from runs import CHUNKS, CP, INSTANCES, PP, SCHEDULE, SP, STRATEGY, TP, ZERO1
 
-from parity.cases import CHUNKS, CP, INSTANCES, LAYOUT, PP, SCHEDULE, SP, STRATEGY, TP, ZERO1, Case
+from parity.cases import LAYOUT, Case
 from parity.harness import MODELS, RUN, SGD, differences
 from trivium import flags
 from trivium.config import resolve

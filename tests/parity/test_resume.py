@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 from ranks import run_ranks
-from runs import exact, rows_of
+from runs import CP, INSTANCES, SCHEDULE, SP, STRATEGY, TP, ZERO1, exact, rows_of
 
-from parity.cases import CASES, CP, INSTANCES, OVERLAP, SCHEDULE, SP, STRATEGY, TP, TWO, V2, ZERO1, Case
+from parity.cases import CASES, OVERLAP, TWO, V2, Case
 from parity.harness import MODELS, RUN, spied_run
 from trivium.mesh import Mesh
 

@@ -55,6 +55,13 @@ def test_one_process_sends_nothing(one):
     assert one.sent == {}
 
 
+def test_estimated_memory_is_the_layouts():
+    """A parameter takes 4 bytes of weights, which are the fp32 masters too, 4 of gradient and 8 of moments; two shards have half of the moments."""
+    plain, zero = bench.estimated_memory(1, SMALL), bench.estimated_memory(2, f"{SMALL} {bench.ZERO}")
+    assert plain - zero == gradient_bytes() // 4 * 8 // 2
+    assert bench.estimated_memory(1, f"{SMALL} --recompute-granularity full") < plain
+
+
 def test_summary_is_the_median_with_its_quartiles():
     runs = [bench.Measurement([1.0, 2.0, 9.0, 3.0], {"send": 5}, 7, 0.5), bench.Measurement([2.0, 2.0, 2.0, 3.0], {"send": 5}, 8, 0.5)]
     assert bench.summary(runs) == {"milliseconds": 2000.0, "spread": 0.25, "sent": {"send": 5}, "memory": 8, "loss": 0.5}

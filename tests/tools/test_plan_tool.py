@@ -12,7 +12,9 @@ from math import exp
 from pathlib import Path
 
 import pytest
+import runs
 from ranks import run_ranks
+from runs import CHUNKS, CP, PP, RECOMPUTE, SP, STRATEGY, TP, ZERO1
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
@@ -34,22 +36,12 @@ from trivium.presets import PRESETS
 from trivium.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
-TP, PP, CP, SP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size", "--sequence-parallel"
-ZERO1, STRATEGY, AGAIN, CHUNKS = (
-    "--use-distributed-optimizer",
-    "--data-parallel-sharding-strategy",
-    "--recompute-granularity",
-    "--num-virtual-stages-per-pipeline-rank",
-)
 RUN = (
     "--hidden-size 64 --num-attention-heads 8 --num-layers 4 --seq-length 32 --micro-batch-size 1 --global-batch-size 8 --train-iters 1 "
     "--lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 99 --mock-data --device cpu --make-vocab-size-divisible-by 16 "
     "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --num-workers 0 "
 )
-LLAMA = (
-    "--ffn-hidden-size 160 --group-query-attention --num-query-groups 2 --swiglu --position-embedding-type rope --normalization RMSNorm "
-    "--disable-bias-linear --untie-embeddings-and-output-weights "
-)
+LLAMA = f"--ffn-hidden-size 160{runs.LLAMA} "
 
 
 def layout_of(line: str, num_devices: int, vocab_size: int = 100) -> Layout:
@@ -95,11 +87,11 @@ def sent(mesh, line: str) -> tuple[int, dict[str, float]]:
         (2, f"{TP} 2"),
         (2, f"{TP} 2 {SP}"),
         (4, f"{LLAMA}{TP} 4 {SP} --qk-layernorm"),
-        (2, f"{LLAMA}{TP} 2 {SP} {AGAIN} full"),
+        (2, f"{LLAMA}{TP} 2 {SP} {RECOMPUTE} full"),
         (2, f"{LLAMA}{CP} 2"),
         (2, f"{LLAMA}{CP} 2 --cp-comm-type allgather --bf16"),
         (2, f"{LLAMA}{CP} 2 --cp-comm-type a2a --bf16"),
-        (2, f"{LLAMA}{CP} 2 {AGAIN} selective"),
+        (2, f"{LLAMA}{CP} 2 {RECOMPUTE} selective"),
         (4, f"{PP} 2 --bf16"),
         (4, f"{LLAMA}{PP} 2 {CHUNKS} 2 {ZERO1}"),
         (2, f"{PP} 2 --pipeline-schedule zb-v"),
@@ -324,7 +316,7 @@ def test_json_is_the_report_for_programs(capsys):
     assert sum(found["ranks"][0]["state"][kind] for kind in ("weights", "gradients", "masters", "moments")) < found["ranks"][0]["total"]
 
 
-@pytest.mark.parametrize("given", ["", f"{TP} 4 {SP} {PP} 2 --pipeline-schedule interleaved {AGAIN} full"])
+@pytest.mark.parametrize("given", ["", f"{TP} 4 {SP} {PP} 2 --pipeline-schedule interleaved {RECOMPUTE} full"])
 def test_flags_of_the_best_layout_are_those_of_the_run(given, capsys):
     """What a search prints can be pasted: the same layout, memory and time."""
     words = "--preset llama3-8b --num-devices 16 --seq-length 8192 --global-batch-size 64 --json".split()
