@@ -27,6 +27,7 @@ from trivium.precision import working_dtype
 from trivium.presets import PRESETS, published_vocabulary
 from trivium.train.build import build_trainer
 from trivium.train.export import export_hf
+from trivium.train.load_modes import with_cooldown
 from trivium.train.loop import Data, run
 from trivium.train.progress import Progress
 from trivium.train.report import Reporter
@@ -37,7 +38,7 @@ from trivium.validate import validate
 def main(argv: list[str], place: launch.Place) -> None:
     """One run, from the command line to the last checkpoint."""
     log = logs.setup(place.rank)
-    request = flags.parse(argv)
+    request = flags.parse(argv, families.read_flags)
     if request.list_presets:
         list_presets()
         return
@@ -58,8 +59,9 @@ def main(argv: list[str], place: launch.Place) -> None:
     trainer = build_trainer(config, mesh, device, run_ops, tokenizer.vocab_size, tokenizer.eod)
     state = RunState(trainer, tokenizer.fingerprint)
     progress = state.restore()
-    datasets = build_datasets_of(config, tokenizer, progress)
-    state.read_from(datasets.fingerprint)
+    num_samples = samples_needed(config, progress, state.data_samples)
+    datasets = build_datasets_of(config, tokenizer, num_samples)
+    state.read_from(datasets.fingerprint, num_samples)
     log.info(f" {total_parameters(config.model, tokenizer.vocab_size):,} parameters; training from iteration {progress.iteration}")
 
     reporter = Reporter(config, mesh, device, tokenizer.vocab_size, progress.iteration)
@@ -76,8 +78,8 @@ def main(argv: list[str], place: launch.Place) -> None:
 
 def checked(config: Config, world_size: int) -> Config:
     """The resolved configuration; ConfigError with everything that is wrong with it."""
-    config = resolve(config, world_size)
-    problems = validate(config, world_size) + load_problems(config.checkpoint)
+    config, problems = with_cooldown(resolve(config, world_size))
+    problems += validate(config, world_size) + load_problems(config.model, config.checkpoint)
     if config.checkpoint.save_hf:
         problems += families.export_problems(config.model)
     if problems:
@@ -101,21 +103,26 @@ def announce(config: Config, without_effect: tuple[str, ...], run_ops: ops.Ops, 
         log.info("--eval-iters 0: no validation")
 
 
-def build_datasets_of(config: Config, tokenizer: Tokenizer, progress: Progress) -> Datasets:
-    """Training, validation and test, each as long as the run needs; the last two are one evaluation long.
+def samples_needed(config: Config, progress: Progress, ordered: int) -> int:
+    """For how many samples the order of the training data is made: what the run needs, and not less than it was made for before (`ordered`).
 
-    A run resumed with smaller batches has consumed more than its iterations now say.
+    A run resumed with smaller batches has consumed more than its iterations now say; an order of fewer epochs is another order.
     """
-    data, batch = config.data, config.batch
+    batch = config.batch
     planned = batch.train_samples or batch.train_iters * batch.global_batch_size
-    needed = progress.consumed_samples + (batch.train_iters - progress.iteration) * batch.global_batch_size
+    return max(planned, ordered, progress.consumed_samples + (batch.train_iters - progress.iteration) * batch.global_batch_size)
+
+
+def build_datasets_of(config: Config, tokenizer: Tokenizer, num_samples: int) -> Datasets:
+    """Training of `num_samples`, validation and test; the last two are one evaluation long."""
+    data, batch = config.data, config.batch
     evaluated = config.logging.eval_iters * batch.global_batch_size
     return build_datasets(
         data.data_path,
         data.split,
         batch.seq_length,
         batch.seed,
-        (max(planned, needed), evaluated, evaluated),
+        (num_samples, evaluated, evaluated),
         train_data_path=data.train_data_path,
         valid_data_path=data.valid_data_path,
         test_data_path=data.test_data_path,

@@ -1,11 +1,24 @@
 """What a run is, as frozen values: one dataclass per subject, a sentence per field. Flags and YAML keys are made from these fields (flags.py)."""
 
+import ast
+import json
 import os
 from dataclasses import dataclass, field, fields, replace
 from math import ceil
 from typing import Any
 
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
+NORM_PLACEMENTS = ("pre", "post", "both")
+# Llama 3.1's rule beside its factor.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Ways to scale rotary frequencies, and the numbers that each needs.
+ROPE_SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", *LLAMA3_ROPE),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
+}
 SHARDING_STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 
 
@@ -29,7 +42,7 @@ class ModelConfig:
 
     num_layers: int | None = option(None, "Number of transformer layers.")
     hidden_size: int | None = option(None, "Width of the residual stream.")
-    ffn_hidden_size: int | None = option(None, "Width of the feed-forward layer; 4h if not given, int(8h/3/64)*64 with --swiglu.")
+    ffn_hidden_size: int | None = option(None, "Width of the feed-forward layer; 4h if not given, int(8h/3/64)*64 with --swiglu or --geglu.")
     num_attention_heads: int | None = option(None, "Number of query heads.")
     kv_channels: int | None = option(None, "Size of one head; hidden size / heads if not given.")
     group_query_attention: bool = option(False, "Share each key-value head among several query heads.")
@@ -41,16 +54,38 @@ class ModelConfig:
     rotary_interleaved: bool = option(False, "Rotate neighbouring dims instead of the two halves of a head.")
     use_rope_scaling: bool = option(False, "Scale the rotary frequencies as Llama 3.1 does.")
     rope_scaling_factor: float = option(8.0, "Factor of --use-rope-scaling: 8 for Llama 3.1, 32 for Llama 3.2.")
+    rope_scaling: str | None = option(
+        None, "Another scaling of the rotary frequencies, as JSON in Hugging Face's words: rope_type linear, llama3, yarn or longrope (new)."
+    )
+    rotary_base_local: float | None = option(None, "Base of the rotary frequencies in layers with a window, which are not scaled then (new).")
     normalization: str = option("LayerNorm", "Kind of norm.", ("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "Added to the variance inside every norm.")
+    apply_layernorm_1p: bool = option(False, "Store the weight of every norm as its distance from 1.")
+    norm_placement: str = option("pre", "Where a layer's norms stand: before each branch, after it, or both (new).", NORM_PLACEMENTS)
+    parallel_residual: bool = option(False, "Attention and feed-forward layer read the same input: x + attention(x) + mlp(x) (new).")
     swiglu: bool = option(False, "Gated SiLU in the feed-forward layer.")
+    geglu: bool = option(False, "Gated GELU in the feed-forward layer (new).")
+    exact_gelu: bool = option(False, "GELU by the error function instead of its tanh approximation (new).")
     squared_relu: bool = option(False, "Squared ReLU in the feed-forward layer.")
     disable_bias_linear: bool = option(False, "No bias in the linear layers.")
     add_qkv_bias: bool = option(False, "Bias in the query, key and value projections, even with --disable-bias-linear.")
-    qk_layernorm: bool = option(False, "Normalize queries and keys per head, before the rotation.")
+    add_attn_out_bias: bool = option(False, "Bias in the output projection of attention, even with --disable-bias-linear (new).")
+    qk_layernorm: bool = option(False, "Normalize queries and keys, before the rotation.")
+    qk_layernorm_width: str = option("head", "What --qk-layernorm normalizes: each head, or the projection (new).", ("head", "projection"))
+    softmax_scale: float | None = option(None, "Factor of the attention scores; 1 / sqrt(head size) if not given.")
+    attn_logit_softcapping: float | None = option(None, "Keep attention scores in (-c, c) by c tanh(score / c) (new).")
+    final_logit_softcapping: float | None = option(None, "Keep logits in (-c, c) by c tanh(logit / c) (new).")
+    window_size: str | None = option(None, "Attend to a window: W,0 is the token itself and W before it.")
+    window_attn_skip_freq: str | None = option(
+        None, "Which layers have the window: N, all but every N-th, or a list of 1 (window) and 0 such as [1]*3+[0]; all if not given."
+    )
+    scale_embeddings: bool = option(False, "Multiply the embeddings by sqrt(hidden size) (new).")
     untie_embeddings_and_output_weights: bool = option(False, "Give the output head weights of its own.")
     make_vocab_size_divisible_by: int = option(128, "Pad the vocabulary to a multiple of this x tensor parallel; it never changes the loss.")
     init_method_std: float = option(0.02, "Standard deviation of the initial weights; residual projections start at this / sqrt(2 layers).")
+    hf_model_type: str | None = option(
+        None, "Family of Hugging Face's that --save-hf exports; if not given, that of --hf-config, or the first that has such a model (new)."
+    )
     attention_dropout: float = option(0.1, "Dropout of the attention probabilities.")
     hidden_dropout: float = option(0.1, "Dropout of the embeddings and of each residual branch.")
 
@@ -69,6 +104,49 @@ class ModelConfig:
     @property
     def qkv_bias(self) -> bool:
         return self.linear_bias or self.add_qkv_bias
+
+    @property
+    def attention_out_bias(self) -> bool:
+        return self.linear_bias or self.add_attn_out_bias
+
+    @property
+    def gated(self) -> bool:
+        """Two projections into the feed-forward layer, of which the activation of one multiplies the other."""
+        return self.swiglu or self.geglu
+
+    @property
+    def norms_per_layer(self) -> int:
+        """Of the hidden states."""
+        return 4 if self.norm_placement == "both" else 2
+
+    @property
+    def rope_rule(self) -> dict[str, Any] | None:
+        """How the rotary frequencies are scaled, in Hugging Face's words; None where they are not."""
+        if self.use_rope_scaling:
+            return {"rope_type": "llama3", "factor": self.rope_scaling_factor} | LLAMA3_ROPE
+        return json.loads(self.rope_scaling) if self.rope_scaling else None
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a query of `layer` sees, itself included; None where it sees all before it. Megatron's W,0 makes W + 1.
+
+        Raises ValueError for a --window-size or --window-attn-skip-freq that cannot be read.
+        """
+        if self.window_size is None:
+            return None
+        match _value_of(self.window_size):
+            case (int() as left, 0) if left >= 0:
+                pattern = self.window_attn_skip_freq
+            case _:
+                raise ValueError(f"--window-size {self.window_size} is not W,0 with W of at least 0")
+        match _value_of(pattern or "1"):
+            case int() as period if period > 0:
+                windowed = pattern is None or (layer + 1) % period > 0
+            case list() as layers if len(layers) == self.num_layers and all(item in (0, 1) for item in layers):
+                windowed = layers[layer] == 1
+            case _:
+                expected = f"N, or a 0 or 1 for each of the {self.num_layers} layers such as [1]*3+[0]"
+                raise ValueError(f"--window-attn-skip-freq {pattern} is not {expected}")
+        return left + 1 if windowed else None
 
     @property
     def tied(self) -> bool:
@@ -209,10 +287,19 @@ class CheckpointConfig:
 
     save: str | None = option(None, "Folder that checkpoints are published in.")
     load: str | None = option(None, "Folder to resume from: that of --save, or one iter_N in it.")
+    async_save: bool = option(False, "Write checkpoints in processes of their own while training goes on.")
     save_interval: int | None = option(None, "Iterations between checkpoints; the last iteration is saved as well.")
+    non_persistent_save_interval: int | None = option(None, "Iterations between checkpoints that the next one replaces.")
     save_keep_last: int | None = option(None, "Keep this many of the newest checkpoints and delete older ones (new).")
     save_retain_interval: int | None = option(None, "Keep the newest checkpoint and those of iterations that this number divides; delete the others.")
+    save_keep_best: int | None = option(None, "Keep the newest checkpoint and this many of the lowest validation loss; delete the others (new).")
     ckpt_step: int | None = option(None, "Load this iteration and no other.")
+    load_mode: str | None = option(
+        None,
+        "What --load takes over: all, or as docs/checkpoints.md says; continue, or model_only with --finetune, if not given (new).",
+        ("continue", "model_only", "model_data", "model_opt_data", "optimizer_only", "transfer", "transfer_with_lr", "cooldown"),
+    )
+    cooldown_iters: int | None = option(None, "Iterations from the loaded checkpoint down to --min-lr, with --load-mode cooldown (new).")
     finetune: bool = option(False, "Load the weights alone and start at iteration 0.")
     no_load_optim: bool = option(False, "Leave the optimizer's moments as they start.")
     exit_on_missing_checkpoint: bool = option(
@@ -275,7 +362,7 @@ def resolve(config: Config, world_size: int) -> Config:
     data = replace(data, **{name: os.path.abspath(path) for name, path in paths.items() if path})
     h = model.hidden_size
     if h and model.ffn_hidden_size is None:
-        model = replace(model, ffn_hidden_size=int(4 * h * 2 / 3 / 64) * 64 if model.swiglu else 4 * h)
+        model = replace(model, ffn_hidden_size=int(4 * h * 2 / 3 / 64) * 64 if model.gated else 4 * h)
     if h and model.num_attention_heads and model.kv_channels is None:
         model = replace(model, kv_channels=h // model.num_attention_heads)
     if model.max_position_embeddings is None:
@@ -290,6 +377,29 @@ def resolve(config: Config, world_size: int) -> Config:
     if parallel.data_parallel_sharding_strategy is None:
         parallel = replace(parallel, data_parallel_sharding_strategy="optim" if parallel.use_distributed_optimizer else "no_shard")
     return replace(config, model=model, parallel=parallel, batch=batch, optimizer=optimizer, data=data)
+
+
+def _value_of(text: str) -> int | list | tuple | None:
+    """A whole number, or a list of them that may be multiplied and joined, as Megatron writes patterns of layers; None for anything else."""
+
+    def value(tree: ast.expr) -> Any:
+        match tree:
+            case ast.Constant(value=int() as number):
+                return number
+            case ast.List(elts=items):
+                return [value(item) for item in items]
+            case ast.Tuple(elts=items):
+                return tuple(value(item) for item in items)
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                return value(left) + value(right)
+            case ast.BinOp(left=ast.List() | ast.BinOp() as left, op=ast.Mult(), right=ast.Constant(value=int() as times)) if times <= 1000:
+                return value(left) * times
+        raise ValueError
+
+    try:
+        return value(ast.parse(text.strip(), mode="eval").body)
+    except (ValueError, SyntaxError, TypeError, RecursionError):
+        return None
 
 
 def optimizer_shards(parallel: ParallelConfig, world_size: int) -> int:

@@ -1,6 +1,6 @@
 """From a command line and YAML files to a Config: Megatron's flag names, generated from the fields of config.py.
 
-Later wins: defaults, then --preset, then each --config file from left to right, then the command line.
+Later wins: defaults, then --preset or --hf-config, then each --config file from left to right, then the command line.
 """
 
 import argparse
@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -50,14 +51,9 @@ REFUSED = {
     "step-batch-size-schedule": f"{_LATER}; use a constant --global-batch-size",
     "rampup-batch-size": f"{_LATER}; use a constant --global-batch-size",
     "compile": f"{_LATER}; leave it out",
-    "window-size": f"{_LATER}; leave it out: attention is full",
-    "async-save": f"{_LATER}; leave it out: training waits for a save",
-    "load-mode": f"{_LATER}; use --finetune or --no-load-optim",
-    "hf-config": f"{_LATER}; give the shape by flags or --preset",
     "num-experts": f"{_LATER}; leave it out",
     "expert-tensor-parallel-size": f"{_LATER}; leave it out",
     "use-legacy-models": "has no counterpart; leave it out",
-    "apply-layernorm-1p": "has no counterpart; leave it out",
     "apply-query-key-layer-scaling": "has no counterpart; leave it out: scores are computed in fp32",
     "fp32-residual-connection": "has no counterpart; leave it out, or train in fp32",
     "init-method-xavier-uniform": "has no counterpart; use --init-method-std",
@@ -78,7 +74,7 @@ REFUSED = {
     "multiple-validation-sets": f"{_LATER}; leave it out",
     "per-split-data-args-path": f"{_LATER}; use --train-data-path, --valid-data-path, --test-data-path",
     "multi-latent-attention": f"{_LATER}; leave it out",
-    "rotary-seq-len-interpolation-factor": f"{_LATER}; use --use-rope-scaling",
+    "rotary-seq-len-interpolation-factor": "has no counterpart; use --rope-scaling '{\"rope_type\":\"linear\",\"factor\":F}'",
     "label-smoothing": "has no counterpart; leave it out",
     "cuda-graph-impl": f"{_LATER}; leave it out",
     "enable-cuda-graph": f"{_LATER}; leave it out",
@@ -86,6 +82,7 @@ REFUSED = {
     "no-initialization": "has no counterpart: initial weights depend on the seed alone; leave it out",
     "data-parallel-random-init": "has no counterpart: initial weights depend on the seed alone; leave it out",
     "openai-gelu": "has no counterpart: GELU is the tanh approximation already; leave it out",
+    "quick-geglu": "has no counterpart; use --geglu",
     "lr-wsd-decay-samples": "has no counterpart; use --lr-wsd-decay-iters",
     "first-last-layers-bf16": f"{_LATER}; use --bf16",
     "fp16-lm-cross-entropy": "has no counterpart: the loss is computed in fp32; leave it out",
@@ -119,7 +116,7 @@ REFUSED = {
     "profile-*": f"{_LATER}; leave it out",
     "use-pytorch-profiler": f"{_LATER}; leave it out",
     "decoupled-*": "has no counterpart: embedding and head use --lr; leave it out",
-    "non-persistent-*": f"{_LATER}; use --save-interval",
+    "non-persistent-*": "has no counterpart; use --non-persistent-save-interval alone: such checkpoints are written under --save, as the others",
     "wandb-*": f"{_LATER}; use --tensorboard-dir or --metrics-jsonl",
 }
 
@@ -147,8 +144,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([message.removeprefix("argument ").replace("expected one argument", "needs a value")])
 
 
-def parse(argv: list[str]) -> Request:
-    """The request behind `argv` (without the program's name).
+def parse(argv: list[str], read_hf_config: Callable[[str], dict[str, Any]] | None = None) -> Request:
+    """The request behind `argv` (without the program's name). read_hf_config: what --hf-config says, as fields of ours; its ValueError is a problem.
 
     Raises ConfigError with every unknown flag or key (each with the nearest one that exists), refused flag and bad value.
     """
@@ -163,13 +160,30 @@ def parse(argv: list[str]) -> Request:
     values: dict[str, Any] = {}
     for layer in layers:
         values |= layer
-    name = values.pop("preset", None)
-    if name is not None and str(name) not in PRESETS:
-        problems.append(f"--preset {name} is unknown{_nearest(str(name), PRESETS)}; --list-presets shows all")
+    base = _base(values.pop("preset", None), values.pop("hf_config", None), read_hf_config, problems)
     if problems:
         raise ConfigError(problems)
-    values = (PRESETS[name] if name else {}) | values
-    return Request(Config.of(values), tuple(ignored), list_presets)
+    if "vocab_size" in base and values.get("tokenizer_type") == "NullTokenizer":
+        base["vocab_size"] -= 1  # the last id is its end of document
+    return Request(Config.of(base | values), tuple(ignored), list_presets)
+
+
+def _base(preset: Any, hf_config: Any, read_hf_config: Callable[[str], dict[str, Any]] | None, problems: list[str]) -> dict[str, Any]:
+    """The values of a named model, which everything else overrides."""
+    if preset is not None and hf_config is not None:
+        problems.append(f"--preset {preset} and --hf-config {hf_config} exclude each other; give one")
+    elif preset is not None and str(preset) not in PRESETS:
+        problems.append(f"--preset {preset} is unknown{_nearest(str(preset), PRESETS)}; --list-presets shows all")
+    elif preset is not None:
+        return dict(PRESETS[preset])
+    elif hf_config is not None and read_hf_config is None:
+        problems.append("--hf-config is not read here; give the shape by flags or --preset")
+    elif hf_config is not None:
+        try:
+            return dict(read_hf_config(str(hf_config)))
+        except ValueError as error:
+            problems.append(f"--hf-config {str(hf_config)[:80]}: {error}")
+    return {}
 
 
 def read_config(text: str) -> Config:
@@ -197,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", nargs="+", metavar="FILE", help="YAML or JSON files, layered left to right; the command line wins (new).")
     parser.add_argument("--preset", metavar="NAME", help="A named model shape; see --list-presets (new).")
+    parser.add_argument("--hf-config", metavar="PATH_OR_JSON", help="A model of Hugging Face's: its folder, config.json, or the text of one (new).")
     parser.add_argument("--list-presets", action="store_true", help="Print every preset with its parameter count, and exit (new).")
     for section in fields(Config):
         group = parser.add_argument_group(section.name, section.type.__doc__)
@@ -301,7 +316,7 @@ def _convert_all(given: dict[str, Any], source: str, problems: list[str]) -> dic
     for key, value in given.items():
         flag = str(key).removeprefix("--").replace("_", "-")
         name = flag.replace("-", "_")
-        if name == "preset":
+        if name in ("preset", "hf_config"):
             values[name] = value
         elif name in options:
             try:
@@ -309,7 +324,7 @@ def _convert_all(given: dict[str, Any], source: str, problems: list[str]) -> dic
             except (TypeError, ValueError, OverflowError):
                 choices, kind = options[name].metadata["choices"], _kind(options[name].type)
                 words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-                expected = f"one of {', '.join(choices)}" if choices else words[kind]
+                expected = f"one of {', '.join(choices)}{_nearest(str(value), choices)}" if choices else words[kind]
                 problems.append(f"{source}{key} {value!r} is not {expected}")
         elif flag in ALIASES:
             target, implied = ALIASES[flag]

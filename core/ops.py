@@ -31,6 +31,18 @@ _GPU_FLASH = "_scaled_dot_product_flash_attention"
 
 
 @dataclass(frozen=True)
+class AttentionRule:
+    """What a layer does to its attention scores beside making them causal.
+
+    scale: their factor, D^-1/2 if None. softcap c: c tanh(score / c). window W: a query sees itself and the W - 1 tokens before it.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True)
 class Ops:
     """The ops of a model and its optimizer. `Ops()` is plain PyTorch; `choose` picks by flag, device and dtype.
 
@@ -71,9 +83,13 @@ class Ops:
         """silu(gate) * up, elementwise (Shazeer 2020)."""
         return reference.swiglu(gate, up)
 
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """GELU by its tanh approximation, as GPT-2 and Megatron's fused kernel have it (Hendrycks and Gimpel 2016)."""
-        return F.gelu(x, approximate="tanh")
+    def geglu(self, gate: torch.Tensor, up: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        """gelu(gate) * up, elementwise (Shazeer 2020)."""
+        return reference.geglu(gate, up, "none" if exact else "tanh")
+
+    def gelu(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        """GELU by its tanh approximation, as GPT-2 and Megatron's fused kernel have it, or `exact` (Hendrycks and Gimpel 2016)."""
+        return F.gelu(x, approximate="none" if exact else "tanh")
 
     def squared_relu(self, x: torch.Tensor) -> torch.Tensor:
         """max(x, 0)^2 (So et al. 2021)."""
@@ -89,25 +105,31 @@ class Ops:
         mask: torch.Tensor | None = None,
         dropout: float = 0.0,
         scale: float | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """softmax(q k^T * scale) v: q [B, T, A, D], k and v [B, S, K, D] where K divides A; returns [B, T, A, D].
 
         causal: the last query sees every key and each one before it sees one less (T < S with a KV cache, or where other ranks hold
         the other queries). mask: in place of causal, bool [B, T, S], true where a query sees a key; it must see at least one. scale
-        None: D^-1/2. dropout: of the attention weights; give 0 when evaluating. What takes a mask is free in its choice of a backend,
+        None: D^-1/2. softcap c: scores become c tanh(score / c) before they are masked; scores are then stored, and there is no
+        dropout. dropout: of the attention weights; give 0 when evaluating. What takes a mask is free in its choice of a backend,
         since flash has no such kernel on a GPU: a mask, and causal with 1 < T < S under dropout or where flash does not serve.
-        Raises ValueError on causal with more queries than keys, or with a mask.
+        Raises ValueError on causal with more queries than keys, or with a mask, and on dropout with a softcap.
         """
         queries, keys, grouped = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
         if causal and mask is not None:
             raise ValueError("attention is either causal or has a mask; a causal mask is one with nothing above its diagonal")
         if causal and queries > keys:
             raise ValueError(f"causal attention with {queries} queries and only {keys} keys: the first {queries - keys} queries would see nothing")
+        if softcap is not None and dropout > 0.0:
+            raise ValueError(f"attention with a softcap has no dropout, and {dropout} was asked for")
         # torch's is_causal aligns the first query with the first key, which is right only for T = S.
         if causal and 1 < queries < keys:
-            if dropout == 0.0 and self._flash_serves(q, k, v) and not torch.compiler.is_compiling():
+            if softcap is None and dropout == 0.0 and self._flash_serves(q, k, v) and not torch.compiler.is_compiling():
                 return _LaterQueries.apply(q, k, v, self, scale)
             mask = torch.ones(1, queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        if softcap is not None:
+            return _SoftCapped.apply(q, k, v, mask, self, causal and queries == keys, scale, softcap)
         if mask is not None and grouped and q.device.type != "cpu":
             # On a GPU the one kernel that takes a mask and stores no scores does not take grouped heads.
             k, v, grouped = *(t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v)), False
@@ -126,14 +148,25 @@ class Ops:
 
     @torch.no_grad()
     def attention_block(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        causal: bool,
+        scale: float | None = None,
+        softcap: float | None = None,
+        mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of q [B, T, A, D] to some of its keys and values [B, S, K, D]: o [B, T, A, D], and lse [B, A, T] to merge it by.
 
-        lse is the log of the sum of exp(score), natural, in fp32 (float64 of float64). causal: T = S, query i sees keys 0 to i. Made
-        for an autograd function that calls attention_block_backward. By flash attention's kernel where it serves (also in place of
-        cuDNN's), else, and for the backends unfused and local, in plain PyTorch.
+        lse is the log of the sum of exp(score), natural, in fp32 (float64 of float64); -inf, and o 0, for a query that sees nothing.
+        causal: T = S, query i sees keys 0 to i. mask: bool [B, T, S]. softcap: as for attention. Made for an autograd function that
+        calls attention_block_backward. By flash attention's kernel where it serves (also in place of cuDNN's), else, and for the
+        backends unfused and local, and with a softcap or mask, in plain PyTorch.
         """
+        if softcap is not None or mask is not None:
+            return reference.attention_block(q, k, v, causal, scale, softcap, mask)
         if self._flash_serves(q, k, v):
             return _flash_forward(q, k, v, causal, scale)
         return reference.attention_block(q, k, v, causal, scale)
@@ -150,11 +183,15 @@ class Ops:
         *,
         causal: bool,
         scale: float | None = None,
+        softcap: float | None = None,
+        mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What one block adds to dq, dk and dv, in the dtype of q, given do [B, T, A, D] and the o and lse of all blocks merged.
 
         With those, each weight is exp(score - lse) whichever block it stands in, so the blocks' dq add up (Liu et al. 2023, section 3).
         """
+        if softcap is not None or mask is not None:
+            return reference.attention_block_backward(do, q, k, v, o, lse, causal, scale, softcap, mask)
         if self._flash_serves(q, k, v):
             return _flash_backward(do, q, k, v, o, lse, causal, scale)
         return reference.attention_block_backward(do, q, k, v, o, lse, causal, scale)
@@ -275,6 +312,23 @@ class _LaterQueries(torch.autograd.Function):
         ]
         (dq, dk, dv), (more_dq, late_dk, late_dv) = blocks
         return dq + more_dq, torch.cat((dk, late_dk), dim=1), torch.cat((dv, late_dv), dim=1), None, None
+
+
+class _SoftCapped(torch.autograd.Function):
+    """Attention with a cap on the scores, which are computed again in backward instead of kept."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, ops, causal, scale, softcap):
+        o, lse = ops.attention_block(q, k, v, causal=causal, scale=scale, softcap=softcap, mask=mask)
+        ctx.save_for_backward(q, k, v, o, lse, mask)
+        ctx.ops, ctx.rule = ops, {"causal": causal, "scale": scale, "softcap": softcap}
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, lse, mask = ctx.saved_tensors
+        return *ctx.ops.attention_block_backward(do, q, k, v, o, lse, mask=mask, **ctx.rule), None, None, None, None, None
 
 
 def choose(kernels: str, device: torch.device, dtype: torch.dtype, attention_backend: str = "auto") -> Ops:

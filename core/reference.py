@@ -6,6 +6,7 @@ import torch.nn.functional as F
 # Elements of a flat buffer that one pass over all of AdamW's arrays handles: 64K x 6 arrays x 4 bytes = 1.5 MiB stays in a core's
 # cache, so that the dozen elementwise steps read memory once. On a device the chunk is the whole buffer: launches cost more there.
 _CPU_CHUNK = 1 << 16
+_LOWEST = torch.finfo(torch.float32).min  # in place of the -inf of a query that sees nothing: -inf less -inf is NaN
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -66,11 +67,24 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def attention_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """See Ops.attention_block. Every score is stored, in fp32 (float64 stays)."""
-    scores = _scores(q, k, causal, scale)
+def geglu(gate: torch.Tensor, up: torch.Tensor, approximate: str) -> torch.Tensor:
+    """gelu(gate) * up (Shazeer 2020)."""
+    return F.gelu(gate, approximate=approximate) * up
+
+
+def attention_block(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See Ops.attention_block. Every score is stored, in fp32 (float64 stays). A query that sees nothing gets o = 0 and lse = -inf."""
+    scores, _ = _scores(q, k, causal, scale, softcap, mask)
     lse = scores.logsumexp(-1)
-    o = torch.einsum("bkgts,bskd->btkgd", (scores - lse.unsqueeze(-1)).exp(), v.to(scores.dtype))
+    o = torch.einsum("bkgts,bskd->btkgd", (scores - lse.clamp(min=_LOWEST).unsqueeze(-1)).exp(), v.to(scores.dtype))
     return o.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
 
 
@@ -83,27 +97,42 @@ def attention_block_backward(
     lse: torch.Tensor,
     causal: bool,
     scale: float | None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """See Ops.attention_block_backward. With p = exp(score - lse) and dp = do v^T: ds = p (dp - do o), as in Dao 2023, section 3.1."""
-    scores, heads = _scores(q, k, causal, scale), (k.shape[2], -1)
+    """See Ops.attention_block_backward. With p = exp(score - lse) and dp = do v^T: ds = p (dp - do o), as in Dao 2023, section 3.1.
+
+    The derivative of c tanh(s / c) is 1 - (capped / c)^2.
+    """
+    (scores, slope), heads = _scores(q, k, causal, scale, softcap, mask), (k.shape[2], -1)
     wide_q, wide_do, wide_o = (t.to(scores.dtype).unflatten(2, heads) for t in (q, do, o))
     p = (scores - lse.unflatten(1, heads).unsqueeze(-1)).exp()
     dp = torch.einsum("btkgd,bskd->bkgts", wide_do, v.to(p.dtype))
     ds = p * (dp - (wide_do * wide_o).sum(-1).permute(0, 2, 3, 1).unsqueeze(-1)) * _scale(q, scale)
+    if slope is not None:
+        ds = ds * slope
     dq = torch.einsum("bkgts,bskd->btkgd", ds, k.to(p.dtype)).flatten(2, 3)
     dk = torch.einsum("bkgts,btkgd->bskd", ds, wide_q)
     dv = torch.einsum("bkgts,btkgd->bskd", p, wide_do)
     return tuple(grad.to(q.dtype) for grad in (dq, dk, dv))
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float | None) -> torch.Tensor:
-    """[B, K, A/K, T, S]: grouped heads share a key head. causal: -inf above the diagonal."""
+def _scores(
+    q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float | None, softcap: float | None, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[B, K, A/K, T, S]: grouped heads share a key head; -inf where a query does not see a key. With a softcap, also its derivative."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("btkgd,bskd->bkgts", q.to(wide).unflatten(2, (k.shape[2], -1)), k.to(wide)) * _scale(q, scale)
+    slope = None
+    if softcap is not None:
+        tanh = torch.tanh(scores / softcap)
+        scores, slope = softcap * tanh, 1 - tanh.square()
     if causal:
         hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))
-    return scores
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+    return scores, slope
 
 
 def _scale(q: torch.Tensor, scale: float | None) -> float:

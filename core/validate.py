@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from math import lcm
 
-from .config import BatchConfig, Config, ModelConfig, data_parallel_size
+from .config import ROPE_SCALINGS, BatchConfig, CheckpointConfig, Config, DataConfig, ModelConfig, data_parallel_size
 from .pipeline.choose import placement_of, specs_of
 
 
@@ -46,26 +46,88 @@ def _model(config: Config, world_size: int) -> Iterator[str]:
         yield f"--num-query-groups {model.num_query_groups} does not divide --num-attention-heads {heads}; use one of {divisors}"
     if model.num_query_groups > 1 and not model.group_query_attention:
         yield f"--num-query-groups {model.num_query_groups} needs --group-query-attention"
-    if model.swiglu and model.squared_relu:
-        yield "--swiglu and --squared-relu exclude each other; give one"
+    activations = [_flag(name) for name in ("swiglu", "geglu", "squared_relu") if getattr(model, name)]
+    if len(activations) > 1:
+        yield f"{' and '.join(activations)} exclude each other; give one"
+    if model.exact_gelu and (model.swiglu or model.squared_relu):
+        yield f"--exact-gelu has no GELU to act on with {activations[0]}; leave one out"
+    if model.qk_layernorm_width == "projection" and not model.qk_layernorm:
+        yield "--qk-layernorm-width projection needs --qk-layernorm"
+    if model.qk_layernorm_width == "projection" and (model.normalization != "RMSNorm" or model.apply_layernorm_1p):
+        yield "--qk-layernorm-width projection is an RMSNorm with a plain weight; give --normalization RMSNorm without --apply-layernorm-1p"
+    if model.parallel_residual and model.norm_placement == "post":
+        yield "--parallel-residual needs the norms before the branches; give --norm-placement pre or both"
     if model.use_rope_scaling and model.position_embedding_type != "rope":
         yield f"--use-rope-scaling needs --position-embedding-type rope, not {model.position_embedding_type}"
     if length and model.max_position_embeddings and length > model.max_position_embeddings:
         yield f"--seq-length {length} is longer than --max-position-embeddings {model.max_position_embeddings}; raise the latter to {length}"
+    yield from _attention(model)
     yield from _rotary(model)
     for name in ("attention_dropout", "hidden_dropout"):
         if not 0 <= getattr(model, name) < 1:
             yield f"{_flag(name)} {getattr(model, name)} is not in [0, 1)"
 
 
+def _attention(model: ModelConfig) -> Iterator[str]:
+    """Scores and windows."""
+    yield from _positive(model, "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping")
+    if model.attn_logit_softcapping and model.attention_dropout > 0:
+        cap = f"--attn-logit-softcapping {model.attn_logit_softcapping}"
+        yield f"{cap} has no attention dropout; give --attention-dropout 0, not {model.attention_dropout}"
+    if model.window_attn_skip_freq is not None and model.window_size is None:
+        yield f"--window-attn-skip-freq {model.window_attn_skip_freq} needs --window-size"
+    try:
+        model.window(0)
+    except ValueError as error:
+        yield str(error)
+
+
 def _rotary(model: ModelConfig) -> Iterator[str]:
-    if model.position_embedding_type != "rope" or not model.kv_channels:
+    if model.position_embedding_type != "rope":
+        for name in ("rope_scaling", "rotary_base_local"):
+            if getattr(model, name) is not None:
+                yield f"{_flag(name)} {getattr(model, name)} needs --position-embedding-type rope, not {model.position_embedding_type}"
         return
+    if not model.kv_channels:
+        return
+    yield from _positive(model, "rotary_base_local")
+    if model.rotary_base_local and model.window_size is None:
+        yield f"--rotary-base-local {model.rotary_base_local} is for layers with a window; give --window-size, or leave it out"
     rotated = int(model.kv_channels * model.rotary_percent)
     if not 0 < model.rotary_percent <= 1:
         yield f"--rotary-percent {model.rotary_percent} is not in (0, 1]"
     elif rotated % 2:
         yield f"--rotary-percent {model.rotary_percent} of a head of {model.kv_channels} rotates {rotated} dims; the number must be even"
+    if model.rope_scaling is not None:
+        yield from _rope_scaling(model, rotated // 2)
+
+
+def _rope_scaling(model: ModelConfig, pairs: int) -> Iterator[str]:
+    """pairs: how many frequencies there are."""
+    if model.use_rope_scaling:
+        yield "--use-rope-scaling and --rope-scaling exclude each other; give one"
+        return
+    try:
+        rule = dict(model.rope_rule)
+    except (ValueError, TypeError):
+        yield f"--rope-scaling {model.rope_scaling} is no JSON object such as " + '{"rope_type":"linear","factor":2.0}'
+        return
+    kind = rule.get("rope_type")
+    if kind not in ROPE_SCALINGS:
+        yield f"--rope-scaling: rope_type {kind!r} is none of {', '.join(ROPE_SCALINGS)}"
+        return
+    for key in ROPE_SCALINGS[kind]:
+        value = rule.get(key)
+        if key.endswith(("short_factor", "long_factor")):
+            numbers = value if isinstance(value, list) else []
+            if len(numbers) != pairs or not all(_is_positive(number) for number in numbers):
+                yield f"--rope-scaling: {kind} needs {key}, {pairs} numbers above 0 (half of the dims of a head that are rotated), not {value}"
+        elif not _is_positive(value):
+            yield f"--rope-scaling: {kind} needs {key}, a number above 0, not {value}"
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _parallel(config: Config, world_size: int) -> Iterator[str]:
@@ -284,19 +346,64 @@ def _checkpoint(config: Config, world_size: int) -> Iterator[str]:
     for name in ("save", "load", "save_hf"):
         if getattr(checkpoint, name) == "":
             yield f"{_flag(name)} is empty; name a folder, or leave it out"
-    for name in ("save_interval", "save_keep_last", "save_retain_interval"):
+    for name in ("save_interval", "non_persistent_save_interval", "save_keep_last", "save_retain_interval", "save_keep_best"):
         yield from _positive(checkpoint, name)
         if getattr(checkpoint, name) and not checkpoint.save:
             yield f"{_flag(name)} {getattr(checkpoint, name)} needs --save FOLDER"
+    if checkpoint.async_save and not checkpoint.save:
+        yield "--async-save needs --save FOLDER"
     if checkpoint.save_hf and not checkpoint.save:
         yield f"--save-hf {checkpoint.save_hf} needs --save FOLDER: what is exported is the last checkpoint"
+    yield from _best(config)
+    yield from _loading(checkpoint)
+    yield from _writable("save", checkpoint.save)
+    yield from _writable("save_hf", checkpoint.save_hf)
+
+
+def _best(config: Config) -> Iterator[str]:
+    """Every checkpoint that competes needs a loss that was measured at its iteration."""
+    count, saved, evaluated = config.checkpoint.save_keep_best, config.checkpoint.save_interval, config.logging.eval_interval
+    if not count:
+        return
+    if config.logging.eval_iters <= 0:
+        yield f"--save-keep-best {count} needs validation losses, and --eval-iters {config.logging.eval_iters} measures none; raise it"
+    elif not _validates(config.data):
+        yield f"--save-keep-best {count} needs validation losses, and there is no validation data; give it a share in --split, or --valid-data-path"
+    if saved is None:
+        yield f"--save-keep-best {count} needs --save-interval, a multiple of --eval-interval {evaluated}"
+    elif evaluated > 0 and saved % evaluated:
+        near = _nearest_multiples(saved, evaluated)
+        yield f"--save-keep-best {count}: --save-interval {saved} is not a multiple of --eval-interval {evaluated}; save every {near}"
+
+
+def _validates(data: DataConfig) -> bool:
+    shares = [share.strip() for share in data.split.split(",")]
+    split_off = not data.train_data_path and len(shares) > 1 and (not _is_number(shares[1]) or float(shares[1]) > 0)
+    return bool(data.valid_data_path) or split_off
+
+
+def _loading(checkpoint: CheckpointConfig) -> Iterator[str]:
+    """What --load takes over."""
+    mode = checkpoint.load_mode
     if checkpoint.ckpt_step is not None and not checkpoint.load:
         yield f"--ckpt-step {checkpoint.ckpt_step} needs --load FOLDER"
+    if mode and not checkpoint.load:
+        yield f"--load-mode {mode} needs --load FOLDER"
     for name in ("finetune", "no_load_optim"):
         if getattr(checkpoint, name) and not checkpoint.load:
             yield f"{_flag(name)} needs --load FOLDER"
-    yield from _writable("save", checkpoint.save)
-    yield from _writable("save_hf", checkpoint.save_hf)
+    if checkpoint.finetune and mode not in (None, "model_only"):
+        yield f"--finetune is --load-mode model_only, not {mode}; give one of them"
+    if checkpoint.no_load_optim and mode == "optimizer_only":
+        yield "--no-load-optim leaves out all that --load-mode optimizer_only loads; give one of them"
+    yield from _positive(checkpoint, "cooldown_iters")
+    if mode == "cooldown" and checkpoint.cooldown_iters is None:
+        yield "--load-mode cooldown needs --cooldown-iters N"
+    if mode != "cooldown" and checkpoint.cooldown_iters is not None:
+        yield f"--cooldown-iters {checkpoint.cooldown_iters} needs --load-mode cooldown"
+    begins = f"--load-mode {mode}" if mode not in (None, "continue") else "--finetune" if checkpoint.finetune else None
+    if begins and checkpoint.load and checkpoint.save and os.path.realpath(checkpoint.load) == os.path.realpath(checkpoint.save):
+        yield f"{begins}: --load and --save are both {checkpoint.save}; given again, it would begin from its own checkpoints; give another --save"
 
 
 def _logging(config: Config, world_size: int) -> Iterator[str]:

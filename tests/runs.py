@@ -1,11 +1,15 @@
 """Runs of pretrain_gpt.py for tests: in this process, or on gloo ranks of the pool, on made-up or small real data."""
 
+import io
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from ranks import run_ranks
@@ -55,6 +59,18 @@ def train(arguments: str, ranks: int = 1) -> None:
         pretrain_gpt.main(arguments.split(), Place())
     else:
         run_ranks(ranks, _train_on_rank, arguments)
+
+
+def tool(name: str, *arguments) -> subprocess.CompletedProcess:
+    """tools/NAME.py as a command, but in this process: torch takes seconds to import."""
+    command, out, error = [f"{name}.py", *map(str, arguments)], io.StringIO(), io.StringIO()
+    path = mock.patch.object(sys, "path", [str(ROOT / "tools"), *sys.path])
+    with path, mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(error):
+        try:
+            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            return subprocess.CompletedProcess(command, end.code or 0, out.getvalue(), error.getvalue())
+    return subprocess.CompletedProcess(command, 0, out.getvalue(), error.getvalue())
 
 
 def free_port() -> str:

@@ -1,5 +1,7 @@
 """Flags, layers of YAML, and what validate says."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -10,6 +12,7 @@ from trivium import flags
 from trivium.config import Config, ConfigError, resolve
 from trivium.launch import Place
 from trivium.mesh import Mesh
+from trivium.model.families import read_flags
 from trivium.model.flops import total_parameters
 from trivium.presets import PRESETS, published_vocabulary
 from trivium.validate import validate
@@ -67,12 +70,12 @@ def test_resolved_configuration_reads_back_the_same():
 
 def test_every_parse_problem_is_named_at_once_with_the_nearest_flag():
     with pytest.raises(ConfigError) as error:
-        flags.parse(["--num-layer", "3", "--async-save", "--lr", "fast", "--train-iters", "1.5", "--normalization", "GroupNorm"])
+        flags.parse(["--num-layer", "3", "--num-experts", "8", "--lr", "fast", "--train-iters", "1.5", "--normalization", "GroupNorm"])
     text = str(error.value)
     assert "5 problems" in text
     for expected in (
         "did you mean --num-layers?",
-        "--async-save is not available",
+        "--num-experts is not available",
         "--lr 'fast' is not a finite number",
         "1.5' is not a whole",
         "RMSNorm",
@@ -161,6 +164,76 @@ def test_a_good_configuration_has_no_problem():
 )
 def test_a_problem_names_flag_numbers_and_remedy(change, expected):
     assert expected in problems_of(f"{GOOD} {change}", world_size=2)
+
+
+PLAIN = GOOD.replace("--preset tiny", "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --attention-dropout 0")
+ROPE = "--position-embedding-type rope"
+FAMILIES = [
+    ("--swiglu --geglu", "--swiglu and --geglu exclude each other"),
+    ("--swiglu --exact-gelu", "--exact-gelu has no GELU to act on with --swiglu"),
+    ("--qk-layernorm-width projection", "needs --qk-layernorm"),
+    ("--qk-layernorm --qk-layernorm-width projection", "give --normalization RMSNorm"),
+    ("--parallel-residual --norm-placement post", "give --norm-placement pre or both"),
+    ("--attn-logit-softcapping 50 --attention-dropout 0.1", "give --attention-dropout 0, not 0.1"),
+    ("--softmax-scale 0", "--softmax-scale 0.0 must be above 0"),
+    ("--window-attn-skip-freq 2", "--window-attn-skip-freq 2 needs --window-size"),
+    ("--window-size 4", "--window-size 4 is not W,0"),
+    ("--window-size 4,4", "--window-size 4,4 is not W,0"),
+    ("--window-size __import__('os'),0", "is not W,0"),
+    ("--window-size 4,0 --window-attn-skip-freq 0", "--window-attn-skip-freq 0 is not N, or a 0 or 1"),
+    ("--window-size 4,0 --window-attn-skip-freq [1]*9", "a 0 or 1 for each of the 4 layers"),
+    ("--window-size 4,0 --window-attn-skip-freq [1]*4-[0]", "is not N, or a 0 or 1 for each of the 4 layers such as [1]*3+[0]"),
+    ("--rotary-base-local 100", "--rotary-base-local 100.0 needs --position-embedding-type rope"),
+    (f"{ROPE} --rotary-base-local 100", "give --window-size"),
+    (f"{ROPE} --rope-scaling 3", "is no JSON object"),
+    (f'{ROPE} --rope-scaling {{"rope_type":"ntk"}}', "rope_type 'ntk' is none of default, linear"),
+    (f'{ROPE} --rope-scaling {{"rope_type":"linear"}}', "linear needs factor, a number above 0, not None"),
+    (f'{ROPE} --use-rope-scaling --rope-scaling {{"rope_type":"linear","factor":2}}', "exclude each other"),
+    (
+        f'{ROPE} --rope-scaling {{"rope_type":"longrope","factor":2,"original_max_position_embeddings":8,"short_factor":[1],"long_factor":[2]}}',
+        "above 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), FAMILIES, ids=[change for change, _ in FAMILIES])
+def test_a_model_that_cannot_be_names_flag_and_remedy(change, expected):
+    assert expected in problems_of(f"{PLAIN} {change}")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "windows"),
+    [("", [5, 5, 5, 5]), ("2", [5, None, 5, None]), ("[1]*3+[0]*1", [5, 5, 5, None]), ("([0]+[1])*2", [None, 5, None, 5])],
+)
+def test_windows_of_layers_as_megatron_writes_them(pattern, windows):
+    """Megatron's W,0 is the token itself and W before it: W + 1 tokens."""
+    model = config_of(f"{PLAIN} --window-size 4,0" + (f" --window-attn-skip-freq {pattern}" if pattern else "")).model
+    assert [model.window(layer) for layer in range(4)] == windows
+
+
+def test_a_hugging_face_configuration_is_a_layer_under_the_flags(tmp_path):
+    hf = {"model_type": "qwen3", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    hf |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    for source in (str(tmp_path), str(tmp_path / "config.json"), json.dumps(hf)):
+        config = flags.parse(["--hf-config", source, "--num-layers", "2", "--tokenizer-type", "NullTokenizer"], read_flags).config
+        model = config.model
+        assert (model.num_layers, model.hidden_size, model.num_kv_heads, model.head_size, model.rotary_base) == (2, 64, 2, 32, 1e6)
+        assert model.qk_layernorm and model.hf_model_type == "qwen3" and config.data.vocab_size == 999
+    for source, problem in (
+        ("nowhere", "nowhere: No such file"),
+        ("{", "not JSON"),
+        ('{"model_type": "mixtral"}', "a mixture of experts"),
+        ('{"model_type": "bert"}', "'bert' is none of llama, gpt2"),
+        ('{"model_type": "llama"}', "num_attention_heads is missing"),
+        (json.dumps(hf | {"hidden_size": "wide"}), "wrong kind"),
+        (json.dumps(hf | {"hidden_act": "mish"}), "activation 'mish' is none of silu"),
+    ):
+        with pytest.raises(ConfigError, match=problem) as error:
+            flags.parse(["--hf-config", source], read_flags)
+        assert len(error.value.problems) == 1
+    with pytest.raises(ConfigError, match="exclude each other"):
+        flags.parse(["--hf-config", str(tmp_path), "--preset", "tiny"], read_flags)
 
 
 # Processes, flags, what the one problem says (flag, numbers, remedy), and that remedy as flags.

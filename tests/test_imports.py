@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each part may import of ours, besides itself. A part is a folder of core/ or a file beside them; a file inside a folder that has
 # a row of its own is held to that row alone.
 FOR_ALL = {"presets", "logs", "config"}  # plain values and words: no torch in them
-FOUNDATION = {"mesh", "layout", "comm", "gradients", "rng", "ops", "precision"}
+FOUNDATION = {"mesh", "layout", "name_map", "comm", "gradients", "rng", "ops", "precision"}
 MAY_IMPORT = {
     "__init__": set(),
     "presets": set(),
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "launch": {"mesh"},
     "mesh": set(),
     "layout": {"mesh"},
+    "name_map": {"layout"},
     "comm": {"mesh", "layout"},
     "gradients": {"mesh", "layout"},
     "rng": {"mesh", "layout"},

@@ -132,7 +132,7 @@ def exposed_data_seconds(
 def chunk_times(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, schedule: str, hardware: Hardware) -> Times:
     """Of one micro-batch. Linear layers: 2 b t FLOP a weight, three times over; causal attention: 2 b t T A D / tp forward, twice that backward."""
     bt, h, (q, k, f) = cut.tokens, model.hidden_size, local_widths(model, cut.tp)
-    up = f * (2 if model.swiglu else 1)
+    up = f * (2 if model.gated else 1)
     column, row = 2 * bt * h * (q + 2 * k + up) / hardware.rate, 2 * bt * h * (q + f) / hardware.rate
     attention = 2 * bt * cut.seq_length * q / hardware.rate
     ring = [size / hardware.link(cut.tp * cut.cp) for size in context_bytes(model, cut)]

@@ -190,13 +190,15 @@ class Layout:
         model, chunks = self.model, self.chunks(rank)
         layers = sum(chunk.layers for chunk in chunks)
         norm = model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
-        count = layers * 2 * model.head_size * model.qk_layernorm * (norm // model.hidden_size)
+        by_head = model.qk_layernorm and model.qk_layernorm_width == "head"
+        count = layers * 2 * model.head_size * by_head * (norm // model.hidden_size)
         if self.cut.sequence_parallel:
-            count += layers * (2 * norm + 2 * model.hidden_size * model.linear_bias) + norm * any(chunk.predicts for chunk in chunks)
+            biases = model.hidden_size * (model.attention_out_bias + model.linear_bias)
+            count += layers * (model.norms_per_layer * norm + biases) + norm * any(chunk.predicts for chunk in chunks)
             learned = model.position_embedding_type == "learned_absolute"
             count += model.max_position_embeddings * model.hidden_size * (learned and any(chunk.embeds for chunk in chunks))
         copies = key_value_copies(model, self.config.parallel)
-        heads = layers * 2 * model.head_size * (model.hidden_size + model.qkv_bias)
+        heads = layers * model.head_size * (2 * (model.hidden_size + model.qkv_bias) + (model.qk_layernorm and not by_head))
         return FP32 / self.shards * (all_reduce(count, self.tp) + all_reduce(heads, copies))
 
 

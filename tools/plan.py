@@ -20,6 +20,7 @@ from _plan_search import Search
 from trivium import flags
 from trivium.config import CheckpointConfig, Config, ConfigError, DataConfig, LoggingConfig, OptimizerConfig, data_parallel_size, resolve
 from trivium.data.tokenizer import build_tokenizer
+from trivium.model.families import read_flags
 from trivium.pipeline.choose import placement_of
 from trivium.pipeline.plan import Costs, make_plan
 from trivium.pipeline.simulate import simulate
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     if options.draw:
         check_picture(options.draw)
     try:
-        request = flags.parse(rest)
+        request = flags.parse(rest, read_flags)
     except ConfigError as error:
         raise BadArgument("; ".join(error.problems)) from None
     if request.list_presets:

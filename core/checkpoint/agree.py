@@ -6,7 +6,7 @@ import torch
 
 from ..comm import all_reduce
 from ..mesh import Axis
-from .manifest import CheckpointError
+from .manifest import CheckpointError, one_line
 
 _MESSAGE_BYTES = 2000
 
@@ -21,7 +21,7 @@ def together(action: Callable[[], None], world: Axis, device: torch.device) -> N
         action()
     except Exception as error:
         cause = error
-        message = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        message = one_line(error)
     shared = _lowest_message(message, world, device)
     if shared is not None:
         raise CheckpointError(shared) from cause
@@ -40,7 +40,7 @@ def _lowest_message(message: str | None, world: Axis, device: torch.device) -> s
         return None
     text = torch.zeros(_MESSAGE_BYTES, dtype=torch.int32)
     if lowest == world.rank:
-        line = " ".join(message.split()).encode()[:_MESSAGE_BYTES]
+        line = message.encode()[:_MESSAGE_BYTES]
         text[: len(line)] = torch.tensor(list(line), dtype=torch.int32)
     codes = all_reduce(text.to(device), world, "max").tolist()
     line = bytes(code for code in codes if code).decode(errors="replace")

@@ -1,9 +1,11 @@
-"""Hugging Face folders of safetensors, over names that the caller gives: written a shard at a time, read slice by slice."""
+"""Hugging Face folders of safetensors, over names that the caller gives: written tensor by tensor, read slice by slice."""
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import prod
 from pathlib import Path
 
 import torch
@@ -11,7 +13,8 @@ import torch
 from ..layout import Box
 from . import publish
 from .manifest import CheckpointError, is_plain_name, read_json
-from .shards import host_copy, open_shard, read_box, write_shard
+from .serialize import Stored, write_shard
+from .shards import DTYPE_NAMES, STORED_DTYPES, host_bytes, host_copy, open_shard, read_box
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers writes them
@@ -33,19 +36,34 @@ _EXPORTED = (
 )
 
 
+@dataclass(frozen=True)
+class Outgoing:
+    """A tensor to be written: `make` is called when its turn comes, and gives it in any dtype and on any device."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def stored(self) -> Stored:
+        return Stored(self.name, DTYPE_NAMES[self.dtype], self.shape, lambda: host_bytes(self.make().to(self.dtype)))
+
+
 def write_folder(
     folder: Path,
-    tensors: Iterable[tuple[str, Callable[[], torch.Tensor]]],
+    tensors: Sequence[Outgoing],
     config: dict,
     *,
-    dtype: torch.dtype,
     tokenizer_files: Iterable[Path] = (),
     generation_config: dict | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a folder that `transformers` loads, floating-point tensors as `dtype`, and give it its name when it is complete.
-
-    Each tensor is asked for when its turn comes; one shard is held at a time. A former export of that name is replaced.
+    """Write a folder that `transformers` loads, and give it its name when it is complete. One tensor is held at a time. A former export
+    of that name is replaced.
     Raises CheckpointError for a folder that holds anything else, and where a file cannot be written.
     """
     folder, tokenizer_files = Path(folder).resolve(), [Path(path) for path in tokenizer_files]
@@ -55,8 +73,8 @@ def write_folder(
         if temporary.exists():
             publish.remove(temporary)
         temporary.mkdir(parents=True)
-        _write_weights(temporary, tensors, dtype, max_shard_bytes)
-        _write_json(temporary / "config.json", config | {"torch_dtype": str(dtype).removeprefix("torch.")})
+        _write_weights(temporary, tensors, max_shard_bytes)
+        _write_json(temporary / "config.json", config)
         if generation_config is not None:
             _write_json(temporary / "generation_config.json", generation_config)
         for path in tokenizer_files:
@@ -78,11 +96,13 @@ class HFFolder:
     def __init__(self, path: Path):
         self.path = Path(path)
         self.config = read_json(self.path / "config.json")
-        self._where: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        self._where: dict[str, tuple[Path, tuple[int, ...], torch.dtype | None]] = {}
         listed = self._weight_map()
         for file in [SINGLE_FILE] if listed is None else sorted(set(listed.values())):
             with open_shard(self.path / file) as shard:
-                self._where.update((key, (self.path / file, tuple(shard.get_slice(key).get_shape()))) for key in shard.keys())  # noqa: SIM118
+                for key in shard.keys():  # noqa: SIM118
+                    header = shard.get_slice(key)
+                    self._where[key] = self.path / file, tuple(header.get_shape()), STORED_DTYPES.get(header.get_dtype())
         for name, file in (listed or {}).items():
             if self._where.get(name, (None,))[0] != self.path / file:
                 raise CheckpointError(f"{self.path / INDEX_FILE} names {name} in {file}, which does not hold it")
@@ -93,16 +113,20 @@ class HFFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name)[1]
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """None for a dtype that is not one of ours."""
+        return self._find(name)[2]
+
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """A copy of one tensor, or of a box of it, in the dtype it is stored in."""
-        file, shape = self._find(name)
+        file, shape, _ = self._find(name)
         box = box if box is not None else tuple((0, size) for size in shape)
         if len(box) != len(shape) or not all(0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True)):
             raise CheckpointError(f"{file}: box {box} is not inside {name}, which is {list(shape)}")
         with open_shard(file) as shard:
             return host_copy(read_box(shard, name, box))
 
-    def _find(self, name: str) -> tuple[Path, tuple[int, ...]]:
+    def _find(self, name: str) -> tuple[Path, tuple[int, ...], torch.dtype | None]:
         if name not in self._where:
             raise CheckpointError(f"{self.path} has no tensor {name}")
         return self._where[name]
@@ -121,36 +145,19 @@ class HFFolder:
         raise CheckpointError(f"{self.path} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
 
-def _write_weights(folder: Path, tensors: Iterable[tuple[str, Callable[[], torch.Tensor]]], dtype: torch.dtype, max_shard_bytes: int) -> None:
-    """The shards under their final names. How many there are shows at the end, so they are numbered first and named then."""
-    shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
-    num_bytes = total_bytes = 0
-    for name, make in tensors:
-        tensor = make()
-        host = host_copy(tensor, dtype if tensor.is_floating_point() else None)
-        if held and num_bytes + host.nbytes > max_shard_bytes:
-            shards.append(_write_numbered(folder, len(shards), held))
-            held, num_bytes = {}, 0
-        held[name] = host
-        num_bytes += host.nbytes
-        total_bytes += host.nbytes
-    shards.append(_write_numbered(folder, len(shards), held))
-    files = [SINGLE_FILE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for i, file in enumerate(files):
-        _numbered(folder, i).rename(folder / file)
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-
-
-def _write_numbered(folder: Path, index: int, tensors: dict[str, torch.Tensor]) -> list[str]:
-    write_shard(_numbered(folder, index), tensors, metadata={"format": "pt"})
-    return list(tensors)
-
-
-def _numbered(folder: Path, index: int) -> Path:
-    return folder / f"model-{index + 1:05d}.safetensors"
+def _write_weights(folder: Path, tensors: Sequence[Outgoing], max_shard_bytes: int) -> None:
+    shards: list[list[Outgoing]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    count = len(shards)
+    files = [SINGLE_FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        write_shard(folder / file, [tensor.stored() for tensor in shard], metadata={"format": "pt"})
+    if count > 1:
+        weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)}, "weight_map": weight_map})
 
 
 def _write_json(path: Path, tree: dict) -> None:

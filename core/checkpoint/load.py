@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -14,9 +15,10 @@ from ..logs import get_logger
 from ..mesh import Axis
 from . import publish
 from .agree import from_first, together
-from .manifest import DTYPES, FILE_NAME, CheckpointError, Entry, Manifest, Slice, intersect, read_json, read_text
-from .save import CONFIG_FILE, STATE_FILE
-from .shards import STORED_DTYPES, checksum, open_shard, read_box
+from .manifest import FILE_NAME, CheckpointError, Entry, Manifest, Slice, check_file, intersect, read_text
+from .part import CONFIG_FILE
+from .shards import STORED_DTYPES, TORCH_DTYPES, checksum, open_shard, read_box
+from .state import STATE_FILE, read_state
 
 
 class NothingPublished(CheckpointError):
@@ -40,7 +42,7 @@ class Checkpoint:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self._entry(name).dtype]
+        return TORCH_DTYPES[self._entry(name).dtype]
 
     def read_into(self, pieces: Iterable[Piece]) -> None:
         """Fill each piece's tensor, converted to its dtype and on its device, whatever cut wrote the checkpoint.
@@ -53,7 +55,7 @@ class Checkpoint:
                 by_file[stored.file].append((stored, common, piece))
         # One file at a time: a large run has more shards than a process may hold open.
         for file, reads in sorted(by_file.items(), key=lambda item: item[0]):
-            with open_shard(self.folder / file) as shard, torch.no_grad():
+            with _open_own(self.folder / file) as shard, torch.no_grad():
                 for stored, common, piece in reads:
                     source = read_box(shard, stored.key, _relative(common, stored.box))
                     _within(piece.tensor, _relative(common, piece.box)).copy_(source)
@@ -119,9 +121,11 @@ def _open_one(folder: Path, iteration: int, world: Axis, device: torch.device) -
     opened: list[Checkpoint] = []
 
     def open_and_verify() -> None:
+        for name in (FILE_NAME, STATE_FILE, CONFIG_FILE):
+            check_file(folder / name)
         manifest = Manifest.read(folder / FILE_NAME)
         manifest.check_cover(folder / FILE_NAME)
-        opened.append(Checkpoint(folder, iteration, read_json(folder / STATE_FILE), read_text(folder / CONFIG_FILE), manifest))
+        opened.append(Checkpoint(folder, iteration, read_state(folder / STATE_FILE, iteration), read_text(folder / CONFIG_FILE), manifest))
         verify(folder, manifest, world.rank, world.size)
 
     together(open_and_verify, world, device)
@@ -143,15 +147,20 @@ def verify(folder: Path, manifest: Manifest, rank: int = 0, size: int = 1) -> No
             by_file[stored.file].append((stored, dtype))
         before += prod(stored.shape)
     for file, items in by_file.items():
-        with open_shard(folder / file) as shard:
+        with _open_own(folder / file) as shard:
             for stored, dtype in items:
                 _verify_slice(shard, folder / file, stored, dtype)
+
+
+def _open_own(path: Path) -> AbstractContextManager:
+    check_file(path)
+    return open_shard(path)
 
 
 def _verify_slice(shard, path: Path, stored: Slice, dtype: str) -> None:
     header = shard.get_slice(stored.key)
     shape, kind = tuple(header.get_shape()), STORED_DTYPES.get(header.get_dtype())
-    if shape != stored.shape or kind != DTYPES[dtype]:
+    if shape != stored.shape or kind != TORCH_DTYPES[dtype]:
         raise CheckpointError(f"{path}: {stored.key} is {kind} {list(shape)}, the manifest says {dtype} {list(stored.shape)}")
     found = checksum(shard.get_tensor(stored.key))
     if found != stored.checksum:

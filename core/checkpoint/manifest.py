@@ -2,26 +2,36 @@
 
 import json
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from ..layout import Box
+if TYPE_CHECKING:  # layout needs torch, and a process that only writes does not
+    from ..layout import Box
 
 FILE_NAME = "manifest.json"
+
+
+class DType(NamedTuple):
+    """A dtype's name in a safetensors file, and the bytes of one element."""
+
+    stored_as: str
+    item_size: int
+
+
 DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
+    "float64": DType("F64", 8),
+    "float32": DType("F32", 4),
+    "float16": DType("F16", 2),
+    "bfloat16": DType("BF16", 2),
+    "int64": DType("I64", 8),
+    "int32": DType("I32", 4),
+    "uint8": DType("U8", 1),
+    "bool": DType("BOOL", 1),
 }
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _CHECKSUM = re.compile(r"crc32:[0-9a-f]{8}")
@@ -42,7 +52,7 @@ class Slice:
     checksum: str
 
     @property
-    def box(self) -> Box:
+    def box(self) -> "Box":
         return tuple((start, start + size) for start, size in zip(self.offsets, self.shape, strict=True))
 
 
@@ -61,10 +71,10 @@ class Manifest:
 
     tensors: dict[str, Entry]
 
-    def write(self, path: Path) -> None:
-        """Write as JSON, a line per tensor, so that a person can grep it."""
+    def text(self) -> str:
+        """As JSON, a line per tensor, so that a person can grep it."""
         lines = (f"{json.dumps(name)}: {json.dumps(_plain(entry))}" for name, entry in sorted(self.tensors.items()))
-        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @staticmethod
     def read(path: Path) -> "Manifest":
@@ -96,7 +106,7 @@ class Manifest:
                 raise CheckpointError(f"{where}: two slices of {name} overlap, at offsets {list(overlap[0].offsets)} and {list(overlap[1].offsets)}")
 
 
-def intersect(a: Box, b: Box) -> Box | None:
+def intersect(a: "Box", b: "Box") -> "Box | None":
     """The box common to both; None where there is none. A tensor without dims has the box ()."""
     common = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
     return common if all(start < stop for start, stop in common) else None
@@ -116,13 +126,31 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises CheckpointError if the file is missing, unreadable, or holds anything else."""
+    text = read_text(path)
     try:
-        tree = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path} holds a {type(tree).__name__}, not an object")
     return tree
+
+
+def check_file(path: Path) -> None:
+    """Raises CheckpointError unless `path` is a file itself. A link could lead out of the folder, and a pipe is never read to its end."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} is {'a symbolic link' if stat.S_ISLNK(mode) else 'no file'}; a checkpoint holds files of its own")
+
+
+def one_line(error: Exception) -> str:
+    """What a person is told of an error: ours says it all, another's needs its type."""
+    return " ".join((str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}").split())
 
 
 def is_plain_name(name: object) -> bool:

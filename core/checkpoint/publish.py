@@ -1,4 +1,4 @@
-"""The life of a SAVE folder: iterations written aside, published by one rename, named by the tracker, retired by one rename.
+"""The life of a SAVE folder: iterations written aside, published by one rename, named by the tracker. No torch in here.
 
 iter_0000100.tmp             being written, or left by a run that was killed
 iter_0000100                 published: complete, synced
@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from ..logs import get_logger
-from .manifest import FILE_NAME, CheckpointError, read_text
+from .manifest import CheckpointError, read_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _PUBLISHED = re.compile(r"iter_(\d{7,})")
@@ -48,9 +48,14 @@ def begin(save_dir: Path, iteration: int) -> Path:
     """Clear what killed runs left and make the folder to write `iteration` into."""
     save_dir.mkdir(parents=True, exist_ok=True)
     clean(save_dir)
-    folder = save_dir / f"{folder_name(iteration)}.tmp"
+    folder = begun(save_dir, iteration)
     folder.mkdir()
     return folder
+
+
+def begun(save_dir: Path, iteration: int) -> Path:
+    """The folder that `iteration` is written into until it is published."""
+    return save_dir / f"{folder_name(iteration)}.tmp"
 
 
 def clean(save_dir: Path) -> None:
@@ -65,7 +70,7 @@ def clean(save_dir: Path) -> None:
 def publish(save_dir: Path, iteration: int) -> Path:
     """Give the complete iter_N.tmp its name, then name it in the tracker. Its files are synced already."""
     final = save_dir / folder_name(iteration)
-    swap_in(final.with_name(final.name + ".tmp"), final)
+    swap_in(begun(save_dir, iteration), final)
     write_text(save_dir / TRACKER, f"{iteration}")
     return final
 
@@ -151,25 +156,6 @@ def locate(load_dir: Path, iteration: int) -> Path:
     if named_iteration(load_dir) is not None:
         return load_dir
     return published_folders(load_dir).get(iteration, load_dir / folder_name(iteration))
-
-
-def retain(save_dir: Path, keep_last: int | None = None, interval: int | None = None) -> list[int]:
-    """Retire published iterations and return them: all but the newest `keep_last` and the multiples of `interval`.
-
-    None keeps no one by that rule; with both None nothing is retired. What the tracker names always stays, and folders
-    without a manifest are neither counted nor touched: they are not ours.
-    """
-    if keep_last is None and interval is None:
-        return []
-    ours = [n for n, folder in published_folders(save_dir).items() if (folder / FILE_NAME).is_file()]
-    kept = {tracked_iteration(save_dir), *ours[-max(1, keep_last or 1) :]}
-    retired = [n for n in ours if n not in kept and not (interval and n % interval == 0)]
-    for n in retired:
-        folder = save_dir / folder_name(n)
-        removed = folder.with_name(folder.name + ".removed.tmp")
-        folder.rename(removed)
-        remove(removed)
-    return retired
 
 
 def _aside(final: Path) -> Path:

@@ -1,55 +1,41 @@
-"""One safetensors file: written and synced, opened with one-line errors, read box by box, summed."""
+"""Tensors of torch and safetensors files: host copies to write, and files opened with one-line errors, read box by box."""
 
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..layout import Box
+from . import serialize
 from .manifest import DTYPES, CheckpointError
-from .publish import sync
 
-STORED_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
+STORED_DTYPES = {dtype.stored_as: TORCH_DTYPES[name] for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def dtype_name(tensor: torch.Tensor, name: str) -> str:
     """The manifest's name of a tensor's dtype. Raises CheckpointError for one that a checkpoint cannot hold."""
-    if tensor.dtype not in _NAMES:
+    if tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{name} is {tensor.dtype}; a checkpoint holds {', '.join(DTYPES)}")
-    return _NAMES[tensor.dtype]
+    return DTYPE_NAMES[tensor.dtype]
 
 
 def host_copy(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A contiguous copy on the CPU with storage of its own: safetensors refuses views, and two tensors in one storage."""
+    """A contiguous copy on the CPU with storage of its own."""
     return torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor.detach())
 
 
+def host_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, in C order; a contiguous one on the CPU is not copied."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 def checksum(tensor: torch.Tensor) -> str:
-    """crc32 of a contiguous host tensor's bytes. Against bit rot and torn writes, not against malice."""
-    return f"crc32:{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()):08x}"
-
-
-def write_shard(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write contiguous host tensors and sync them to the disk. Raises CheckpointError that names the file."""
-    try:
-        save_file(tensors, path, metadata=metadata)
-        sync(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    """As serialize sums what it writes."""
+    return serialize.checksum(host_bytes(tensor))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 # What belongs to a tokenizer in a Hugging Face folder.
 HF_FILES = (
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -8,14 +8,13 @@ from torch import nn
 from .. import rng
 from ..config import ModelConfig
 from ..layout import Rows
-from ..ops import Ops
+from ..ops import AttentionRule, Ops
 from ..parallel import context
 from ..parallel.linear import ColumnParallelLinear, RowParallelLinear
 from ..parallel.sharding import Sharding
-from .norm import Norm
+from .norm import Norm, ProjectionNorm
 from .recompute import Recompute
-
-Angles = tuple[torch.Tensor, torch.Tensor]
+from .rotary import Angles
 
 
 class KVCache:
@@ -36,19 +35,33 @@ class KVCache:
 class Attention(nn.Module):
     """x [B, T, H] -> [B, T, H]. A query heads share K key-value heads of size D; each rank of `tp` holds A/tp and K/tp of them, or one of K < tp."""
 
-    def __init__(self, name: str, config: ModelConfig, sharding: Sharding, ops: Ops, seed: int | None, residual_std: float, recompute: Recompute):
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        sharding: Sharding,
+        ops: Ops,
+        seed: int | None,
+        residual_std: float,
+        recompute: Recompute,
+        window: int | None,
+    ):
         super().__init__()
+        self.rule = AttentionRule(config.softmax_scale, config.attn_logit_softcapping, window)
         self.config, self.sharding, self.ops, self.recompute = config, sharding, ops, recompute
         tp, size = sharding.tp, config.head_size
         self.local_heads, self.local_kv_heads = config.num_attention_heads // tp.size, config.num_kv_heads * sharding.kv.size // tp.size
         kv = Rows(config.num_kv_heads * size, sharding.kv)
         rows = {f"{name}.q": config.num_attention_heads * size, f"{name}.k": kv, f"{name}.v": kv}
         self.qkv = ColumnParallelLinear(config.hidden_size, rows, sharding, bias=config.qkv_bias, init=rng.Init(seed, config.init_method_std))
-        self.q_norm, self.k_norm = (
-            Norm(f"{name}.{kind}_norm", size, config, sharding, ops, seed, cut_input=True) if config.qk_layernorm else nn.Identity() for kind in "qk"
-        )
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_layernorm and config.qk_layernorm_width == "projection":
+            self.q_norm = ProjectionNorm(f"{name}.q_norm", Rows(rows[f"{name}.q"]), config, sharding, seed)
+            self.k_norm = ProjectionNorm(f"{name}.k_norm", kv, config, sharding, seed)
+        elif config.qk_layernorm:
+            self.q_norm, self.k_norm = (Norm(f"{name}.{kind}_norm", size, config, sharding, ops, seed, cut_input=True) for kind in "qk")
         init = rng.Init(seed, residual_std)
-        self.out = RowParallelLinear(f"{name}.out", rows[f"{name}.q"], config.hidden_size, sharding, bias=config.linear_bias, init=init)
+        self.out = RowParallelLinear(f"{name}.out", rows[f"{name}.q"], config.hidden_size, sharding, bias=config.attention_out_bias, init=init)
 
     def forward(self, x: torch.Tensor, angles: Angles | None, documents: torch.Tensor | None, cache: KVCache | None = None) -> torch.Tensor:
         qkv = self.qkv(x)
@@ -63,8 +76,8 @@ class Attention(nn.Module):
 
     def _mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
         if cache is not None:
-            return self.ops.attention(q, *cache.extend(k, v), causal=True)
+            return context.causal(q, *cache.extend(k, v), self.ops, self.rule)
         dropout = self.config.attention_dropout if self.training else 0.0
         cp, comm_type = self.sharding.cp, self.sharding.cp_comm_type
-        core = partial(context.attention, cp=cp, comm_type=comm_type, ops=self.ops, documents=documents, dropout=dropout)
+        core = partial(context.attention, cp=cp, comm_type=comm_type, ops=self.ops, rule=self.rule, documents=documents, dropout=dropout)
         return self.recompute.attention(core, q, k, v)

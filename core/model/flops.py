@@ -24,7 +24,7 @@ def matrix_parameters(config: ModelConfig, vocab_size: int) -> int:
     """Parameters in matrix products: the head included, the embedding look-up not, a tied matrix once. Padding is not counted."""
     h, f = config.hidden_size, config.ffn_hidden_size
     q, kv = config.num_attention_heads * config.head_size, config.num_kv_heads * config.head_size
-    layer = h * (q + 2 * kv) + q * h + (3 if config.swiglu else 2) * h * f
+    layer = h * (q + 2 * kv) + q * h + (3 if config.gated else 2) * h * f
     return config.num_layers * layer + vocab_size * h
 
 
@@ -33,9 +33,9 @@ def total_parameters(config: ModelConfig, vocab_size: int) -> int:
     h, f, d = config.hidden_size, config.ffn_hidden_size, config.head_size
     q, kv = config.num_attention_heads * d, config.num_kv_heads * d
     norm = 2 if config.normalization == "LayerNorm" else 1
-    biases = (q + 2 * kv) * config.qkv_bias + (h + h + (2 if config.swiglu else 1) * f) * config.linear_bias
-    qk_norms = 2 * d * norm * config.qk_layernorm
-    per_layer = biases + qk_norms + 2 * h * norm
+    biases = (q + 2 * kv) * config.qkv_bias + h * config.attention_out_bias + (h + (2 if config.gated else 1) * f) * config.linear_bias
+    qk_norms = (2 * d * norm if config.qk_layernorm_width == "head" else q + kv) * config.qk_layernorm
+    per_layer = biases + qk_norms + config.norms_per_layer * h * norm
     embeddings = 0 if config.tied else vocab_size * h
     positions = config.max_position_embeddings * h if config.position_embedding_type == "learned_absolute" else 0
     return matrix_parameters(config, vocab_size) + config.num_layers * per_layer + h * norm + embeddings + positions

@@ -1,4 +1,4 @@
-"""The GPT: embedding, pre-norm blocks, final norm and head, whole or one pipeline stage of it, the same code for every layout."""
+"""The GPT: embedding, blocks, final norm and head, whole or one pipeline stage of it, the same code for every layout."""
 
 import math
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from ..parallel.embedding import VocabParallelEmbedding
 from ..parallel.linear import column_parallel
 from ..parallel.loss import vocab_parallel_cross_entropy
 from ..parallel.sharding import Sharding
-from . import rotary
-from .attention import Angles, Attention, KVCache
+from .attention import Attention, KVCache
 from .mlp import MLP
 from .norm import Norm
 from .recompute import Recompute
+from .rotary import Angles, Rotary
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,22 @@ class Passage:
     """What a forward pass knows of its tokens beside the hidden states, the same in every stage.
 
     positions: int64 [T/cp] of this rank's tokens, or [B, T/cp] where they start anew in each document. documents: int [B, T] of the
-    whole sequence, where attention stays inside a document. stream: None in evaluation.
+    whole sequence, where attention stays inside a document. stream: None in evaluation. length: tokens of the whole sequence, T; those
+    of `positions` if not given.
     """
 
     positions: torch.Tensor
     documents: torch.Tensor | None = None
     stream: rng.DropoutStream | None = None
+    length: int | None = None
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), each branch under hidden dropout. x: [B, T, H], cut by tokens with sequence parallel."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), each branch under hidden dropout. x: [B, T, H], cut by tokens with sequence parallel.
+
+    With --norm-placement post x + norm(attention(x)), with both x + norm(attention(norm(x))); with --parallel-residual both branches
+    read the same x.
+    """
 
     def __init__(self, layer: int, config: ModelConfig, sharding: Sharding, ops: Ops, seed: int | None, recompute: Recompute):
         super().__init__()
@@ -46,15 +52,21 @@ class Block(nn.Module):
         self.dropout = config.hidden_dropout
         residual_std = config.init_method_std / math.sqrt(2 * config.num_layers)
         norm = partial(Norm, size=config.hidden_size, config=config, sharding=sharding, ops=ops, seed=seed, cut_input=sharding.sequence_parallel)
-        self.attention_norm = norm(f"{name}.attention_norm")
-        self.attention = Attention(f"{name}.attention", config, sharding, ops, seed, residual_std, recompute)
-        self.mlp_norm = norm(f"{name}.mlp_norm")
+        before, after = (norm if config.norm_placement in (place, "both") else lambda name: nn.Identity() for place in ("pre", "post"))
+        window = config.window(layer)
+        self.windowed, self.parallel_residual = window is not None, config.parallel_residual
+        self.attention_norm = before(f"{name}.attention_norm")
+        self.attention = Attention(f"{name}.attention", config, sharding, ops, seed, residual_std, recompute, window)
+        self.attention_post_norm = after(f"{name}.attention_post_norm")
+        self.mlp_norm = before(f"{name}.mlp_norm")
         self.mlp = MLP(f"{name}.mlp", config, sharding, ops, seed, residual_std)
+        self.mlp_post_norm = after(f"{name}.mlp_post_norm")
 
     def forward(self, x: torch.Tensor, angles: Angles | None, passage: Passage, cache: KVCache | None = None) -> torch.Tensor:
-        branch = self.attention(self.attention_norm(x), angles, passage.documents, cache)
-        x = x + rng.dropout(branch, self.dropout, passage.stream, f"{self.name}.attention")
-        return x + rng.dropout(self.mlp(self.mlp_norm(x)), self.dropout, passage.stream, f"{self.name}.mlp")
+        branch = self.attention_post_norm(self.attention(self.attention_norm(x), angles, passage.documents, cache))
+        attended = x + rng.dropout(branch, self.dropout, passage.stream, f"{self.name}.attention")
+        branch = self.mlp_post_norm(self.mlp(self.mlp_norm(x if self.parallel_residual else attended)))
+        return attended + rng.dropout(branch, self.dropout, passage.stream, f"{self.name}.mlp")
 
 
 class GPT(nn.Module):
@@ -102,15 +114,18 @@ class GPT(nn.Module):
                 words = Layout.vocabulary_cut("head.weight", vocab_size, padded, config.hidden_size, tp)
             if not (config.tied and embeds):
                 self.head = tied_weight if tied_weight is not None else rng.new_parameter(words, init)
-        rotates = config.position_embedding_type == "rope"
-        self.register_buffer("frequencies", rotary.frequencies(config) if rotates else None, persistent=False)
+        self.rotary = self.local_rotary = None  # of layers without and with a window
+        if config.position_embedding_type == "rope":
+            self.rotary = Rotary(config)
+            self.local_rotary = self.rotary if config.rotary_base_local is None else Rotary(config, local=True)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> "GPT":
         """Move to `device` with weights in `dtype`; the rotary frequencies stay fp32, in which positions are exact."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(device, dtype)
-        if self.frequencies is not None:
-            self.frequencies = self.frequencies.to(device)
+        for rotary in (self.rotary, self.local_rotary):
+            if rotary is not None:
+                rotary.to(device)
         return self
 
     def forward(self, x: torch.Tensor, passage: Passage | None = None, caches: list[KVCache] | None = None) -> torch.Tensor:
@@ -121,18 +136,17 @@ class GPT(nn.Module):
         """
         if passage is None:
             start = caches[0].length if caches else 0
-            passage = Passage(torch.arange(start, start + x.shape[1], device=x.device))
+            passage = Passage(torch.arange(start, start + x.shape[1], device=x.device), length=start + x.shape[1])
         if self.embedding is not None:
             x = self._embed(x, passage)
-        angles = None if self.frequencies is None else rotary.angles(self.frequencies, passage.positions)
+        angles = self._angles(passage)
+        blocks = [partial(block, angles=angles[block.windowed], passage=passage) for block in self.layers]
         if caches:
-            for block, cache in zip(self.layers, caches, strict=True):
-                x = block(x, angles, passage, cache)
+            for block, cache in zip(blocks, caches, strict=True):
+                x = block(x, cache=cache)
         else:
-            x = self.recompute.layers([partial(block, angles=angles, passage=passage) for block in self.layers], x)
-        if not self.predicts:
-            return x
-        return column_parallel(self.final_norm(x), self.embedding.weight if self.head is None else self.head, self.sharding)
+            x = self.recompute.layers(blocks, x)
+        return self._logits(x) if self.predicts else x
 
     def token_losses(self, x: torch.Tensor, labels: torch.Tensor, passage: Passage | None = None) -> torch.Tensor:
         """Cross-entropy of every label int64 [B, T/cp], fp32, in nats, on a stage that predicts."""
@@ -144,8 +158,23 @@ class GPT(nn.Module):
         weight, heads = self.embedding.weight, self.config.num_kv_heads
         return [KVCache(batch, capacity, heads, self.config.head_size, weight.dtype, weight.device) for _ in self.layers]
 
+    def _angles(self, passage: Passage) -> tuple[Angles | None, Angles | None]:
+        """Of layers without a window, and of those with one."""
+        if self.rotary is None:
+            return None, None
+        length = passage.length or passage.positions.shape[-1]
+        everywhere = self.rotary(passage.positions, length)
+        return everywhere, everywhere if self.local_rotary is self.rotary else self.local_rotary(passage.positions, length)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        cap = self.config.final_logit_softcapping
+        logits = column_parallel(self.final_norm(x), self.embedding.weight if self.head is None else self.head, self.sharding)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def _embed(self, tokens: torch.Tensor, passage: Passage) -> torch.Tensor:
         x = self.embedding(tokens)
+        if self.config.scale_embeddings:
+            x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype).item()  # the root in the working dtype, as Gemma has it
         if self.positions is not None:
             x = x + F.embedding(self.sharding.own_tokens(passage.positions), use(self.positions))
         return rng.dropout(x, self.config.hidden_dropout, passage.stream, "embedding")

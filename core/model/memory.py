@@ -50,19 +50,25 @@ def layer_weights(model: ModelConfig, tp: int) -> list[Weight]:
     """One layer's parameters on each rank of tp, in the order in which they are made."""
     h, norm = model.hidden_size, _norm_weights(model)
     q, k, f = local_widths(model, tp)
-    up = f * (2 if model.swiglu else 1)
+    up = f * (2 if model.gated else 1)
+    before, after = (norm * (model.norm_placement in (place, "both")) for place in ("pre", "post"))
+    by_head = model.qk_layernorm_width == "head"
     found = [
-        ("attention_norm", h, norm),
+        ("attention_norm", h, before),
         ("attention.qkv", (q + 2 * k) * h, 1),
         ("attention.qkv.bias", q + 2 * k, model.qkv_bias),
-        ("attention.qk_norms", model.head_size, 2 * norm * model.qk_layernorm),
+        ("attention.qk_norms", model.head_size, 2 * norm * model.qk_layernorm * by_head),
+        ("attention.q_norm", q, model.qk_layernorm and not by_head),
+        ("attention.k_norm", k, model.qk_layernorm and not by_head),
         ("attention.out", q * h, 1),
-        ("attention.out.bias", h, model.linear_bias),
-        ("mlp_norm", h, norm),
+        ("attention.out.bias", h, model.attention_out_bias),
+        ("attention_post_norm", h, after),
+        ("mlp_norm", h, before),
         ("mlp.up", up * h, 1),
         ("mlp.up.bias", up, model.linear_bias),
         ("mlp.down", f * h, 1),
         ("mlp.down.bias", h, model.linear_bias),
+        ("mlp_post_norm", h, after),
     ]
     return [Weight(name, numel) for name, numel, times in found for _ in range(times)]
 
@@ -232,11 +238,13 @@ def layer_saved(model: ModelConfig, cut: Cut) -> dict[str, int]:
     """
     bt, bs, e = cut.tokens, cut.norm_tokens, cut.e
     f = local_widths(model, cut.tp)[2]
+    fused = cut.fused_norm or model.normalization == "LayerNorm"
+    shared = e * bs * model.hidden_size * (model.parallel_residual and (fused or e == FP32) and not (model.apply_layernorm_1p and e != FP32))
     saved = {
-        "norms": 2 * _norm_saved(model, cut, bs, model.hidden_size),
+        "norms": model.norms_per_layer * _norm_saved(model, cut, bs, model.hidden_size) - shared,
         "inputs of qkv and up": 2 * e * bs * model.hidden_size,
         "attention": _attention_saved(model, cut),
-        "mlp": e * bt * f * (4 if model.swiglu else 2),
+        "mlp": e * bt * f * (4 if model.gated else 2),
     }
     if model.hidden_dropout > 0:
         saved["dropout masks"] = 2 * bs * model.hidden_size
@@ -244,10 +252,14 @@ def layer_saved(model: ModelConfig, cut: Cut) -> dict[str, int]:
 
 
 def _norm_saved(model: ModelConfig, cut: Cut, rows: int, width: int) -> int:
-    """A norm's input and statistics. RMSNorm in plain PyTorch keeps an fp32 copy of x in place of x, and the normalized x."""
+    """A norm's input and statistics. RMSNorm in plain PyTorch keeps an fp32 copy of x in place of x, and the normalized x.
+
+    Weights around 1 (--apply-layernorm-1p) are applied in fp32, to an fp32 copy of x.
+    """
+    e = FP32 if model.apply_layernorm_1p else cut.e
     if model.normalization == "LayerNorm":
-        return cut.e * rows * width + 2 * FP32 * rows
-    return (cut.e if cut.fused_norm else FP32 + cut.e) * rows * width + FP32 * rows
+        return e * rows * width + 2 * FP32 * rows
+    return (e if cut.fused_norm else FP32 + e) * rows * width + FP32 * rows
 
 
 def _attention_saved(model: ModelConfig, cut: Cut) -> int:
@@ -260,14 +272,28 @@ def _attention_saved(model: ModelConfig, cut: Cut) -> int:
     if cut.granularity == "selective":
         return kept + inputs + output
     way = cut.cp_comm_type if cut.cp > 1 else None
-    views = model.qk_layernorm and not (cut.fused_norm and model.normalization == "RMSNorm")  # the norms of q and k keep the projection
-    if not cut.flash and way in (None, "a2a"):
+    # The norms of q and k keep the projection, unless they copy their input out of it.
+    copies = e != FP32 if model.qk_layernorm_width == "projection" else cut.fused_norm and model.normalization == "RMSNorm"
+    views = model.qk_layernorm and not copies
+    capped = model.attn_logit_softcapping is not None  # scores are made again in backward
+    if not cut.flash and not capped and way in (None, "a2a"):
         # Scores in fp32, with dropout also their mask and their product; q, k and v in fp32, one key head for each query head.
         scores = FP32 * bt * cut.seq_length * heads * (3 if model.attention_dropout > 0 else 1)
         return kept + projection * views + 3 * FP32 * bt * q + scores + output
     kept += output + FP32 * bt * heads  # o, log of the sum
-    if cut.documents or not cut.flash:
-        kept += e * bt * cut.seq_length * (cut.cp if way == "a2a" else 1) * (way != "p2p")  # the mask, in the dtype of the scores
+    masked = way != "p2p"  # the ring makes its masks again
+    if cut.documents or not (cut.flash or capped):
+        kept += (1 if capped else e) * bt * cut.seq_length * (cut.cp if way == "a2a" else 1) * masked  # the mask, in the dtype of the scores
+    else:
+        kept += (
+            (1 if capped else e)
+            * _window_share(model, cut)
+            * cut.tokens
+            * cut.seq_length
+            * (cut.cp if way == "a2a" else 1)
+            * masked
+            // cut.micro_batch
+        )
     if way in (None, "p2p"):
         return kept + inputs  # v is a view, which keeps the projection
     kept += projection * views + output  # o is put together again
@@ -275,6 +301,12 @@ def _attention_saved(model: ModelConfig, cut: Cut) -> int:
         return kept + (e * bt * q if moved else projection) + e * bt * cut.cp * 2 * k
     repeated = k * (cut.cp // gcd(k // model.head_size, cut.cp))
     return kept + e * bt * (q + 2 * repeated)
+
+
+def _window_share(model: ModelConfig, cut: Cut) -> float:
+    """Of the layers, how many have a window that a sequence is longer than, and so a mask, the same for all samples."""
+    windows = [model.window(layer) for layer in range(model.num_layers)]
+    return sum(window is not None and window < cut.seq_length for window in windows) / model.num_layers
 
 
 def _tables_saved(model: ModelConfig, cut: Cut) -> int:
@@ -285,8 +317,8 @@ def _tables_saved(model: ModelConfig, cut: Cut) -> int:
 
 
 def _table(model: ModelConfig, cut: Cut) -> int:
-    """Numbers in cos and sin."""
-    return cut.seq_length // cut.cp * int(model.head_size * model.rotary_percent)
+    """Numbers in cos and sin, of layers without and with a window where they differ."""
+    return (1 if model.rotary_base_local is None else 2) * cut.seq_length // cut.cp * int(model.head_size * model.rotary_percent)
 
 
 def _qk_norms_saved(model: ModelConfig, cut: Cut) -> int:
@@ -295,6 +327,8 @@ def _qk_norms_saved(model: ModelConfig, cut: Cut) -> int:
         return 0
     q, k, _ = local_widths(model, cut.tp)
     numbers, rows = cut.tokens * (q + k), cut.tokens * (q + k) // model.head_size
+    if model.qk_layernorm_width == "projection":
+        return (cut.e if cut.e == FP32 else FP32 + cut.e) * numbers + 2 * FP32 * cut.tokens
     if model.normalization == "LayerNorm":
         return 2 * FP32 * rows
     return (cut.e if cut.fused_norm or cut.e == FP32 else FP32 + cut.e) * numbers + FP32 * rows
@@ -348,7 +382,8 @@ def _ends_saved(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut) -> 
         saved += bs * h * (model.hidden_dropout > 0)
     if chunk.predicts:
         saved += _norm_saved(model, cut, bs, h) + cut.e * bs * h
-        saved += cut.e * bt * _logits(model, vocab_size, cut) + 14 * bt  # column, whether it is here, log of the sum, mask
+        capped = 1 if model.final_logit_softcapping is None else 2  # also as the tanh gave them
+        saved += capped * cut.e * bt * _logits(model, vocab_size, cut) + 14 * bt  # column, whether it is here, log of the sum, mask
     return saved
 
 
@@ -360,7 +395,7 @@ def _logits(model: ModelConfig, vocab_size: int, cut: Cut) -> int:
 def _deferred(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut) -> int:
     """Each linear layer's x, cut by tokens where it was gathered, and dy, whole: b e ((2 s + 2 t) h + t (2 q + 2 k + 3 f))."""
     (q, k, f), bt, bs, h = local_widths(model, cut.tp), cut.tokens, cut.norm_tokens, model.hidden_size
-    up = f * (2 if model.swiglu else 1)
+    up = f * (2 if model.gated else 1)
     layer = 2 * bs * h + 2 * bt * h + bt * (2 * q + 2 * k + up + f)
     head = bs * h + bt * _logits(model, vocab_size, cut) if chunk.predicts else 0
     return cut.e * (chunk.layers * layer + head)
@@ -373,7 +408,7 @@ def _working(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, group:
     A weight's gradient is whole in 16 bits before it is added to the fp32 sum; in fp32 the product itself adds it, but not the embedding's.
     """
     f, bt, h = local_widths(model, cut.tp)[2], cut.tokens, model.hidden_size
-    up, kept = (2 * f, 4 * f) if model.swiglu else (f, 2 * f)
+    up, kept = (2 * f, 4 * f) if model.gated else (f, 2 * f)
     words, narrow, found = _logits(model, vocab_size, cut), cut.e != FP32, [0]
     logits = cut.e * bt * words * chunk.predicts
     if chunk.predicts:

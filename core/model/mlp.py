@@ -1,4 +1,4 @@
-"""The feed-forward layer: gated SiLU, GELU or squared ReLU."""
+"""The feed-forward layer: gated SiLU or GELU, GELU or squared ReLU."""
 
 import torch
 from torch import nn
@@ -17,12 +17,18 @@ class MLP(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         width, init, bias = config.ffn_hidden_size, rng.Init(seed, config.init_method_std), config.linear_bias
-        rows = {f"{name}.gate": width, f"{name}.up": width} if config.swiglu else {f"{name}.up": width}
+        rows = {f"{name}.gate": width, f"{name}.up": width} if config.gated else {f"{name}.up": width}
         self.up = ColumnParallelLinear(config.hidden_size, rows, sharding, bias=bias, init=init)
         self.down = RowParallelLinear(f"{name}.down", width, config.hidden_size, sharding, bias=bias, init=rng.Init(seed, residual_std))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.up(x)
-        if self.config.swiglu:
-            return self.down(self.ops.swiglu(*x.chunk(2, dim=-1)))
-        return self.down(self.ops.squared_relu(x) if self.config.squared_relu else self.ops.gelu(x))
+        return self.down(self._activation(x))
+
+    def _activation(self, x: torch.Tensor) -> torch.Tensor:
+        config, ops = self.config, self.ops
+        if config.swiglu:
+            return ops.swiglu(*x.chunk(2, dim=-1))
+        if config.geglu:
+            return ops.geglu(*x.chunk(2, dim=-1), exact=config.exact_gelu)
+        return ops.squared_relu(x) if config.squared_relu else ops.gelu(x, exact=config.exact_gelu)

@@ -12,13 +12,16 @@ a2a        heads are exchanged for tokens and back (Ulysses: Jacobs et al. 2023)
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import gcd
 
 import torch
 
 from ..comm import all_to_all, start_all_gather, start_receive, start_reduce_scatter, start_send
 from ..mesh import Axis
-from ..ops import Ops
+from ..ops import AttentionRule, Ops
+
+_PLAIN = AttentionRule()
 
 
 def token_positions(seq_length: int, cp: Axis, device: torch.device | None = None) -> torch.Tensor:
@@ -51,44 +54,63 @@ def attention(
     cp: Axis,
     comm_type: str,
     ops: Ops,
+    rule: AttentionRule = _PLAIN,
     documents: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Causal attention over the whole sequence of q [B, T/cp, A, D], k and v [B, T/cp, K, D], this rank's zig-zag tokens: [B, T/cp, A, D].
 
-    documents: int [B, T] of the whole sequence, equal on all ranks: a token sees only tokens of its own document. dropout: of the
-    attention weights; its masks come from torch's generator and so depend on the layout, and are independent between ranks only
-    if their generators are. Every rank of `cp` must call this, forward and backward.
+    rule: what else is done to the scores. documents: int [B, T] of the whole sequence, equal on all ranks: a token sees only tokens of its
+    own document. dropout: of the attention weights; its masks come from torch's generator and so depend on the layout, and are independent
+    between ranks only if their generators are. Every rank of `cp` must call this, forward and backward.
     Raises ValueError, naming flags and remedy, on what comm_type cannot do.
     """
     if comm_type not in _WAYS:
         raise ValueError(f"--cp-comm-type {comm_type} is not one of {', '.join(_WAYS)}")
     if cp.size == 1:
-        return _causal(q, k, v, ops, documents, dropout)
+        return causal(q, k, v, ops, rule, documents, dropout)
     if q.shape[1] % 2 or k.shape[1] != q.shape[1]:
         raise ValueError(
             f"{q.shape[1]} queries and {k.shape[1]} keys on one rank of {cp.name} are not two zig-zag chunks of each, as local_tokens gives"
         )
-    return _WAYS[comm_type](q, k, v, cp, ops, documents, dropout)
+    return _WAYS[comm_type](q, k, v, cp, ops, rule, documents, dropout)
 
 
-def _causal(q, k, v, ops: Ops, documents: torch.Tensor | None, dropout: float) -> torch.Tensor:
+def causal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ops: Ops,
+    rule: AttentionRule = _PLAIN,
+    documents: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
     """Attention of the last T of S consecutive tokens, q [B, T, A, D], to all of them, k and v [B, S, K, D]; documents [B, S]."""
-    if documents is None:
-        return ops.attention(q, k, v, causal=True, dropout=dropout)
-    past = k.shape[1] - q.shape[1]
-    same = documents[:, past:, None] == documents[:, None, :]
-    return ops.attention(q, k, v, causal=False, mask=same.tril(past), dropout=dropout)
+    length, scores = k.shape[1], {"scale": rule.scale, "softcap": rule.softcap, "dropout": dropout}
+    past, window = length - q.shape[1], rule.window if rule.window is not None and rule.window < length else None
+    if documents is None and window is None:
+        return ops.attention(q, k, v, causal=True, **scores)
+    places = torch.arange(length, device=q.device)
+    mask = _sees(places[past:], places, window)
+    if documents is not None:
+        mask = mask & (documents[:, past:, None] == documents[:, None, :])
+    return ops.attention(q, k, v, causal=False, mask=mask, **scores)
 
 
-def _by_ring(q, k, v, cp: Axis, ops: Ops, documents: torch.Tensor | None, dropout: float) -> torch.Tensor:
+def _sees(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
+    """bool [1, T, S]: which keys at places [S] the queries at places [T] see."""
+    distance = queries[None, :, None] - keys[None, None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def _by_ring(q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, documents: torch.Tensor | None, dropout: float) -> torch.Tensor:
     other = "use --cp-comm-type allgather or a2a"
     if documents is not None:
         raise ValueError(f"--cp-comm-type p2p with --reset-attention-mask: the ring's blocks are whole or causal, never cut by documents; {other}")
     if dropout > 0.0:
         flags = f"--cp-comm-type p2p with --attention-dropout {dropout}"
         raise ValueError(f"{flags}: the ring's backward cannot draw the masks of its forward again; {other}, or --attention-dropout 0")
-    return _Ring.apply(q, k, v, cp, ops)
+    return _Ring.apply(q, k, v, cp, ops, rule)
 
 
 class _Ring(torch.autograd.Function):
@@ -96,48 +118,70 @@ class _Ring(torch.autograd.Function):
 
     Sums over the blocks, o forward, dq, dk and dv backward, are kept in fp32 (float64 of float64). Kept for the backward: this
     rank's own q, k, v, o and lse. The backward sends k and v round once more, and the sums of dk and dv after them, which so
-    come to n hops and end on the rank that owns them.
+    come to n hops and end on the rank that owns them. A block that no window reaches is sent on, and not computed.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, cp, ops):
+    def forward(ctx, q, k, v, cp, ops, rule):
         kv, o, lse = torch.stack((k, v)), None, None
         for step in range(cp.size):
             arriving = _start_hop(kv, cp) if step + 1 < cp.size else None
             source = (cp.rank - step) % cp.size
             rows, columns = _visible(cp.rank, source, q.shape[1])
-            block_o, block_lse = ops.attention_block(q[:, rows], *kv[:, :, columns], causal=source == cp.rank)
-            if step == 0:
-                o, lse = block_o.to(block_lse.dtype), block_lse
-            else:
-                ops.attention_merge_(o[:, rows], lse[:, :, rows], block_o, block_lse)
+            told = _told(rule, cp, source, rows, columns, q)
+            if told is not None:
+                block_o, block_lse = ops.attention_block(q[:, rows], *kv[:, :, columns], **told)
+                if step == 0:
+                    o, lse = block_o.to(block_lse.dtype), block_lse
+                else:
+                    ops.attention_merge_(o[:, rows], lse[:, :, rows], block_o, block_lse)
             kv = arriving() if arriving else None
         o = o.to(q.dtype)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.cp, ctx.ops = cp, ops
+        ctx.cp, ctx.ops, ctx.rule = cp, ops, rule
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        (q, k, v, o, lse), cp = ctx.saved_tensors, ctx.cp
+        (q, k, v, o, lse), cp, rule = ctx.saved_tensors, ctx.cp, ctx.rule
         do, kv = do.contiguous(), torch.stack((k, v))
         dq, summed = torch.zeros_like(q, dtype=lse.dtype), None
         for step in range(cp.size):
             arriving = _start_hop(kv, cp) if step + 1 < cp.size else None
             source = (cp.rank - step) % cp.size
             rows, columns = _visible(cp.rank, source, q.shape[1])
-            block = (do[:, rows], q[:, rows], *kv[:, :, columns], o[:, rows], lse[:, :, rows])
-            block_dq, *block_dkv = ctx.ops.attention_block_backward(*block, causal=source == cp.rank)
-            dq[:, rows] += block_dq
+            told, block_dkv = _told(rule, cp, source, rows, columns, q), []
+            if told is not None:
+                block = (do[:, rows], q[:, rows], *kv[:, :, columns], o[:, rows], lse[:, :, rows])
+                block_dq, *block_dkv = ctx.ops.attention_block_backward(*block, **told)
+                dq[:, rows] += block_dq
             # What the ranks before this one found for these keys: on its way since their last step, during this one's work.
             dkv = summed() if summed else torch.zeros_like(kv, dtype=lse.dtype)
-            for total, part in zip(dkv, block_dkv, strict=True):
+            for total, part in zip(dkv, block_dkv, strict=False):  # nothing to add for a block that no query sees
                 total[:, columns] += part
             summed = _start_hop(dkv, cp)
             kv = arriving() if arriving else None
         dk, dv = summed()
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _told(rule: AttentionRule, cp: Axis, source: int, rows: slice, columns: slice, q: torch.Tensor) -> dict | None:
+    """What the ops are told of a block beside its tensors: the keys `columns` of rank `source`, the queries `rows` of q [B, T/cp, A, D] here.
+
+    None where no query sees a key. A window is a mask only where its edge crosses the block.
+    """
+    told = {"causal": source == cp.rank, "scale": rule.scale, "softcap": rule.softcap}
+    if rule.window is None:
+        return told
+    length = q.shape[1] * cp.size
+    queries, keys = token_positions(length, cp)[rows], token_positions(length, replace(cp, rank=source))[columns]
+    mask = _sees(queries, keys, rule.window)  # on the host: what it decides must not wait for a device
+    if not mask.any():
+        return None
+    if torch.equal(mask, _sees(queries, keys, None)):
+        return told
+    return told | {"causal": False, "mask": mask.to(q.device, non_blocking=True)}
 
 
 def _visible(rank: int, source: int, tokens: int) -> tuple[slice, slice]:
@@ -174,7 +218,7 @@ def _start_hop(outgoing: torch.Tensor, cp: Axis) -> Callable[[], torch.Tensor]:
     return wait
 
 
-def _by_gathered_keys(q, k, v, cp: Axis, ops: Ops, documents: torch.Tensor | None, dropout: float) -> torch.Tensor:
+def _by_gathered_keys(q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, documents: torch.Tensor | None, dropout: float) -> torch.Tensor:
     """Each of this rank's two chunks of queries sees the sequence up to its own end: two causal calls."""
     whole = _Gather.apply(torch.cat((k, v), dim=2), cp)
     keys, values = whole.split((k.shape[2], v.shape[2]), dim=2)
@@ -182,7 +226,7 @@ def _by_gathered_keys(q, k, v, cp: Axis, ops: Ops, documents: torch.Tensor | Non
     for queries, chunk in zip(q.chunk(2, dim=1), _chunks_of(cp), strict=True):
         end = (chunk + 1) * queries.shape[1]
         seen = None if documents is None else documents[:, :end]
-        outputs.append(_causal(queries, keys[:, :end], values[:, :end], ops, seen, dropout))
+        outputs.append(causal(queries, keys[:, :end], values[:, :end], ops, rule, seen, dropout))
     return torch.cat(outputs, dim=1)
 
 
@@ -208,7 +252,7 @@ class _Gather(torch.autograd.Function):
         return start_reduce_scatter(parts, ctx.cp).wait()[0].to(grad.dtype), None
 
 
-def _by_exchanged_heads(q, k, v, cp: Axis, ops: Ops, documents: torch.Tensor | None, dropout: float) -> torch.Tensor:
+def _by_exchanged_heads(q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, documents: torch.Tensor | None, dropout: float) -> torch.Tensor:
     """All tokens of A/cp query heads, and of their key-value heads: each repeated until cp divides their number.
 
     That number, the least common multiple of K and cp, divides A too, so the repeated heads group as the others do.
@@ -223,7 +267,7 @@ def _by_exchanged_heads(q, k, v, cp: Axis, ops: Ops, documents: torch.Tensor | N
     to_send = torch.cat([t.unflatten(2, (n, -1)) for t in (q, k, v)], dim=3)  # one message: q, k and v heads for each rank
     whole = _Exchange.apply(to_send, cp, _to_heads, _to_tokens)
     q, k, v = whole.split([t.shape[2] // n for t in (q, k, v)], dim=2)
-    o = _causal(q, k, v, ops, documents, dropout)
+    o = causal(q, k, v, ops, rule, documents, dropout)
     return _Exchange.apply(o, cp, _to_tokens, _to_heads).flatten(2, 3)
 
 

@@ -1,31 +1,72 @@
-"""Export: a published checkpoint as a Hugging Face folder. It reads named parts, so the layout that trained them does not matter."""
+"""Export: named tensors of ours as a Hugging Face folder. The layout that trained them does not matter."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ..checkpoint import hf
 from ..checkpoint.load import Checkpoint
-from ..config import ConfigError
+from ..checkpoint.manifest import read_json
+from ..config import Config, ConfigError, ModelConfig
 from ..flags import read_config
-from ..model import families
+from ..model.families import export_problems, write_config
+from ..model.hf_names import hf_places
+from ..name_map import assemble, their_shapes
 from ..precision import working_dtype
 
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FOLDER = "tokenizer"  # beside the checkpoints of a model that came from Hugging Face
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-def export_hf(checkpoint: Checkpoint, folder: Path, eod: int, tokenizer_files: Sequence[Path]) -> None:
-    """Write `folder` so that transformers loads it: weights in the run's working dtype, config, generation config and tokenizer.
 
+def export_hf(
+    checkpoint: Checkpoint,
+    folder: Path,
+    eod: int | None,
+    tokenizer_files: Sequence[Path],
+    dtype: torch.dtype | None = None,
+    config: Config | None = None,
+) -> None:
+    """Write `folder` so that transformers loads it: weights in `dtype` (the run's working dtype if None), config, generation config, tokenizer.
+
+    config: in place of the one saved beside the checkpoint.
     Raises ConfigError where the model belongs to no family that can be exported.
     """
-    config = read_config(checkpoint.config_yaml)
-    if problems := families.export_problems(config.model):
+    config = config or read_config(checkpoint.config_yaml)
+    generation = _generation_config([*(path.parent for path in tokenizer_files), checkpoint.folder.parent / TOKENIZER_FOLDER])
+    generation = generation or {"bos_token_id": eod, "eos_token_id": eod}
+    export_weights(
+        config.model, checkpoint.state["vocab_size"], checkpoint.read, folder, dtype or working_dtype(config.precision), tokenizer_files, generation
+    )
+
+
+def export_weights(
+    config: ModelConfig,
+    vocab_size: int,
+    read: Callable[[str], torch.Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    tokenizer_files: Sequence[Path],
+    generation: dict,
+) -> None:
+    """As export_hf, with `read` giving whole tensors of ours by name. generation: generation_config.json."""
+    if problems := export_problems(config):
         raise ConfigError(problems)
-    tensors = [(theirs, partial(checkpoint.read, ours)) for ours, theirs in families.llama_names(config.model).items()]
+    places = hf_places(config, vocab_size)
+    tensors = [hf.Outgoing(name, shape, dtype, partial(assemble, name, places, read)) for name, shape in their_shapes(places).items()]
+    special = {key: generation.get(key) for key in SPECIAL_IDS}  # all of them: some families have defaults outside of the vocabulary
     hf.write_folder(
         folder,
         tensors,
-        families.llama_config(config.model, checkpoint.state["vocab_size"], eod),
-        dtype=working_dtype(config.precision),
+        write_config(config, vocab_size, special | {"torch_dtype": str(dtype).removeprefix("torch.")}),
         tokenizer_files=tokenizer_files,
-        generation_config={"bos_token_id": eod, "eos_token_id": eod},
+        generation_config=generation,
     )
+
+
+def _generation_config(folders: Sequence[Path]) -> dict | None:
+    """The first there is: a tokenizer that came from Hugging Face has one beside it."""
+    found = [folder / GENERATION_FILE for folder in folders if (folder / GENERATION_FILE).is_file()]
+    return read_json(found[0]) if found else None

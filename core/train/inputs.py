@@ -44,7 +44,7 @@ class Preparation:
             documents = document_indices(tokens, self.eod)
         if config.data.reset_position_ids:
             positions = local_tokens(positions_in_documents(documents), cp)
-        passage = Passage(positions, documents if config.data.reset_attention_mask else None, stream)
+        passage = Passage(positions, documents if config.data.reset_attention_mask else None, stream, tokens.shape[1])
         return Inputs(*(local_tokens(tensor, cp) for tensor in (tokens, labels, mask)), passage)
 
 

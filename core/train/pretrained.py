@@ -6,15 +6,13 @@ from pathlib import Path
 import torch
 
 from .. import ops
-from ..checkpoint.hf import HFFolder
 from ..checkpoint.load import open_checkpoint
-from ..checkpoint.manifest import CheckpointError
 from ..config import DataConfig
 from ..flags import read_config
 from ..layout import Piece
 from ..mesh import Axis
-from ..model import families
 from ..model.gpt import GPT
+from .hf_model import HFModel, is_hf_folder
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,12 @@ class Pretrained:
 
 
 def load_pretrained(path: Path, *, device: torch.device, dtype: torch.dtype, kernels: str = "auto", ckpt_step: int | None = None) -> Pretrained:
-    """Load SAVE, SAVE/iter_N or a Hugging Face folder of the llama family, with weights in `dtype`.
+    """Load SAVE, SAVE/iter_N or a Hugging Face folder, with weights in `dtype`.
 
     Raises CheckpointError for a folder that is neither, or that does not verify.
     """
     run_ops = ops.choose(kernels, device, dtype)
-    model, tokenizer = _from_hf(path, run_ops) if (path / "config.json").exists() else _from_checkpoint(path, run_ops, ckpt_step)
+    model, tokenizer = _from_hf(path, run_ops) if is_hf_folder(path) else _from_checkpoint(path, run_ops, ckpt_step)
     return Pretrained(model.place(device, dtype).eval(), tokenizer)
 
 
@@ -44,17 +42,9 @@ def _from_checkpoint(path: Path, run_ops: ops.Ops, ckpt_step: int | None) -> tup
 
 
 def _from_hf(path: Path, run_ops: ops.Ops) -> tuple[GPT, DataConfig]:
-    folder = HFFolder(path)
-    try:
-        config, vocab_size = families.from_llama_config(folder.config)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path / 'config.json'}: {error}") from error
-    model, names = GPT(config, vocab_size, ops=run_ops, seed=None), families.llama_names(config)
-    for piece in _pieces(model):
-        name = names[piece.name]
-        if folder.shape(name) != piece.shape:
-            raise CheckpointError(f"{path}: {name} is {list(folder.shape(name))}, config.json makes it {list(piece.shape)}")
-        piece.tensor.copy_(folder.read(name, piece.box))
+    source = HFModel(path)
+    model = GPT(source.config, source.vocab_size, ops=run_ops, seed=None)
+    source.read_into(_pieces(model))
     return model, replace(DataConfig(), tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(path))
 
 

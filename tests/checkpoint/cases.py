@@ -51,8 +51,23 @@ def boxed(piece: Piece) -> tuple[slice, ...]:
 def write(save_dir: Path, iteration: int, seed: int, mesh: Mesh | None = None, max_shard_bytes: int = 1 << 30) -> None:
     mesh = mesh or Mesh.plan(1, 0)
     pieces = [piece for piece in local_pieces(mesh.tp, seed) if piece.primary]
-    state = {"iteration": iteration, "seed": seed}
-    save(save_dir, iteration, pieces, state=state, config_yaml=f"seed: {seed}\n", world=mesh.world, device=CPU, max_shard_bytes=max_shard_bytes)
+    told = {"state": state(iteration, seed), "config_yaml": f"seed: {seed}\n"}
+    save(save_dir, iteration, pieces, **told, world=mesh.world, device=CPU, max_shard_bytes=max_shard_bytes)
+
+
+def state(iteration: int, seed: int, **changes) -> dict:
+    """state.json as a run writes it, and the seed that the tensors are made from."""
+    counts = dict.fromkeys(("iteration", "consumed_samples", "consumed_tokens", "data_samples", "optimizer_steps"), iteration)
+    rest = {
+        "loss_scale": {"dynamic": False, "scale": 1.0, "good_updates": 0, "bad_updates_left": 2},
+        "random": {"seed": 1234},
+        "vocab_size": 13,
+        "fingerprints": {"tokenizer": "t", "data": "d"},
+        "validation_loss": None,
+        "persistent": True,
+        "seed": seed,
+    }
+    return counts | rest | changes
 
 
 def read(load_dir: Path, ckpt_step: int | None = None) -> Checkpoint:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trivium.checkpoint.hf import HFFolder, write_folder
+from trivium.checkpoint.hf import HFFolder, Outgoing, write_folder
 from trivium.checkpoint.manifest import CheckpointError
 
 TENSORS = {
@@ -25,12 +25,16 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def lazily(tensors: dict[str, torch.Tensor]):
-    return ((name, lambda tensor=tensor: tensor) for name, tensor in tensors.items())
+def lazily(tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> list[Outgoing]:
+    """Floating-point tensors in `dtype`."""
+    return [
+        Outgoing(name, tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype, lambda tensor=tensor: tensor)
+        for name, tensor in tensors.items()
+    ]
 
 
-def export(folder: Path, tensors=TENSORS, **options) -> None:
-    write_folder(folder, lazily(tensors), {"model_type": "llama"}, **{"dtype": torch.float32, **options})
+def export(folder: Path, tensors=TENSORS, dtype: torch.dtype = torch.float32, **options) -> None:
+    write_folder(folder, lazily(tensors, dtype), {"model_type": "llama"}, **options)
 
 
 def test_a_small_model_is_one_file(tmp_path):
@@ -42,7 +46,7 @@ def test_a_small_model_is_one_file(tmp_path):
         assert file.metadata() == {"format": "pt"}
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert stored.keys() == TENSORS.keys() and all(torch.equal(stored[name], TENSORS[name]) for name in TENSORS)
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "llama", "torch_dtype": "float32"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "llama"}
     assert names(tmp_path) == ["out", "tokenizer.json"]
 
 
@@ -54,22 +58,28 @@ def test_a_large_model_is_numbered_shards_and_an_index(tmp_path):
     assert index["metadata"]["total_size"] == 2 * (60 + 36 + 6) + 8
     assert index["weight_map"] == {"model.embed.weight": files[0], "model.q.weight": files[1], "model.norm.weight": files[1], "steps": files[1]}
     found = HFFolder(tmp_path / "out")
-    assert found.config["torch_dtype"] == "bfloat16" and found.names() == sorted(TENSORS)
+    assert found.names() == sorted(TENSORS)
     assert found.read("steps").dtype == torch.int64 and found.read("steps") == 7
     assert all(torch.equal(found.read(name), TENSORS[name].bfloat16()) for name in TENSORS if name != "steps")
 
 
-def test_no_more_than_a_shard_is_held(tmp_path):
-    """Tensors are asked for in turn: when one is, all but the last shard's are on the disk already."""
-    folder, asked = tmp_path / "out", []
+def test_one_tensor_is_held_at_a_time(tmp_path):
+    """Each is asked for when the one before it is in its file: its memory may be used again."""
+    memory = torch.empty(100)
 
-    def make(i: int) -> torch.Tensor:
-        asked.append(len(list((tmp_path / "out.tmp").glob("*.safetensors"))))
-        return torch.full((100,), float(i))
+    def fill(i: int) -> torch.Tensor:
+        return memory.fill_(i)
 
-    write_folder(folder, ((f"t{i}", lambda i=i: make(i)) for i in range(6)), {}, dtype=torch.float32, max_shard_bytes=800)
-    assert asked == [0, 0, 0, 1, 1, 2]
-    assert [HFFolder(folder).read(f"t{i}")[0].item() for i in range(6)] == [0, 1, 2, 3, 4, 5]
+    tensors = [Outgoing(f"t{i}", (100,), torch.float32, lambda i=i: fill(i)) for i in range(6)]
+    write_folder(tmp_path / "out", tensors, {}, max_shard_bytes=800)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+    assert [HFFolder(tmp_path / "out").read(f"t{i}")[99].item() for i in range(6)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_tensor_of_another_shape_than_announced_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="gave 8 bytes"):
+        write_folder(tmp_path / "out", [Outgoing("a", (3,), torch.float32, lambda: torch.zeros(2))], {})
+    assert names(tmp_path) == []
 
 
 def test_slices_are_read_and_outlive_the_file(tmp_path):
@@ -95,7 +105,7 @@ def test_transformers_loads_it(tmp_path):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
     tensors = dict(model.state_dict())
-    write_folder(tmp_path / "out", lazily(tensors), config.to_dict(), dtype=torch.float32, max_shard_bytes=4000)
+    write_folder(tmp_path / "out", lazily(tensors), config.to_dict(), max_shard_bytes=4000)
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in tensors.items())
@@ -159,7 +169,7 @@ def test_a_failed_export_leaves_the_former_one_and_no_rest(tmp_path):
         raise RuntimeError("lost the source")
 
     with pytest.raises(RuntimeError, match="lost the source"):
-        write_folder(tmp_path / "out", [("a", lambda: torch.zeros(1)), ("b", fail)], {}, dtype=torch.float32)
+        write_folder(tmp_path / "out", [Outgoing("a", (1,), torch.float32, lambda: torch.zeros(1)), Outgoing("b", (1,), torch.float32, fail)], {})
     with pytest.raises(CheckpointError, match="no_such_tokenizer"):
         export(tmp_path / "out", tokenizer_files=[tmp_path / "no_such_tokenizer.json"])
     assert names(tmp_path) == ["out"] and HFFolder(tmp_path / "out").names() == sorted(TENSORS)

@@ -60,15 +60,6 @@ def test_a_lying_manifest_is_refused_by_name(save_dir, lie):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_link_in_the_folder_is_no_way_round(save_dir):
-    """What the manifest may name is a plain file name; a shard that is a link is followed, and then its bytes must be right."""
-    folder = save_dir / "iter_0000200"
-    (folder / SHARD).unlink()
-    (folder / SHARD).symlink_to("/etc/passwd")
-    with pytest.raises(CheckpointError, match=SHARD.replace(".", r"\.")):
-        cases.read(save_dir, 200)
-
-
 def of_slices(*boxes: tuple[tuple[int, ...], tuple[int, ...]], shape=(4, 6)) -> Manifest:
     return Manifest({"t": Entry(shape, "float32", tuple(Slice("f", str(i), at, size, "crc32:00000000") for i, (at, size) in enumerate(boxes)))})
 
@@ -89,5 +80,5 @@ def test_the_manifest_comes_back_as_it_was_written(tmp_path):
     cases.write(tmp_path, 100, 1)
     path = tmp_path / "iter_0000100" / "manifest.json"
     manifest = Manifest.read(path)
-    manifest.write(tmp_path / "again.json")
+    (tmp_path / "again.json").write_text(manifest.text())
     assert Manifest.read(tmp_path / "again.json") == manifest and (tmp_path / "again.json").read_text() == path.read_text()

@@ -30,7 +30,7 @@ def read_on_ranks(mesh: Mesh, load_dir: Path, seed: int) -> tuple[int, dict, str
 @pytest.mark.parametrize(("writers", "readers"), [(1, 1), (1, 2), (2, 1), (4, 2), (2, 4)])
 def test_what_one_layout_wrote_another_reads(tmp_path, writers, readers):
     run_ranks(writers, write_on_ranks, tmp_path, 100, 5, tp=writers)
-    assert run_ranks(readers, read_on_ranks, tmp_path, 5, tp=readers) == [(100, {"iteration": 100, "seed": 5}, "seed: 5\n", [])] * readers
+    assert run_ranks(readers, read_on_ranks, tmp_path, 5, tp=readers) == [(100, cases.state(100, 5), "seed: 5\n", [])] * readers
 
 
 def test_the_manifest_does_not_depend_on_the_layout(tmp_path):
@@ -47,7 +47,7 @@ def test_flat_shards_of_an_optimizer_reshard(tmp_path, boxes):
     tensor = torch.arange(35.0).view(5, 7)
     cuts = [((0, 5), (0, 7))] if boxes == 1 else [((0, 1), (0, 3)), ((0, 1), (3, 7)), ((1, 4), (0, 7)), ((4, 5), (0, 2)), ((4, 5), (2, 7))]
     pieces = [Piece("m", (5, 7), box, tensor[slice(*box[0]), slice(*box[1])]) for box in cuts]
-    save(tmp_path, 1, pieces, state={}, config_yaml="", world=cases.ALONE, device=cases.CPU)
+    save(tmp_path, 1, pieces, state=cases.state(1, 5), config_yaml="", world=cases.ALONE, device=cases.CPU)
     checkpoint = cases.read(tmp_path)
     assert torch.equal(checkpoint.read("m"), tensor)
     assert torch.equal(checkpoint.read("m", ((0, 3), (2, 5))), tensor[:3, 2:5])
@@ -71,7 +71,7 @@ def test_tensors_are_converted_to_the_readers_dtype(tmp_path):
 def test_views_of_one_storage_and_strided_views_are_saved(tmp_path):
     flat = torch.arange(24.0)
     pieces = [Piece("a", (2, 3), ((0, 2), (0, 3)), flat[:6].view(2, 3)), Piece("b", (3, 6), ((0, 3), (0, 6)), flat[6:].view(6, 3).t())]
-    save(tmp_path, 1, pieces, state={}, config_yaml="", world=cases.ALONE, device=cases.CPU)
+    save(tmp_path, 1, pieces, state=cases.state(1, 5), config_yaml="", world=cases.ALONE, device=cases.CPU)
     checkpoint = cases.read(tmp_path)
     assert torch.equal(checkpoint.read("a"), flat[:6].view(2, 3)) and torch.equal(checkpoint.read("b"), flat[6:].view(6, 3).t())
     assert checkpoint.names() == ["a", "b"] and checkpoint.shape("b") == (3, 6) and checkpoint.dtype("b") == torch.float32

@@ -10,6 +10,7 @@ from trivium.config import ModelConfig
 from trivium.model import families
 from trivium.model.generate import Sampling, choose, generate
 from trivium.model.gpt import GPT, Passage
+from trivium.model.hf_names import hf_places
 from trivium.ops import Ops
 
 transformers = pytest.importorskip("transformers")
@@ -38,6 +39,15 @@ def pieces_of(model: GPT, of=lambda p: p.data) -> dict[str, torch.Tensor]:
     return {piece.name: piece.tensor for p in model.parameters() for piece in p.param_layout.pieces(of(p))}
 
 
+def llama_of(model: GPT, **options):
+    """transformers' model with the same weights."""
+    values = families.write_config(model.config, VOCAB, {})
+    peer = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**values), **options)
+    places = hf_places(model.config, VOCAB)
+    peer.load_state_dict({places[name].name: tensor for name, tensor in pieces_of(model).items()}, strict=not model.config.tied)
+    return peer
+
+
 @pytest.mark.parametrize("change", [{}, {"use_rope_scaling": True}, {"untie_embeddings_and_output_weights": False}, {"disable_bias_linear": False}])
 def test_llama_equals_transformers_in_logits_and_every_gradient(change):
     """fp32, two implementations of one function: rounding of sums over at most 96 terms, 1e-6 of the norm."""
@@ -46,11 +56,7 @@ def test_llama_equals_transformers_in_logits_and_every_gradient(change):
     with torch.no_grad():
         for p in model.parameters():  # norms of one and biases of zero would hide a swap
             p[...] += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * (p != 0)
-    peer = transformers.LlamaForCausalLM._from_config(
-        transformers.LlamaConfig(**families.llama_config(config, VOCAB, 0)), attn_implementation="eager"
-    )
-    names = families.llama_names(config)
-    peer.load_state_dict({names[name]: tensor for name, tensor in pieces_of(model).items()}, strict=config.tied is False)
+    peer, places = llama_of(model, attn_implementation="eager"), hf_places(model.config, VOCAB)
     tokens, labels = tokens_of(), tokens_of().roll(-1, dims=1)
     expected = peer(tokens).logits
     logits = model(tokens)[..., :VOCAB]
@@ -63,7 +69,7 @@ def test_llama_equals_transformers_in_logits_and_every_gradient(change):
     gradients = dict(peer.named_parameters())
     total = torch.stack([g.grad.norm() for g in gradients.values()]).norm()
     for name, gradient in pieces_of(model, lambda p: p.grad).items():
-        reference = gradients[names[name]].grad
+        reference = gradients[places[name].name].grad
         assert (gradient - reference).norm() <= 1e-5 * max(reference.norm(), 1e-3 * total), name
 
 
@@ -132,9 +138,7 @@ def test_hidden_dropout_is_at_every_site_with_its_own_mask(site, monkeypatch):
 
 def test_greedy_generation_equals_transformers():
     model = model_of(LLAMA).eval()
-    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**families.llama_config(LLAMA, VOCAB, None))).eval()
-    names = families.llama_names(LLAMA)
-    peer.load_state_dict({names[name]: tensor for name, tensor in pieces_of(model).items()})
+    peer = llama_of(model).eval()
     prompt = tokens_of(1, 5)
     ours = torch.stack(list(generate(model, prompt, 20, Sampling(temperature=0), torch.Generator())), dim=1)
     theirs = peer.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)[:, 5:]

@@ -33,6 +33,19 @@ class Case:
 
 
 CASES = [
+    # what the families of Hugging Face have beside the three models
+    Case(4, f"{TP} 4 {SP}", "olmo", core=True),
+    Case(4, f"{TP} 2 {SP} {TWO} {SCHEDULE} zb-h1", "olmo"),
+    Case(2, f"{STRATEGY} optim_grads_params", "olmo"),
+    Case(2, f"{CP} 2", "gemma", core=True),
+    Case(4, f"{CP} 4", "gemma"),
+    Case(2, f"{CP} 2 --cp-comm-type allgather", "gemma"),
+    Case(2, f"{CP} 2 --cp-comm-type a2a --recompute-granularity selective", "gemma"),
+    Case(4, f"{TP} 2 {SP} {TWO} {SCHEDULE} 1f1b", "gemma", core=True),
+    Case(4, f"{TP} 4 {ZERO1}", "gemma"),
+    Case(4, f"{CP} 4", "neox"),
+    Case(4, f"{TP} 2 {V2} {SCHEDULE} zb-v", "neox"),
+    Case(2, f"{TP} 2 --recompute-granularity full", "neox"),
     # every axis alone, at 2 and at 4
     Case(2, "", core=True),
     Case(4, ""),

@@ -29,6 +29,19 @@ MODELS = {
     "untied": "--num-layers 3 --ffn-hidden-size 48 --group-query-attention --num-query-groups 1 --squared-relu --normalization RMSNorm "
     "--disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights",
 }
+# What the families of Hugging Face have beside these: projections normalized over all ranks, norms after the branches, windows, capped scores
+# and logits, two kinds of rotation, weights of norms around 1, branches side by side.
+MODELS |= {
+    "olmo": "--num-layers 3 --ffn-hidden-size 48 --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights --norm-placement post --qk-layernorm "
+    '--qk-layernorm-width projection --rope-scaling {"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":8}',
+    "gemma": "--num-layers 3 --ffn-hidden-size 48 --group-query-attention --num-query-groups 2 --geglu --normalization RMSNorm "
+    "--apply-layernorm-1p --norm-placement both --disable-bias-linear --position-embedding-type rope --qk-layernorm --scale-embeddings "
+    "--window-size 4,0 --window-attn-skip-freq 2 --attn-logit-softcapping 5 --final-logit-softcapping 3 --softmax-scale 0.3 "
+    '--rotary-base-local 100 --rope-scaling {"rope_type":"linear","factor":2.0}',
+    "neox": "--num-layers 3 --ffn-hidden-size 48 --parallel-residual --exact-gelu --position-embedding-type rope --rotary-percent 0.5 "
+    "--untie-embeddings-and-output-weights --window-size 5,0",
+}
 MODELS["deep"] = MODELS["llama"].replace("--num-layers 3", "--num-layers 7")
 MODELS["documents"] = MODELS["llama"] + " --reset-attention-mask --reset-position-ids"
 MODELS["narrow"] = MODELS["gpt"] + " --ffn-hidden-size 9"
@@ -39,13 +52,17 @@ LR = 5e-3
 
 @dataclass
 class Measured:
-    """losses, norms: of each update. valid: the losses of each evaluation. gradients: of the first update, unclipped. updates: w - w0 after three."""
+    """losses, norms: of each update. valid: the losses of each evaluation. gradients: of the first update, unclipped.
+
+    updates: w - w0 after three, of `weights` w0.
+    """
 
     losses: list[float]
     norms: list[float]
     valid: list[float]
     gradients: dict[str, torch.Tensor]
     updates: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
 
 
 @dataclass
@@ -72,7 +89,7 @@ def measure(arguments: str, ranks: int, folder: Path, mutation: str | None = Non
     gradients, first, last = (assemble([rank[k] for rank in found]) for k in range(3))
     updates = {name: last[name] - first[name] for name in first}
     valid = [row["lm_loss"] for row in rows_of(metrics, "valid")]
-    return Measured([row["lm_loss"] for row in rows], [row["grad_norm"] for row in rows], valid, gradients, updates)
+    return Measured([row["lm_loss"] for row in rows], [row["grad_norm"] for row in rows], valid, gradients, updates, first)
 
 
 def spied_run(mesh: Mesh, arguments: str, mutation: str | None) -> tuple[list[Held], list[Held], list[Held]]:
@@ -126,7 +143,7 @@ def differences(found: Measured, reference: Measured) -> dict[str, float]:
 
     Tolerances (fp32, sums in another order; docs/parallelism.md derives them): losses and norms 1e-5 relative, over all updates. Every
     gradient 1e-5 of its norm, or of its share G sqrt(n / N) of the whole model's norm where the true gradient is (nearly) zero, as a key
-    bias' is. Every update of three 1e-4 of its norm, or of 0.01 lr sqrt(n).
+    bias' is. Every update of three 1e-4 of its norm, or of 0.01 lr sqrt(n), or 2^-24 of the weights' norm: half a step of fp32 for each.
     """
     assert found.gradients.keys() == reference.gradients.keys()
     assert len(found.losses) == len(reference.losses) and len(found.valid) == len(reference.valid) and len(found.norms) == len(reference.norms)
@@ -137,7 +154,7 @@ def differences(found: Measured, reference: Measured) -> dict[str, float]:
         limit = 1e-5 * max(g.norm().item(), total * sqrt(g.numel() / count))
         result[f"gradient of {name}"] = (found.gradients[name] - g).norm().item() / limit
     for name, update in reference.updates.items():
-        limit = 1e-4 * max(update.norm().item(), 0.01 * LR * sqrt(update.numel()))
+        limit = max(1e-4 * update.norm().item(), 1e-6 * LR * sqrt(update.numel()), 2**-24 * reference.weights[name].norm().item())
         result[f"update of {name}"] = (found.updates[name] - update).norm().item() / limit
     return {name: value if value == value else float("inf") for name, value in result.items()}
 

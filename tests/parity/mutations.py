@@ -13,6 +13,7 @@ from runs import CHUNKS, CP, INSTANCES, SCHEDULE, SP, STRATEGY, TP, ZERO1
 
 from parity.cases import OVERLAP, TWO, V2, Case
 from trivium import comm, rng
+from trivium.model import norm
 from trivium.optim import buckets, clip, fsdp, optimizer, reduce
 from trivium.parallel import context, embedding, linear, loss
 from trivium.parallel.sharding import Sharding
@@ -99,6 +100,27 @@ MUTATIONS = {
     "ring forgets the gradients of other ranks": Mutation(
         context._Ring.backward, "summed() if summed else torch", "summed() * 0 if summed else torch", Case(2, f"{CP} 2")
     ),
+    "ring forgets the window": Mutation(context._told, "rule.window is None", "True", Case(2, f"{CP} 2", "gemma")),
+    "window one token too long in the ring": Mutation(
+        context._told, "_sees(queries, keys, rule.window)", "_sees(queries, keys, rule.window + 1)", Case(2, f"{CP} 2", "gemma")
+    ),
+    "ring forgets the cap of the scores": Mutation(context._told, '"softcap": rule.softcap', '"softcap": None', Case(2, f"{CP} 2", "gemma")),
+    "window of the slice instead of the sequence": Mutation(
+        context.causal, "places[past:]", "places[: q.shape[1]]", Case(2, f"{CP} 2 --cp-comm-type allgather", "gemma")
+    ),
+    "projection normalized over the heads of one rank": Mutation(
+        norm.ProjectionNorm.forward,
+        "comm.reduce_from(wide.square().sum((-2, -1), keepdim=True), self.tp)",
+        "self.tp.size * wide.square().sum((-2, -1), keepdim=True)",
+        Case(2, f"{TP} 2", "olmo"),
+    ),
+    "gradient of the norm over all heads stays on its rank": Mutation(
+        norm.ProjectionNorm.forward, "comm.copy_to(", "(lambda x, _: x)(", Case(2, f"{TP} 2", "olmo")
+    ),
+    "heads that several ranks hold counted on each": Mutation(
+        norm.ProjectionNorm.forward, "self.rows.count * self.rows.copies.size", "self.rows.count", Case(4, f"{TP} 4", "olmo")
+    ),
+    "norms after the branches not summed over tp": Mutation(reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2 {SP}", "olmo")),
     "documents of the slice instead of the sequence": Mutation(
         inputs.document_indices, "ends.cumsum(dim=1) - ends", "ends.cumsum(dim=1) * 0", Case(2, f"{CP} 2 --cp-comm-type allgather", "documents")
     ),

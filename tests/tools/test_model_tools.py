@@ -1,34 +1,18 @@
 """generate and evaluate on a checkpoint and on its export, and the export in transformers."""
 
-import io
 import json
 import math
-import runpy
-import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from runs import LLAMA, NO_DROPOUT, SMALL, train
+from runs import LLAMA, NO_DROPOUT, ROOT, SMALL, tool, train
 
 from trivium.data.indexed import IndexedDataset
 from trivium.train.pretrained import load_pretrained
 
 transformers = pytest.importorskip("transformers")
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-
-
-def tool(name: str, *arguments) -> subprocess.CompletedProcess:
-    """As a command, but in this process: torch takes seconds to import."""
-    command, out, error = [f"{name}.py", *map(str, arguments)], io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(error), pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
-    return subprocess.CompletedProcess(command, end.value.code or 0, out.getvalue(), error.getvalue())
 
 
 @pytest.fixture(scope="module")

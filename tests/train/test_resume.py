@@ -1,10 +1,11 @@
 """A run that was stopped and resumed is the run that was not."""
 
+import json
 import os
-import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from ranks import run_ranks
 from runs import LLAMA, NO_DROPOUT, SMALL, exact, rows_of, train, write_data
 
 import pretrain_gpt
-from trivium.checkpoint import publish
+from trivium.checkpoint import background, publish
 from trivium.launch import Place
 from trivium.mesh import Mesh
 from trivium.train import step
+from trivium.train.resume import RunState
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = SMALL + LLAMA + " --eval-interval 6 --eval-iters 2 --split 80,20,0 --save-interval 4"
@@ -115,6 +117,52 @@ def test_retention_keeps_what_was_asked(data, tmp_path):
     assert publish.published_iterations(tmp_path) == [6, 12, 18, 20]
 
 
+@pytest.mark.parametrize("way", ["", "--async-save"])
+def test_the_best_by_validation_loss_stay_and_the_newest(data, tmp_path, way):
+    evaluated = "--eval-interval 2 --save-interval 2 --lr 0.1"  # so high that the loss goes up and down
+    train(f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} {evaluated} --save-keep-best 2 {way}")
+    losses = {row["iteration"]: row["lm_loss"] for row in rows_of(tmp_path / "metrics.jsonl", "valid")}
+    best = sorted(losses, key=losses.get)[:2]
+    assert publish.published_iterations(tmp_path) == sorted({*best, 20}) and len(losses) == 10
+    for n in best:
+        state = json.loads((tmp_path / publish.folder_name(n) / "state.json").read_text())
+        assert state["validation_loss"] == losses[n] and state["persistent"]
+
+
+@pytest.mark.parametrize("way", ["", "--async-save"])
+def test_a_non_persistent_checkpoint_is_there_until_the_next_one(data, tmp_path, way, monkeypatch):
+    seen, honest = [], RunState.save
+
+    def save(self, *args, **kwargs):
+        honest(self, *args, **kwargs)
+        self.finish()
+        seen.append(publish.published_iterations(tmp_path))
+
+    monkeypatch.setattr(RunState, "save", save)
+    train(f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --save-interval 6 --non-persistent-save-interval 2 --exit-interval 14 {way}")
+    assert seen == [[2], [4], [6], [6, 8], [6, 10], [6, 12], [6, 12, 14]]
+    persistent = [json.loads((tmp_path / publish.folder_name(n) / "state.json").read_text())["persistent"] for n in (6, 12, 14)]
+    assert persistent == [True] * 3, "where both are due, and where the run ends, the checkpoint stays"
+    train(f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --load {tmp_path} --non-persistent-save-interval 3 --train-iters 16 {way}")
+    assert seen[7:] == [[6, 12, 14, 15], [6, 12, 14, 16]]
+
+
+def test_a_run_ends_when_the_save_in_flight_is_published(data, tmp_path, monkeypatch):
+    """The last checkpoint's writer is stopped for a second."""
+    honest = background.subprocess.Popen
+
+    def stopped(*args, **kwargs):
+        process = honest(*args, **kwargs)
+        process.send_signal(signal.SIGSTOP)
+        threading.Timer(1.0, process.send_signal, [signal.SIGCONT]).start()
+        return process
+
+    monkeypatch.setattr(background.subprocess, "Popen", stopped)
+    begun = time.monotonic()
+    train(f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --save-interval 20 --async-save")
+    assert publish.published_iterations(tmp_path) == [20] and time.monotonic() - begun > 1
+
+
 def start(arguments: str, log: Path) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, ROOT / "pretrain_gpt.py", *arguments.split()]
@@ -139,29 +187,3 @@ def test_a_signal_saves_at_the_end_of_the_step(data, tmp_path, number):
     saved = publish.tracked_iteration(tmp_path)
     assert saved is not None and len(rows_of(tmp_path / "metrics.jsonl")) == saved
     assert number.name in (tmp_path / "log").read_text()
-
-
-def kill_at_random_moments(data: Path, folder: Path, kills: int, seed: int) -> None:
-    """Start, kill, start again until it ends by itself; the rows must be those of the run that was left alone."""
-    arguments = f"{RUN}{NO_DROPOUT} --data-path {data} --train-iters 60 --save-interval 3 --num-workers 1"
-    train(f"{arguments} --save {folder}/whole")
-    moments = random.Random(seed)
-    for i in range(kills):
-        process = start(f"{arguments} --save {folder}/parts --load {folder}/parts", folder / f"log{i}")
-        wait_for("training from iteration", folder / f"log{i}", process)
-        time.sleep(moments.uniform(0, 1.0))
-        process.kill()
-        process.wait()
-    train(f"{arguments} --save {folder}/parts --load {folder}/parts")
-    assert exact(rows_of(folder / "parts/metrics.jsonl")) == exact(rows_of(folder / "whole/metrics.jsonl"))
-    assert rows_of(folder / "parts/metrics.jsonl", "valid") == rows_of(folder / "whole/metrics.jsonl", "valid")
-
-
-def test_killed_runs_end_up_with_the_losses_of_an_uninterrupted_one(data, tmp_path):
-    kill_at_random_moments(data, tmp_path, kills=3, seed=1)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_a_run_killed_fifty_times(data, tmp_path):
-    kill_at_random_moments(data, tmp_path, kills=50, seed=2)

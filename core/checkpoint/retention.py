@@ -1,0 +1,56 @@
+"""Which published checkpoints stay, and the others' removal: each by one rename, so that a kill leaves a whole one or a stale one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import publish
+from .manifest import FILE_NAME, CheckpointError
+from .state import read_marks
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What stays: the newest `keep_last`, the multiples of `interval`, the `keep_best` with the lowest validation loss. None keeps none by its rule.
+
+    With all three None every persistent checkpoint stays.
+    """
+
+    keep_last: int | None = None
+    interval: int | None = None
+    keep_best: int | None = None
+
+
+def retain(save_dir: Path, rule: Retention) -> list[int]:
+    """Retire published iterations and return them.
+
+    The newest and what the tracker names always stay, and so there is always one. Of those that are not persistent nothing else stays,
+    and they do not count in any rule. Folders without a manifest are neither counted nor touched: they are not ours. Raises
+    CheckpointError where one cannot be removed.
+    """
+    try:
+        retired = _retired(save_dir, rule)
+        for n in retired:
+            folder = save_dir / publish.folder_name(n)
+            removed = folder.with_name(folder.name + ".removed.tmp")
+            folder.rename(removed)
+            publish.remove(removed)
+    except OSError as error:
+        raise CheckpointError(f"{save_dir}: an old checkpoint cannot be removed: {error}") from error
+    return retired
+
+
+def _retired(save_dir: Path, rule: Retention) -> list[int]:
+    ours = {n: folder for n, folder in publish.published_folders(save_dir).items() if (folder / FILE_NAME).is_file()}
+    marks = {n: read_marks(folder) for n, folder in ours.items()}
+    persistent = [n for n in ours if marks[n].persistent]
+    kept = {*list(ours)[-1:], publish.tracked_iteration(save_dir)}
+    if rule == Retention():
+        kept.update(persistent)
+    if rule.keep_last:
+        kept.update(persistent[-rule.keep_last :])
+    if rule.interval:
+        kept.update(n for n in persistent if n % rule.interval == 0)
+    if rule.keep_best:
+        measured = [n for n in persistent if marks[n].validation_loss is not None]
+        kept.update(sorted(measured, key=lambda n: (marks[n].validation_loss, -n))[: rule.keep_best])
+    return [n for n in ours if n not in kept]

@@ -1,0 +1,131 @@
+"""Conversion: the weights of any source as a checkpoint of ours, tensor by tensor, and a checkpoint of ours as a smaller one."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ..checkpoint import publish
+from ..checkpoint.hf import HFFolder
+from ..checkpoint.load import Checkpoint
+from ..checkpoint.manifest import CheckpointError
+from ..checkpoint.part import Block, complete, write_part
+from ..checkpoint.retention import Retention
+from ..checkpoint.shards import DTYPE_NAMES, host_bytes
+from ..config import Config, DataConfig, ModelConfig, PrecisionConfig
+from ..data.tokenizer import HF_FILES, build_tokenizer
+from ..flags import write_config
+from ..precision import LossScaler
+from .export import GENERATION_FILE, SPECIAL_IDS, TOKENIZER_FOLDER
+from .progress import Progress
+
+MAX_SHARD_BYTES = 1 << 30
+
+
+class Weights(Protocol):
+    """Named tensors of ours, whatever holds them."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor on the CPU."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What else a checkpoint needs of a model: its shape, its vocabulary, its tokenizer, and how far it was trained."""
+
+    model: ModelConfig
+    vocab_size: int
+    data: DataConfig
+    progress: Progress = field(default_factory=Progress)
+
+
+def write_checkpoint(save_dir: Path, weights: Weights, described: Described, dtype: torch.dtype | None) -> None:
+    """Publish `weights`, in `dtype` or as they are stored, as the checkpoint of `described.progress`, without optimizer state.
+
+    One tensor is held at a time. Raises CheckpointError where `save_dir` holds checkpoints already.
+    """
+    if used := publish.published_iterations(save_dir):
+        raise CheckpointError(f"{save_dir} holds checkpoints already ({used[0]} to {used[-1]}); name another folder")
+    precision = _precision(dtype or weights.dtype(weights.names()[0]))
+    config = replace(Config(), model=described.model, data=described.data, precision=precision)
+    progress = described.progress
+    state = {
+        "iteration": progress.iteration,
+        "consumed_samples": progress.consumed_samples,
+        "consumed_tokens": progress.consumed_tokens,
+        "optimizer_steps": 0,
+        "loss_scale": LossScaler(precision, torch.device("cpu")).state(),
+        "random": {"seed": config.batch.seed},
+        "vocab_size": described.vocab_size,
+        "fingerprints": {"tokenizer": build_tokenizer(**described.data.tokenizer).fingerprint, "data": ""},
+        "persistent": True,
+    }
+    _publish(save_dir, progress.iteration, _blocks(weights, weights.names(), dtype), state, write_config(config))
+
+
+def rewrite_checkpoint(save_dir: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, *, keeps_optimizer: bool) -> None:
+    """Publish a checkpoint again with its weights in `dtype` (None: as they are), with or without its optimizer state, which stays fp32."""
+    if publish.published_iterations(save_dir):
+        raise CheckpointError(f"{save_dir} holds checkpoints already; name another folder")
+    names = checkpoint.names()
+    moments = [name for name in names if name.startswith("optim.")]
+    blocks = _blocks(checkpoint, [name for name in names if name not in moments], dtype)
+    kept = _blocks(checkpoint, moments if keeps_optimizer else [], None)
+    _publish(save_dir, checkpoint.iteration, [*blocks, *kept], checkpoint.state, checkpoint.config_yaml)
+
+
+def copy_tokenizer(source: HFFolder, save_dir: Path, vocab_size: int) -> DataConfig:
+    """Copy tokenizer and generation config of a Hugging Face folder to SAVE/tokenizer; the flags of what is there.
+
+    A folder without a tokenizer gives a NullTokenizer of the model's vocabulary.
+    """
+    folder = save_dir / TOKENIZER_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*HF_FILES, GENERATION_FILE):
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, folder / name)
+    if not (folder / GENERATION_FILE).exists():
+        ids = {key: source.config[key] for key in SPECIAL_IDS if source.config.get(key) is not None}
+        (folder / GENERATION_FILE).write_text(json.dumps(ids, indent=2) + "\n")
+    values = {"vocab_size": vocab_size}
+    if (folder / "tokenizer.json").exists() or ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
+        values |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder.resolve())}
+    elif (folder / "tokenizer.model").exists():
+        values |= {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str((folder / "tokenizer.model").resolve())}
+    else:
+        values = {"tokenizer_type": "NullTokenizer", "vocab_size": vocab_size - 1}
+    return replace(DataConfig(), **values)
+
+
+def _blocks(weights: Weights, names: list[str], dtype: torch.dtype | None) -> Iterator[Block]:
+    for name in names:
+        shape, stored_as = weights.shape(name), dtype or weights.dtype(name)
+        yield Block(name, shape, (0,) * len(shape), DTYPE_NAMES[stored_as], shape, partial(_bytes, weights.read, name, stored_as))
+
+
+def _bytes(read: Callable[[str], torch.Tensor], name: str, dtype: torch.dtype) -> memoryview:
+    return host_bytes(read(name).to(dtype))
+
+
+def _publish(save_dir: Path, iteration: int, blocks, state: dict, config_yaml: str) -> None:
+    folder = publish.begin(save_dir, iteration)
+    try:
+        write_part(folder, 0, blocks, MAX_SHARD_BYTES)
+        complete(save_dir, iteration, 1, state, config_yaml, Retention())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _precision(dtype: torch.dtype) -> PrecisionConfig:
+    return PrecisionConfig(bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
