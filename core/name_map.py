@@ -36,11 +36,11 @@ class Place:
                 yield start - first, stop - first, there[::-1] if self.transposed else there
 
 
-def read_piece(piece: Piece, place: Place, read: Callable[[str, Box], torch.Tensor]) -> None:
-    """Fill a piece of ours, converted to its dtype; `read` gives a box of theirs by name."""
+def read_piece(piece: Piece, place: Place, read_into: Callable[[str, Box, torch.Tensor], None]) -> None:
+    """Fill a piece of ours; `read_into` copies a box of theirs, by name, into a tensor of any dtype and strides."""
     for start, stop, box in place.boxes(piece.box):
-        found = read(place.name, box)
-        piece.tensor[start:stop].copy_(found.t() if place.transposed else found)
+        rows = piece.tensor[start:stop]
+        read_into(place.name, box, rows.t() if place.transposed else rows)
 
 
 def their_shapes(places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
@@ -50,15 +50,15 @@ def their_shapes(places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
 
 def assemble(name: str, places: Mapping[str, Place], read: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """One of their tensors, in our dtype; `read` gives a whole tensor of ours by name."""
+    parts = {ours: place for ours, place in places.items() if place.name == name}
+    if len(parts) == 1 and not any(place.transposed for place in parts.values()):
+        return read(*parts)  # it is one of ours as it stands: large ones are not copied
     whole = None
-    for ours, place in places.items():
-        if place.name == name:
-            tensor = read(ours)
-            if whole is None:
-                whole = torch.empty(place.shape, dtype=tensor.dtype)
-            for start, stop, box in place.boxes(tuple((0, size) for size in tensor.shape)):
-                rows = tensor[start:stop]
-                whole[tuple(slice(*bounds) for bounds in box)] = rows.t() if place.transposed else rows
-    if whole is None:
-        raise KeyError(name)
+    for ours, place in parts.items():
+        tensor = read(ours)
+        if whole is None:
+            whole = torch.empty(place.shape, dtype=tensor.dtype)
+        for start, stop, box in place.boxes(tuple((0, size) for size in tensor.shape)):
+            rows = tensor[start:stop]
+            whole[tuple(slice(*bounds) for bounds in box)] = rows.t() if place.transposed else rows
     return whole

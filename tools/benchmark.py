@@ -10,11 +10,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from _bench_checkpoint import checkpoint_suite
 from _bench_parallel import parallel_suite
 from _cli import Parser, positive, run
 
 EXAMPLE = "python tools/benchmark.py --suite parallel --out results.json"
-SUITES = {"parallel": parallel_suite}
+SUITES = {"parallel": parallel_suite, "checkpoint": checkpoint_suite}
 
 
 def main(argv: list[str]) -> None:

@@ -14,7 +14,7 @@ from ..layout import Box
 from . import publish
 from .manifest import CheckpointError, is_plain_name, read_json
 from .serialize import Stored, write_shard
-from .shards import DTYPE_NAMES, STORED_DTYPES, host_bytes, host_copy, open_shard, read_box
+from .shards import DTYPE_NAMES, STORED_DTYPES, host_bytes, open_shard, read_box
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers writes them
@@ -119,12 +119,18 @@ class HFFolder:
 
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """A copy of one tensor, or of a box of it, in the dtype it is stored in."""
+        box = box if box is not None else tuple((0, size) for size in self.shape(name))
+        tensor = torch.empty([max(0, stop - start) for start, stop in box], dtype=self.dtype(name))
+        self.read_into(name, box, tensor)
+        return tensor
+
+    def read_into(self, name: str, box: Box, tensor: torch.Tensor) -> None:
+        """Copy a box of one tensor into `tensor`, of its shape, straight from the file."""
         file, shape, _ = self._find(name)
-        box = box if box is not None else tuple((0, size) for size in shape)
         if len(box) != len(shape) or not all(0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True)):
             raise CheckpointError(f"{file}: box {box} is not inside {name}, which is {list(shape)}")
         with open_shard(file) as shard:
-            return host_copy(read_box(shard, name, box))
+            tensor.copy_(read_box(shard, name, box))
 
     def _find(self, name: str) -> tuple[Path, tuple[int, ...], torch.dtype | None]:
         if name not in self._where:

@@ -69,17 +69,17 @@ class HFModel:
                 raise CheckpointError(f"{piece.name} is {list(there)} in {self.folder.path}, {list(piece.shape)} in this run{remedy}")
         with torch.no_grad():
             for piece in pieces:
-                read_piece(piece, self.places[piece.name], self._read)
+                read_piece(piece, self.places[piece.name], self._read_into)
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor of ours on the CPU, in the dtype it is stored in."""
         shape = self.shape(name)
         tensor = torch.empty(shape, dtype=self.dtype(name))
-        read_piece(Piece(name, shape, tuple((0, size) for size in shape), tensor), self.places[name], self._read)
+        read_piece(Piece(name, shape, tuple((0, size) for size in shape), tensor), self.places[name], self._read_into)
         return tensor
 
-    def _read(self, name: str, box: Box) -> torch.Tensor:
-        return self.folder.read(self._names[name], box)
+    def _read_into(self, name: str, box: Box, tensor: torch.Tensor) -> None:
+        self.folder.read_into(self._names[name], box, tensor)
 
     @staticmethod
     def _found(name: str, held: set[str]) -> str:

@@ -8,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
+import _bench_checkpoint as checkpoints
 import _bench_parallel as bench
 
 from trivium import flags, launch, ops
@@ -65,3 +66,19 @@ def test_estimated_memory_is_the_layouts():
 def test_summary_is_the_median_with_its_quartiles():
     runs = [bench.Measurement([1.0, 2.0, 9.0, 3.0], {"send": 5}, 7, 0.5), bench.Measurement([2.0, 2.0, 2.0, 3.0], {"send": 5}, 8, 0.5)]
     assert bench.summary(runs) == {"milliseconds": 2000.0, "spread": 0.25, "sent": {"send": 5}, "memory": 8, "loss": 0.5}
+
+
+def test_every_candidate_of_the_checkpoint_suite_saves_and_loads_the_same_state(tmp_path, monkeypatch):
+    """What is compared is the same work: after each load every tensor is what it was before the saves."""
+    monkeypatch.setattr(checkpoints, "MODEL", SMALL)
+    with checkpoints.one_rank(tmp_path):
+        run = checkpoints.built()
+        before = {name: tensor.clone() for name, tensor in run.tensors.items()}
+        assert any(name.startswith("optim.") and tensor.any() for name, tensor in before.items())
+        for stall, total in (save() for save in checkpoints.saves(run, tmp_path / "work").values()):
+            assert 0 < stall <= total
+        for load in checkpoints.loads(run, tmp_path / "work").values():
+            for tensor in run.tensors.values():
+                tensor.fill_(-1)
+            load()
+            assert all(torch.equal(run.tensors[name], tensor) for name, tensor in before.items())
