@@ -296,7 +296,7 @@ class CheckpointConfig:
     ckpt_step: int | None = option(None, "Load this iteration and no other.")
     load_mode: str | None = option(
         None,
-        "What --load takes over: all, or as docs/checkpoints.md says; continue, or model_only with --finetune, if not given (new).",
+        "What --load takes over, by the table in docs/checkpoints.md; continue (everything), or model_only with --finetune, if not given (new).",
         ("continue", "model_only", "model_data", "model_opt_data", "optimizer_only", "transfer", "transfer_with_lr", "cooldown"),
     )
     cooldown_iters: int | None = option(None, "Iterations from the loaded checkpoint down to --min-lr, with --load-mode cooldown (new).")

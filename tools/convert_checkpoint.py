@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from _cli import BadArgument, Parser, run
+from _cli import BadArgument, Parser, positive, run
 
 from trivium.checkpoint.hf import HFFolder
 from trivium.checkpoint.load import Checkpoint, open_checkpoint
@@ -18,6 +18,7 @@ from trivium.model.families import FAMILIES
 from trivium.train.convert import Described, copy_tokenizer, rewrite_checkpoint, write_checkpoint
 from trivium.train.export import export_hf
 from trivium.train.hf_model import HFModel
+from trivium.train.megatron import MegatronDist
 from trivium.train.nanogpt import NanoGPT
 from trivium.train.pretrained import load_pretrained
 
@@ -33,7 +34,7 @@ TOKENS = 64  # of each of two random sequences that --verify looks at
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__, EXAMPLE)
-    parser.add_argument("--from", dest="source", choices=("hf", "trivium", "nanogpt"), required=True, help="what --load holds")
+    parser.add_argument("--from", dest="source", choices=("hf", "trivium", "nanogpt", "megatron"), required=True, help="what --load holds")
     parser.add_argument("--to", dest="target", choices=("hf", "trivium"), required=True, help="what --save is to hold")
     parser.add_argument("--load", type=Path, required=True, help="a Hugging Face folder; SAVE or SAVE/iter_N; nanoGPT's out_dir")
     parser.add_argument("--save", type=Path, required=True, help="a folder that holds nothing else")
@@ -41,14 +42,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="number format of the weights; as they are if not given (to hf: that of the run)")
     parser.add_argument("--no-optim", action="store_true", help="trivium to trivium: leave the optimizer's state out")
     parser.add_argument("--hf-model-type", choices=tuple(FAMILIES), help="to hf: the family; that it came from, or the first that fits, if not given")
+    parser.add_argument("--vocab-size", type=positive, help="from megatron: the vocabulary without its padding; all rows if not given")
     parser.add_argument("--tokenizer-model", help="to hf: the tokenizer, if it is no longer where the run found it")
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers, in fp32, and print the largest difference")
     options = parser.parse_args(argv)
     _check(options)
     if options.source == "hf":
         _from_hf(options)
-    elif options.source == "nanogpt":
-        source = NanoGPT(options.load)
+    elif options.source in ("nanogpt", "megatron"):
+        source = NanoGPT(options.load) if options.source == "nanogpt" else MegatronDist(options.load, options.vocab_size)
         data = replace(DataConfig(), tokenizer_type="NullTokenizer", vocab_size=source.vocab_size - 1)
         write_checkpoint(options.save, source, Described(source.config, source.vocab_size, data), DTYPES.get(options.dtype))
     elif options.target == "hf":
@@ -65,7 +67,7 @@ def _check(options: Namespace) -> None:
     way = f"--from {options.source} --to {options.target}"
     if way == "--from hf --to hf":
         raise BadArgument(f"{way} has nothing to convert")
-    if way == "--from nanogpt --to hf":
+    if options.source in ("nanogpt", "megatron") and options.target == "hf":
         raise BadArgument(f"{way} takes two steps: first --to trivium, then --from trivium --to hf")
     if not options.load.is_dir():
         raise BadArgument(f"--load {options.load}: no such folder")
@@ -75,6 +77,7 @@ def _check(options: Namespace) -> None:
         "--no-optim": (options.no_optim, "--from trivium --to trivium"),
         "--verify": (options.verify, "--from hf --to trivium", "--from trivium --to hf"),
         "--hf-model-type": (options.hf_model_type, "--from trivium --to hf"),
+        "--vocab-size": (options.vocab_size, "--from megatron --to trivium"),
         "--tokenizer-model": (options.tokenizer_model, "--from trivium --to hf"),
         "--ckpt-step": (options.ckpt_step is not None, "--from trivium --to hf", "--from trivium --to trivium"),
     }

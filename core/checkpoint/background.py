@@ -27,7 +27,7 @@ from . import publish
 from .agree import together
 from .manifest import CheckpointError
 from .part import MAX_SHARD_BYTES, not_saved, reported
-from .retention import Retention
+from .retention import KEEP_ALL, Retention
 from .save import begin, blocks_of
 
 _ALIGNMENT = 64  # bytes: of every tensor in the memory
@@ -53,7 +53,7 @@ class Background:
         *,
         state: dict,
         config_yaml: str,
-        retention: Retention = Retention(),  # noqa: B008 (a frozen value)
+        retention: Retention = KEEP_ALL,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         """Begin to save `iteration`, as `save` does; the tensors of `pieces` may change as soon as this returns.
@@ -82,8 +82,9 @@ class Background:
 
     def published(self) -> int | None:
         """On the first rank, the iteration in flight once it is published; None before, and on the others."""
-        done = self._flight is not None and self._flight.running() is False and self._flight.problem() is None
-        return self._flight.iteration if done and self.world.rank == 0 else None
+        flight = self._flight
+        done = self.world.rank == 0 and flight is not None and not flight.running() and flight.problem() is None
+        return flight.iteration if done else None
 
     def finish(self) -> int | None:
         """Wait until the save in flight is published, and tell its iteration; None if there is none.
@@ -112,8 +113,7 @@ class Background:
 
     def _decided(self) -> bool:
         """Whether one has failed, or all are done."""
-        flight = self._flight
-        mine = [flight.problem() is not None, flight.running()]
+        mine = [self._flight.problem() is not None, self._flight.running()]
         failed, running = all_reduce(torch.tensor(mine, dtype=torch.int64, device=self.device), self.world, "max").tolist()
         return bool(failed) or not running
 

@@ -20,6 +20,9 @@ class Retention:
     keep_best: int | None = None
 
 
+KEEP_ALL = Retention()
+
+
 def retain(save_dir: Path, rule: Retention) -> list[int]:
     """Retire published iterations and return them.
 
@@ -44,7 +47,7 @@ def _retired(save_dir: Path, rule: Retention) -> list[int]:
     marks = {n: read_marks(folder) for n, folder in ours.items()}
     persistent = [n for n in ours if marks[n].persistent]
     kept = {*list(ours)[-1:], publish.tracked_iteration(save_dir)}
-    if rule == Retention():
+    if rule == KEEP_ALL:
         kept.update(persistent)
     if rule.keep_last:
         kept.update(persistent[-rule.keep_last :])

@@ -13,7 +13,7 @@ from . import publish
 from .agree import together
 from .manifest import CheckpointError
 from .part import MAX_SHARD_BYTES, Block, complete, reported, write_part
-from .retention import Retention
+from .retention import KEEP_ALL, Retention
 from .shards import dtype_name, host_bytes
 
 
@@ -26,7 +26,7 @@ def save(
     config_yaml: str,
     world: Axis,
     device: torch.device,
-    retention: Retention = Retention(),  # noqa: B008 (a frozen value)
+    retention: Retention = KEEP_ALL,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write and publish iteration `iteration`. Every rank of `world` calls it with the pieces that it alone owns, perhaps none.

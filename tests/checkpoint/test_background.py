@@ -123,6 +123,7 @@ def test_a_writer_leaves_the_jobs_signals_to_its_trainer(tmp_path):
     saver = alone()
     with stopped_writers():
         start(saver, tmp_path, 100, 5)
+    assert os.getsid(writer_of(saver).pid) != os.getsid(0), "what a terminal sends to the group of its trainer does not reach it either"
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGCONT):
         writer_of(saver).send_signal(number)
     assert saver.finish() == 100

@@ -38,21 +38,22 @@ def start(arguments: str, **options) -> subprocess.Popen:
 # --- kills ---
 
 
-def kill_at_random_moments(arguments: str, interval: int, folder: Path, kills: int, chance: random.Random, processes: int = 1) -> None:
-    """Start, kill, start again until it ends by itself, every other time with --async-save. `interval`: iterations between saves.
+def kill_at_random_moments(arguments: str, saving: str, interval: int, folder: Path, kills: int, chance: random.Random, processes: int = 1) -> None:
+    """Start, kill, start again until it ends by itself, every other time with --async-save. interval: iterations between saves by the flags `saving`.
 
     After each kill a checkpoint verifies that is no older than it must be. The rows at the end are those of a run that was left alone.
     """
-    train(f"{arguments} --save {folder}/whole", processes)
+    train(f"{arguments} --metrics-jsonl {folder}/whole.jsonl", processes)
     parts = folder / "parts"
+    arguments += f" {saving} --save {parts} --load {parts}"
     for i in range(kills):
-        asynchronous = i % 2 == 1
-        command = f"{arguments} --save {parts} --load {parts} {'--async-save' if asynchronous else ''}"
+        asynchronous = (i + processes) % 2 == 0
+        command = f"{arguments} {'--async-save' if asynchronous else ''}"
         reached = reached_before_it_is_killed(start_step(command) if processes > 1 else [start(command)], chance)
         # The saves before the last iteration that was logged are finished, all but one that may have been in flight.
         check_what_is_left(parts, (reached - 1) // interval * interval - interval * asynchronous)
-    train(f"{arguments} --save {parts} --load {parts}", processes)
-    whole, found = ([rows_of(name / "metrics.jsonl", split) for split in (None, "valid")] for name in (folder / "whole", parts))
+    train(arguments, processes)
+    whole, found = ([rows_of(path, split) for split in (None, "valid")] for path in (folder / "whole.jsonl", parts / "metrics.jsonl"))
     assert [row["iteration"] for row in found[0]] == list(range(1, len(whole[0]) + 1))
     assert exact(found[0]) == exact(whole[0]) and found[1] == whole[1]
 
@@ -89,24 +90,24 @@ def rows_in(path: Path) -> list[int]:
 
 
 def test_killed_runs_end_up_with_the_losses_of_an_uninterrupted_one(data, tmp_path):
-    arguments = f"{RUN} --data-path {data} --train-iters 60 --save-interval 3 --save-keep-last 3"
-    kill_at_random_moments(arguments, 3, tmp_path, 3, random.Random(1))
+    arguments = f"{RUN} --data-path {data} --train-iters 60"
+    kill_at_random_moments(arguments, "--save-interval 3 --save-keep-last 3", 3, tmp_path, 4, random.Random(1))
 
 
 def test_killed_runs_of_two_processes_do_too(data, tmp_path):
     """--deterministic-mode: the order of the sums over processes is then always the same."""
-    arguments = f"{RUN} --data-path {data} --train-iters 24 --save-interval 3 --deterministic-mode --use-distributed-optimizer"
-    kill_at_random_moments(arguments, 3, tmp_path, 2, random.Random(2), processes=2)
+    arguments = f"{RUN} --data-path {data} --train-iters 24 --deterministic-mode --use-distributed-optimizer"
+    kill_at_random_moments(arguments, "--save-interval 3", 3, tmp_path, 1, random.Random(2), processes=2)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("processes", "kills", "iterations"), [(1, 70, 1500), (2, 30, 400)])
+@pytest.mark.parametrize(("processes", "kills", "iterations"), [(1, 70, 1500), (2, 30, 200)])
 def test_runs_killed_a_hundred_times(data, tmp_path, processes, kills, iterations):
     """With everything that removes checkpoints, and data workers."""
-    kept = "--save-interval 6 --non-persistent-save-interval 2 --save-keep-last 4 --save-keep-best 2"
-    arguments = f"{RUN} --data-path {data} --train-iters {iterations} --num-workers 1 --deterministic-mode {kept}"
-    kill_at_random_moments(arguments, 2, tmp_path, kills, random.Random(processes), processes)
+    arguments = f"{RUN} --data-path {data} --train-iters {iterations} --num-workers 1 --deterministic-mode --eval-interval 20"
+    saving = "--save-interval 20 --non-persistent-save-interval 4 --save-keep-last 4 --save-keep-best 2"
+    kill_at_random_moments(arguments, saving, 4, tmp_path, kills, random.Random(processes), processes)
 
 
 # --- saves that fail ---

@@ -1,6 +1,7 @@
 """convert_checkpoint: Hugging Face folders in and out with what belongs to them, a checkpoint made smaller, and --load of a folder in training."""
 
 import json
+import pickle
 import re
 import shutil
 
@@ -232,3 +233,23 @@ def test_a_nanogpt_checkpoint_that_holds_code_is_refused(tmp_path, capfd):
     result = convert("nanogpt", "trivium", tmp_path, tmp_path / "run")
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "cannot be read as plain values" in result.stderr
     assert "code was run" not in capfd.readouterr().out + result.stdout
+
+
+@pytest.mark.parametrize("where", [".metadata", "common.pt"])
+def test_a_megatron_checkpoint_that_holds_code_runs_nothing(where, tmp_path, capfd):
+    """Whatever class or function its pickles name, what is made is an object that does nothing."""
+    folder = tmp_path / "iter_0000001"
+    folder.mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    for name in (".metadata", "common.pt"):
+        (folder / name).write_bytes(pickle.dumps(Trap() if name == where else {"args": None}))
+    result = convert("megatron", "trivium", tmp_path, tmp_path / "run")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "code was run" not in capfd.readouterr().out + result.stdout
+
+
+def test_a_megatron_checkpoint_in_another_format_says_what_to_do(tmp_path):
+    (tmp_path / "iter_0000001" / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    result = convert("megatron", "trivium", tmp_path, tmp_path / "run")
+    assert result.returncode == 1 and "only --ckpt-format torch_dist can be read" in result.stderr

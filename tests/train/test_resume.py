@@ -129,6 +129,13 @@ def test_the_best_by_validation_loss_stay_and_the_newest(data, tmp_path, way):
         assert state["validation_loss"] == losses[n] and state["persistent"]
 
 
+def test_a_checkpoint_tells_the_validation_loss_of_its_own_iteration_or_none(data, tmp_path):
+    train(f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --eval-interval 4 --save-interval 2 --train-iters 9")
+    losses = {row["iteration"]: row["lm_loss"] for row in rows_of(tmp_path / "metrics.jsonl", "valid")}
+    told = {n: json.loads((folder / "state.json").read_text())["validation_loss"] for n, folder in publish.published_folders(tmp_path).items()}
+    assert told == {2: None, 4: losses[4], 6: None, 8: losses[8], 9: losses[9]}
+
+
 @pytest.mark.parametrize("way", ["", "--async-save"])
 def test_a_non_persistent_checkpoint_is_there_until_the_next_one(data, tmp_path, way, monkeypatch):
     seen, honest = [], RunState.save
