@@ -4,8 +4,8 @@ import ast
 import json
 import os
 from dataclasses import dataclass, field, fields, replace
-from math import ceil
-from typing import Any
+from math import ceil, isfinite
+from typing import Any, get_args
 
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
 NORM_PLACEMENTS = ("pre", "post", "both")
@@ -19,6 +19,8 @@ ROPE_SCALINGS = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
 }
+# What yarn and longrope may be given beside them.
+ROPE_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 SHARDING_STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 
 
@@ -350,6 +352,17 @@ class Config:
             items = {f.name: getattr(value, f.name) for f in fields(value)}
             plain[section.name] = {name: list(item) if isinstance(item, tuple) else item for name, item in items.items()}
         return plain
+
+
+def wrong_types(section: Any) -> list[str]:
+    """Values of a section that did not come through flags and are not what their fields hold: each field with its value."""
+    found = []
+    for item in fields(section):
+        value, kinds = getattr(section, item.name), get_args(item.type) or (item.type,)
+        whole = float in kinds and type(value) is int
+        if not whole and (type(value) not in kinds or (isinstance(value, float) and not isfinite(value))):
+            found.append(f"{item.name} is {value!r}")
+    return found
 
 
 def resolve(config: Config, world_size: int) -> Config:

@@ -74,7 +74,7 @@ REFUSED = {
     "multiple-validation-sets": f"{_LATER}; leave it out",
     "per-split-data-args-path": f"{_LATER}; use --train-data-path, --valid-data-path, --test-data-path",
     "multi-latent-attention": f"{_LATER}; leave it out",
-    "rotary-seq-len-interpolation-factor": "has no counterpart; use --rope-scaling '{\"rope_type\":\"linear\",\"factor\":F}'",
+    "rotary-seq-len-interpolation-factor": 'has no counterpart; use --rope-scaling \'{"rope_type":"linear","factor":F}\'',
     "label-smoothing": "has no counterpart; leave it out",
     "cuda-graph-impl": f"{_LATER}; leave it out",
     "enable-cuda-graph": f"{_LATER}; leave it out",

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from math import lcm
 
-from .config import ROPE_SCALINGS, BatchConfig, CheckpointConfig, Config, DataConfig, ModelConfig, data_parallel_size
+from .config import ROPE_OPTIONS, ROPE_SCALINGS, BatchConfig, CheckpointConfig, Config, DataConfig, ModelConfig, data_parallel_size
 from .pipeline.choose import placement_of, specs_of
 
 
@@ -29,6 +29,11 @@ def _missing(config: Config, world_size: int) -> Iterator[str]:
             yield f"{_flag(name)} is missing; give it on the command line, in a --config file{preset}"
     if config.batch.train_iters is None and config.batch.train_samples is None:
         yield "--train-iters is missing; give it, or --train-samples"
+
+
+def model_problems(model: ModelConfig) -> list[str]:
+    """What is wrong with a model by itself, whatever it is trained on and how it is laid out."""
+    return list(_model(Config(model=model), 1))
 
 
 def _model(config: Config, world_size: int) -> Iterator[str]:
@@ -124,6 +129,14 @@ def _rope_scaling(model: ModelConfig, pairs: int) -> Iterator[str]:
                 yield f"--rope-scaling: {kind} needs {key}, {pairs} numbers above 0 (half of the dims of a head that are rotated), not {value}"
         elif not _is_positive(value):
             yield f"--rope-scaling: {kind} needs {key}, a number above 0, not {value}"
+    options = ROPE_OPTIONS if kind in ("yarn", "longrope") else ()
+    for key, value in rule.items():
+        if key not in ("rope_type", *ROPE_SCALINGS[kind], *options):
+            yield f"--rope-scaling: {key} is nothing that {kind} has; it takes {', '.join((*ROPE_SCALINGS[kind], *options)) or 'nothing'}"
+        elif key in options and key != "truncate" and value is not None and not _is_positive(value):
+            yield f"--rope-scaling: {key} must be a number above 0, not {value}"
+    if kind == "yarn" and model.rotary_base <= 1:
+        yield f"--rope-scaling yarn needs --rotary-base above 1, not {model.rotary_base}"
 
 
 def _is_positive(value: object) -> bool:
@@ -356,6 +369,8 @@ def _checkpoint(config: Config, world_size: int) -> Iterator[str]:
         yield f"--save-hf {checkpoint.save_hf} needs --save FOLDER: what is exported is the last checkpoint"
     yield from _best(config)
     yield from _loading(checkpoint)
+    if checkpoint.save and os.path.isfile(os.path.join(checkpoint.save, "config.json")):
+        yield f"--save {checkpoint.save} holds a config.json: it is a Hugging Face folder, and --load would take it for one; name another folder"
     yield from _writable("save", checkpoint.save)
     yield from _writable("save_hf", checkpoint.save_hf)
 

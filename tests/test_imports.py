@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "checkpoint": {"layout", "mesh", "comm"},
     "parallel": FOUNDATION,
     "model": FOUNDATION | {"parallel"},
-    "train": FOUNDATION | {"flags", "launch", "data", "pipeline", "optim", "checkpoint", "parallel", "model"},
+    "train": FOUNDATION | {"flags", "validate", "launch", "data", "pipeline", "optim", "checkpoint", "parallel", "model"},
     "kernels": set(),
 }
 # These do not even get FOR_ALL.

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from _cli import BadArgument, Parser, positive, run
 
-from trivium.checkpoint.hf import HFFolder
 from trivium.checkpoint.load import Checkpoint, open_checkpoint
 from trivium.config import ConfigError, DataConfig
 from trivium.data.errors import DataError
@@ -15,7 +14,7 @@ from trivium.data.tokenizer import build_tokenizer
 from trivium.flags import read_config
 from trivium.mesh import Axis
 from trivium.model.families import FAMILIES
-from trivium.train.convert import Described, copy_tokenizer, rewrite_checkpoint, write_checkpoint
+from trivium.train.convert import Described, copy_tokenizer, new_folder, rewrite_checkpoint, write_checkpoint
 from trivium.train.export import export_hf
 from trivium.train.hf_model import HFModel
 from trivium.train.megatron import MegatronDist
@@ -47,20 +46,28 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers, in fp32, and print the largest difference")
     options = parser.parse_args(argv)
     _check(options)
-    if options.source == "hf":
-        _from_hf(options)
-    elif options.source in ("nanogpt", "megatron"):
-        source = NanoGPT(options.load) if options.source == "nanogpt" else MegatronDist(options.load, options.vocab_size)
-        data = replace(DataConfig(), tokenizer_type="NullTokenizer", vocab_size=source.vocab_size - 1)
-        write_checkpoint(options.save, source, Described(source.config, source.vocab_size, data), DTYPES.get(options.dtype))
-    elif options.target == "hf":
-        _to_hf(options, _opened(options))
+    if options.target == "trivium":
+        with new_folder(options.save):
+            _to_trivium(options)
     else:
-        rewrite_checkpoint(options.save, _opened(options), DTYPES.get(options.dtype), keeps_optimizer=not options.no_optim)
+        _to_hf(options, _opened(options))
     print(f"{options.save}: written")
     if options.verify:
         hf, ours = (options.load, options.save) if options.source == "hf" else (options.save, options.load)
         _verify(hf, ours, options)
+
+
+def _to_trivium(options: Namespace) -> None:
+    if options.source == "hf":
+        source = HFModel(options.load)
+        data = copy_tokenizer(source.folder, options.save, source.vocab_size)
+        write_checkpoint(options.save, source, Described(source.config, source.vocab_size, data), DTYPES.get(options.dtype))
+    elif options.source in ("nanogpt", "megatron"):
+        source = NanoGPT(options.load) if options.source == "nanogpt" else MegatronDist(options.load, options.vocab_size)
+        data = replace(DataConfig(), tokenizer_type="NullTokenizer", vocab_size=source.vocab_size - 1)
+        write_checkpoint(options.save, source, Described(source.config, source.vocab_size, data), DTYPES.get(options.dtype))
+    else:
+        rewrite_checkpoint(options.save, _opened(options), DTYPES.get(options.dtype), keeps_optimizer=not options.no_optim)
 
 
 def _check(options: Namespace) -> None:
@@ -90,13 +97,6 @@ def _opened(options: Namespace) -> Checkpoint:
     return open_checkpoint(options.load, ckpt_step=options.ckpt_step, world=Axis("world"), device=CPU)
 
 
-def _from_hf(options: Namespace) -> None:
-    source = HFModel(options.load)
-    options.save.mkdir(parents=True, exist_ok=True)
-    data = copy_tokenizer(HFFolder(options.load), options.save, source.vocab_size)
-    write_checkpoint(options.save, source, Described(source.config, source.vocab_size, data), DTYPES.get(options.dtype))
-
-
 def _to_hf(options: Namespace, checkpoint: Checkpoint) -> None:
     config = read_config(checkpoint.config_yaml)
     if options.hf_model_type:
@@ -120,16 +120,24 @@ def _tokenizer(data: DataConfig) -> tuple[int | None, tuple[Path, ...]]:
 
 @torch.no_grad()
 def _verify(hf: Path, ours: Path, options: Namespace) -> None:
-    """Raises ValueError where the logits differ by more than rounding. Weights that were rounded on the way are compared rounded."""
+    """Raises ValueError where the logits differ by more than rounding. A tensor that one side stores in fewer bits is rounded on the other."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise BadArgument("--verify needs the package transformers; install it with: pip install transformers") from None
-    peer = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
     step = options.ckpt_step if options.source == "trivium" else None
+    peer = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
     model = load_pretrained(ours, device=CPU, dtype=torch.float32, kernels="torch", ckpt_step=step).model
-    stored = HFFolder(hf)
-    model.place(CPU, stored.dtype(stored.names()[0])).place(CPU, torch.float32)
+    checkpoint, source = open_checkpoint(ours, ckpt_step=step, world=Axis("world"), device=CPU), HFModel(hf)
+    names = {id(parameter): name for name, parameter in peer.named_parameters()}
+    embedding, head = (names[id(layer.weight)] for layer in (peer.get_input_embeddings(), peer.get_output_embeddings()))
+    for parameter in model.parameters():
+        for part in parameter.param_layout.parts:
+            view = part.within(parameter)
+            view.copy_(view.to(source.dtype(part.name)))
+            their = {"embedding.word.weight": embedding, "head.weight": head}.get(part.name, source.places[part.name].name)
+            weight = peer.get_parameter(their)
+            weight.copy_(weight.to(checkpoint.dtype(part.name)))
     length = min(TOKENS, model.config.max_position_embeddings)
     tokens = torch.randint(0, model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     expected, found = peer(tokens).logits, model(tokens)[..., : model.vocab_size]

@@ -18,6 +18,7 @@ from .shards import DTYPE_NAMES, STORED_DTYPES, host_bytes, open_shard, read_box
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers writes them
+_PRODUCER = "trivium"  # marks a folder that may be replaced by the next export; anyone else's weights may not
 _EXPORTED = (
     "config.json",
     "generation_config.json",
@@ -69,6 +70,7 @@ def write_folder(
     folder, tokenizer_files = Path(folder).resolve(), [Path(path) for path in tokenizer_files]
     _refuse_foreign(folder, {path.name for path in tokenizer_files})
     temporary = folder.with_name(folder.name + ".tmp")
+    _refuse_foreign(temporary, {path.name for path in tokenizer_files}, complete=False)
     try:
         if temporary.exists():
             publish.remove(temporary)
@@ -138,14 +140,14 @@ class HFFolder:
         return self._where[name]
 
     def _weight_map(self) -> dict[str, str] | None:
-        """Tensor name -> file, by the index; None where there is none, but the single file."""
+        """Tensor name -> file, by the index; None for the single file, which is preferred, as transformers does: an index may be left over."""
+        if (self.path / SINGLE_FILE).is_file():
+            return None
         if (self.path / INDEX_FILE).is_file():
             listed = read_json(self.path / INDEX_FILE).get("weight_map")
             if not isinstance(listed, dict) or not all(is_plain_name(file) for file in listed.values()):
                 raise CheckpointError(f"{self.path / INDEX_FILE} has no weight_map of plain file names")
             return listed
-        if (self.path / SINGLE_FILE).is_file():
-            return None
         pickles = sorted(path.name for path in self.path.glob("*.bin"))
         hint = f"; {pickles[0]} is a pickle, which is never loaded: save it again with safe_serialization=True" if pickles else ""
         raise CheckpointError(f"{self.path} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
@@ -160,7 +162,7 @@ def _write_weights(folder: Path, tensors: Sequence[Outgoing], max_shard_bytes: i
     count = len(shards)
     files = [SINGLE_FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for file, shard in zip(files, shards, strict=True):
-        write_shard(folder / file, [tensor.stored() for tensor in shard], metadata={"format": "pt"})
+        write_shard(folder / file, [tensor.stored() for tensor in shard], metadata={"format": "pt", "producer": _PRODUCER})
     if count > 1:
         weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)}, "weight_map": weight_map})
@@ -171,8 +173,11 @@ def _write_json(path: Path, tree: dict) -> None:
     publish.sync(path)
 
 
-def _refuse_foreign(folder: Path, tokenizer_names: set[str]) -> None:
-    """Raises CheckpointError unless `folder` is absent, empty, or holds what an export holds and nothing else."""
+def _refuse_foreign(folder: Path, tokenizer_names: set[str], *, complete: bool = True) -> None:
+    """Raises CheckpointError unless `folder` is absent, empty, or holds what an export of ours holds and nothing else.
+
+    complete: a former export rather than what is left of one that was killed.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -182,5 +187,11 @@ def _refuse_foreign(folder: Path, tokenizer_names: set[str]) -> None:
         known = path.name in tokenizer_names or any(fnmatch(path.name, pattern) for pattern in _EXPORTED)
         if not known or not path.is_file():
             raise CheckpointError(f"{folder} holds {path.name}, which no export wrote; give another folder")
-    if found and not (folder / "config.json").is_file():
+    if not found or not complete:
+        return
+    if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a former export: it has no config.json; give another folder")
+    for path in (path for path in found if path.suffix == ".safetensors"):
+        with open_shard(path) as shard:
+            if (shard.metadata() or {}).get("producer") != _PRODUCER:
+                raise CheckpointError(f"{folder} holds {path.name}, which no export of ours wrote; give another folder")

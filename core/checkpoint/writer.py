@@ -22,12 +22,14 @@ from .manifest import CheckpointError, one_line
 from .part import Block, complete, part_path, reported, write_part
 from .retention import Retention
 
+_NICE = 10  # where cores are short, training goes first
 _PAUSE = 0.02  # seconds between looks for the other ranks' parts
 _LOOK = 0.2  # seconds between looks at who the parent is
 
 
 def main(memory: int, start: int, stop: int) -> int:
     """Do the job; the exit status."""
+    os.nice(_NICE)
     threading.Thread(target=_end_with_trainer, daemon=True).start()
     try:
         mapped = mmap.mmap(memory, stop, prot=mmap.PROT_READ)

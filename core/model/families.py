@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ..config import ModelConfig
+from ..config import ROPE_SCALINGS, ModelConfig, wrong_types
 from .hf_values import (
     GATED,
     SINGLE,
@@ -17,6 +17,7 @@ from .hf_values import (
     activation_name,
     read_rope,
     read_windows,
+    rope_of,
     sliding_layers,
     windows_of,
     write_rope,
@@ -37,6 +38,7 @@ class Family:
     read: Callable[[Values], Values] = lambda hf: {}
     write: Callable[[ModelConfig], Values] = lambda config: {}
     keys: Values = field(default_factory=dict)  # theirs -> ours, where not as in _KEYS; ours None: it has no such key
+    defaults: Values = field(default_factory=dict)  # what transformers takes where config.json leaves a key out
 
     @property
     def key_map(self) -> dict[str, str]:
@@ -64,22 +66,28 @@ def read_config(hf: Values) -> tuple[ModelConfig, int]:
         if hf.get("model_type") in _MIXTURES:
             raise ValueError(f"model_type {hf['model_type']!r} is a mixture of experts, which is not available in this version")
         raise ValueError(f"model_type {hf.get('model_type')!r} is none of {', '.join(FAMILIES)}")
+    hf = family.defaults | hf
     try:
         values = {ours: hf[theirs] for theirs, ours in family.key_map.items() if hf.get(theirs) is not None}
         heads = values["num_attention_heads"]
         values |= {"num_query_groups": values.get("num_query_groups", heads), "group_query_attention": True}
         values.setdefault("kv_channels", values["hidden_size"] // heads)
         values |= {"hidden_dropout": 0.0, "attention_dropout": 0.0} | {k: v for k, v in values.items() if k.endswith("_dropout")}
-        # The newer releases leave out a key that has its default value: for most families untied, for some tied.
         tied = hf.get("tie_word_embeddings", family.fixed.get("untie_embeddings_and_output_weights") is False)
         values["untie_embeddings_and_output_weights"] = not tied
         values |= {name: value for name, value in family.fixed.items() if name != "untie_embeddings_and_output_weights"}
         values |= family.read(hf)
-        return ModelConfig(**values, hf_model_type=family.model_type), hf["vocab_size"]
+        config, vocab_size = ModelConfig(**values, hf_model_type=family.model_type), hf["vocab_size"]
     except KeyError as error:
         raise ValueError(f"{error.args[0]} is missing") from None
     except (TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"a value of the wrong kind: {error}") from None
+    problems = wrong_types(config)
+    if type(vocab_size) is not int or vocab_size < 1:
+        problems.append(f"vocab_size is {vocab_size!r}")
+    if problems:
+        raise ValueError(f"a value of the wrong kind: {'; '.join(problems)}")
+    return config, vocab_size
 
 
 def read_flags(path_or_json: str) -> Values:
@@ -274,27 +282,32 @@ def _read_gemma(hf: Values) -> Values:
     if hf.get("use_bidirectional_attention"):
         raise ValueError("use_bidirectional_attention: attention is causal here")
     values = activation(GATED, hf.get("hidden_activation") or "gelu_pytorch_tanh") | _attention_bias(hf)
-    values["softmax_scale"] = hf.get("query_pre_attn_scalar", 256) ** -0.5
+    if type(hf["query_pre_attn_scalar"]) is not int:
+        raise ValueError(f"query_pre_attn_scalar {hf['query_pre_attn_scalar']}: --softmax-scale is 1 / sqrt of a whole number there")
+    values["softmax_scale"] = hf["query_pre_attn_scalar"] ** -0.5
+    values["final_logit_softcapping"] = hf["final_logit_softcapping"]
     is_gemma2 = hf["model_type"] == "gemma2"
-    for theirs, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
-        values[theirs] = hf.get(theirs, default if is_gemma2 else None)
+    if is_gemma2:
+        values["attn_logit_softcapping"] = hf["attn_logit_softcapping"]
+    elif hf.get("attn_logit_softcapping") is not None:
+        raise ValueError("attn_logit_softcapping: transformers' gemma3_text leaves it out of attention, so it cannot be meant")
     period = 2 if is_gemma2 else hf.get("sliding_window_pattern") or 6
-    values |= read_windows(hf.get("sliding_window", 4096), sliding_layers(hf, lambda layer: bool((layer + 1) % period)))
+    values |= read_windows(hf["sliding_window"], sliding_layers(hf, lambda layer: bool((layer + 1) % period)))
     return values | (read_rope(hf) if is_gemma2 else _read_two_ropes(hf))
 
 
 def _read_two_ropes(hf: Values) -> Values:
     """Gemma 3: layers without a window have a base, and perhaps a scaling, of their own."""
     given = hf.get("rope_parameters") or {}
-    everywhere = given.get("full_attention") or {"rope_theta": hf.get("rope_theta", 1e6)} | (hf.get("rope_scaling") or {})
-    local = given.get("sliding_attention") or {"rope_theta": hf.get("rope_local_base_freq", 1e4)}
+    everywhere = {"rope_theta": hf.get("rope_theta", 1e6)} | (given.get("full_attention") or {}) | (hf.get("rope_scaling") or {})
+    local = {"rope_theta": hf.get("rope_local_base_freq", 1e4)} | (given.get("sliding_attention") or {})
     if local.get("rope_type", "default") != "default":
         raise ValueError(f"rope_type {local['rope_type']!r} in layers with a window: only default can be read")
     return read_rope(hf, everywhere) | {"rotary_base_local": float(local["rope_theta"])}
 
 
 def _write_gemma(config: ModelConfig) -> Values:
-    scale = config.softmax_scale or config.head_size**-0.5
+    scale, windows = config.softmax_scale or config.head_size**-0.5, write_windows(config)
     scalar = scale**-2
     return {
         "hidden_activation": activation_name(config),
@@ -303,7 +316,8 @@ def _write_gemma(config: ModelConfig) -> Values:
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
         **write_rope(config),
-        **write_windows(config),
+        **windows,
+        "sliding_window": windows["sliding_window"] or _GEMMA2["sliding_window"],  # a number even where no layer has a window
     }
 
 
@@ -313,18 +327,23 @@ def _write_gemma3(config: ModelConfig) -> Values:
 
 
 def _read_phi3(hf: Values) -> Values:
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0), "partial_rotary_factor": hf.get("partial_rotary_factor", 1.0)}
-    rope |= (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
+    outside = {"rope_theta": hf.get("rope_theta", 10000.0), "partial_rotary_factor": hf.get("partial_rotary_factor", 1.0)}
+    rope = rope_of(hf, outside)
     if rope.get("rope_type", rope.get("type")) in ("su", "yarn"):
         rope["rope_type"] = "longrope"
     windows = read_windows(hf.get("sliding_window"), [True])
-    return read_rope(hf, rope) | activation(GATED, hf.get("hidden_act", "silu")) | windows
+    return read_rope(hf, rope, ("default", "longrope")) | activation(GATED, hf.get("hidden_act", "silu")) | windows
 
 
 def _write_phi3(config: ModelConfig) -> Values:
     rule = config.rope_rule
-    original = config.max_position_embeddings if rule is None else rule.get("original_max_position_embeddings")
-    values = write_rope(config) | {"partial_rotary_factor": config.rotary_percent, "original_max_position_embeddings": original}
+    original = (rule or {}).get("original_max_position_embeddings") or config.max_position_embeddings
+    if rule and rule.keys() == {"rope_type", *ROPE_SCALINGS["longrope"]} and rule["factor"] == config.max_position_embeddings / original:
+        # As release 4 wants it: these three keys and no others, the rest follows from the two lengths.
+        rule = {"type": "longrope", "short_factor": rule["short_factor"], "long_factor": rule["long_factor"]}
+    values = (
+        write_rope(config) | {"rope_scaling": rule} | {"partial_rotary_factor": config.rotary_percent, "original_max_position_embeddings": original}
+    )
     return values | {"hidden_act": activation_name(config)} | write_window_everywhere(config)
 
 
@@ -343,8 +362,7 @@ def _write_gpt2(config: ModelConfig) -> Values:
 def _read_neox(hf: Values) -> Values:
     if not hf.get("attention_bias", True):
         raise ValueError("attention_bias False: only True can be read")
-    rope = {"rope_theta": hf.get("rotary_emb_base", 10000), "partial_rotary_factor": hf.get("rotary_pct", 0.25)}
-    rope |= (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
+    rope = rope_of(hf, {"rope_theta": hf.get("rotary_emb_base", 10000), "partial_rotary_factor": hf.get("rotary_pct", 0.25)})
     return read_rope(hf, rope) | {"parallel_residual": hf.get("use_parallel_residual", True)} | activation(SINGLE, hf.get("hidden_act", "gelu"))
 
 
@@ -371,6 +389,7 @@ _GPT2_KEYS = {
     "resid_pdrop": "hidden_dropout",
     "attn_pdrop": "attention_dropout",
 }
+_GPT2_DEFAULTS = {"layer_norm_epsilon": 1e-5, "n_positions": 1024}
 _NEOX_KEYS = {
     "rms_norm_eps": None,
     "num_key_value_heads": None,
@@ -378,22 +397,30 @@ _NEOX_KEYS = {
     "layer_norm_eps": "norm_epsilon",
     "hidden_dropout": "hidden_dropout",
 }
+_GEMMA2 = {"rms_norm_eps": 1e-6, "head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096, "query_pre_attn_scalar": 256}
+_GEMMA2 |= {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GEMMA3 = _GEMMA2 | {"max_position_embeddings": 131072, "attn_logit_softcapping": None, "final_logit_softcapping": None}
+_LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+_MISTRAL_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8}
+_QWEN_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096, "num_key_value_heads": 32}
+_EPS_1E5 = {"rms_norm_eps": 1e-5}
 _ROWS = (
-    Family("llama", "LlamaForCausalLM", _RMS, _read_llama, _write_llama),
-    Family("gpt2", "GPT2LMHeadModel", {"untie_embeddings_and_output_weights": False}, _read_gpt2, _write_gpt2, _GPT2_KEYS),
-    Family("mistral", "MistralForCausalLM", _RMS, _read_mistral, _write_mistral),
-    Family("qwen2", "Qwen2ForCausalLM", _RMS, _read_qwen, _write_qwen),
-    Family("qwen3", "Qwen3ForCausalLM", _RMS | {"qk_layernorm": True}, _read_qwen, _write_qwen),
+    Family("llama", "LlamaForCausalLM", _RMS, _read_llama, _write_llama, defaults=_LLAMA_DEFAULTS),
+    Family("gpt2", "GPT2LMHeadModel", {"untie_embeddings_and_output_weights": False}, _read_gpt2, _write_gpt2, _GPT2_KEYS, _GPT2_DEFAULTS),
+    Family("mistral", "MistralForCausalLM", _RMS, _read_mistral, _write_mistral, defaults=_MISTRAL_DEFAULTS),
+    Family("qwen2", "Qwen2ForCausalLM", _RMS, _read_qwen, _write_qwen, defaults=_QWEN_DEFAULTS),
+    Family("qwen3", "Qwen3ForCausalLM", _RMS | {"qk_layernorm": True}, _read_qwen, _write_qwen, defaults=_QWEN_DEFAULTS | {"head_dim": 128}),
     Family(
         "olmo2",
         "Olmo2ForCausalLM",
         _RMS | {"norm_placement": "post", "qk_layernorm": True, "qk_layernorm_width": "projection"},
         _read_olmo2,
         _write_olmo2,
+        defaults=_EPS_1E5 | {"max_position_embeddings": 2048},
     ),
-    Family("phi3", "Phi3ForCausalLM", _RMS, _read_phi3, _write_phi3, {"head_dim": None}),
-    Family("gpt_neox", "GPTNeoXForCausalLM", {}, _read_neox, _write_neox, _NEOX_KEYS),
-    Family("gemma2", "Gemma2ForCausalLM", _GEMMA, _read_gemma, _write_gemma),
-    Family("gemma3_text", "Gemma3ForCausalLM", _GEMMA | {"qk_layernorm": True}, _read_gemma, _write_gemma3),
+    Family("phi3", "Phi3ForCausalLM", _RMS, _read_phi3, _write_phi3, {"head_dim": None}, _EPS_1E5 | {"max_position_embeddings": 4096}),
+    Family("gpt_neox", "GPTNeoXForCausalLM", {}, _read_neox, _write_neox, _NEOX_KEYS, {"layer_norm_eps": 1e-5, "max_position_embeddings": 2048}),
+    Family("gemma2", "Gemma2ForCausalLM", _GEMMA, _read_gemma, _write_gemma, defaults=_GEMMA2),
+    Family("gemma3_text", "Gemma3ForCausalLM", _GEMMA | {"qk_layernorm": True}, _read_gemma, _write_gemma3, defaults=_GEMMA3),
 )
 FAMILIES = {family.model_type: family for family in _ROWS}

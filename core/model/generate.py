@@ -24,13 +24,17 @@ def generate(model: GPT, prompt: torch.Tensor, max_new_tokens: int, sampling: Sa
     The generator lives on the CPU, so that a seed means the same on every device.
     """
     model.eval()
-    caches = model.caches(prompt.shape[0], prompt.shape[1] + max_new_tokens)
-    tokens = prompt
+    capacity = prompt.shape[1] + max_new_tokens
+    caches = model.caches(prompt.shape[0], capacity)
+    sequence = tokens = prompt
     for _ in range(max_new_tokens):
+        if caches[0].length and model.rotates_otherwise(caches[0].length, sequence.shape[1]):
+            caches, tokens = model.caches(prompt.shape[0], capacity), sequence  # the keys so far were rotated for a shorter sequence
         logits = model(tokens, caches=caches)[:, -1, : model.vocab_size].float()
         chosen = choose(logits, sampling, generator)
         yield chosen
         tokens = chosen.unsqueeze(1)
+        sequence = torch.cat((sequence, tokens), dim=1)
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:

@@ -153,6 +153,10 @@ class GPT(nn.Module):
         logits = self(x, passage)
         return vocab_parallel_cross_entropy(logits.flatten(0, 1), labels.flatten(), self.vocab_size, self.sharding.tp).view_as(labels)
 
+    def rotates_otherwise(self, length: int, longer: int) -> bool:
+        """Whether a sequence of `longer` tokens is rotated by other frequencies than one of `length`."""
+        return self.rotary is not None and self.rotary.is_long(longer) != self.rotary.is_long(length)
+
     def caches(self, batch: int, capacity: int) -> list[KVCache]:
         """An empty key-value cache per layer."""
         weight, heads = self.embedding.weight, self.config.num_kv_heads

@@ -4,11 +4,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from ..config import LLAMA3_ROPE, ROPE_SCALINGS, ModelConfig
+from ..config import LLAMA3_ROPE, ROPE_OPTIONS, ROPE_SCALINGS, ModelConfig
 
 Values = dict[str, Any]
-# What rope scalings may be given beside what they need.
-_ROPE_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 
 # Activations.
 
@@ -33,23 +31,31 @@ def activation_name(config: ModelConfig, tanh: str = "gelu_pytorch_tanh") -> str
 # Rotary positions. Release 5 writes rope_parameters, release 4 wrote rope_theta and rope_scaling; both read the latter.
 
 
-def read_rope(hf: Values, given: Values | None = None) -> Values:
-    """Base, partial rotation and scaling. given: what a family says of it under names of its own."""
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {}) | (given or {})
-    if given is None and rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} in a family that rotates whole heads")
+def rope_of(hf: Values, outside: Values) -> Values:
+    """What config.json says of rotation in one dict. outside: what it says beside that dict. An old rope_scaling wins over rope_parameters."""
+    return outside | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+
+
+def read_rope(hf: Values, rope: Values | None = None, kinds: tuple[str, ...] = tuple(ROPE_SCALINGS)) -> Values:
+    """Base, partial rotation and scaling. rope: what a family says under names of its own. kinds: the scalings it has."""
+    if rope is None:
+        rope = rope_of(hf, {"rope_theta": hf.get("rope_theta", 10000.0)})
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} in a family that rotates whole heads")
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), {}
-    if kind not in ROPE_SCALINGS:
-        raise ValueError(f"rope_type {kind!r} is none of {', '.join(ROPE_SCALINGS)}")
+    if kind not in kinds:
+        raise ValueError(f"rope_type {kind!r} is none of {', '.join(kinds)}")
     original = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or hf["max_position_embeddings"]
     if kind != "default":
-        known = rope | {"original_max_position_embeddings": original, "factor": rope.get("factor") or hf["max_position_embeddings"] / original}
+        known = rope | {"original_max_position_embeddings": original}
+        if kind in ("yarn", "longrope") and rope.get("factor") is None:
+            known["factor"] = hf["max_position_embeddings"] / original
         missing = [key for key in ROPE_SCALINGS[kind] if key not in known]
         if missing:
             raise ValueError(f"rope_type {kind!r} without {', '.join(missing)}")
         scaling = {"rope_type": kind} | {key: known[key] for key in ROPE_SCALINGS[kind]}
-        scaling |= {key: rope[key] for key in _ROPE_OPTIONS if kind in ("yarn", "longrope") and rope.get(key) is not None}
-    values = {"position_embedding_type": "rope", "rotary_base": float(rope["rope_theta"]), "rotary_percent": rope.get("partial_rotary_factor") or 1.0}
+        scaling |= {key: rope[key] for key in ROPE_OPTIONS if kind in ("yarn", "longrope") and rope.get(key) is not None}
+    values = {"position_embedding_type": "rope", "rotary_base": float(rope["rope_theta"]), "rotary_percent": rope.get("partial_rotary_factor", 1.0)}
     return values | _scaling_flags(scaling)
 
 

@@ -28,10 +28,13 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", short, persistent=False)
         self.register_buffer("long_frequencies", long, persistent=False)
 
+    def is_long(self, length: int) -> bool:
+        """Whether a sequence of `length` tokens takes the frequencies of long ones."""
+        return self.long_frequencies is not None and length > self.original_length
+
     def forward(self, positions: torch.Tensor, length: int) -> Angles:
         """cos and sin, fp32 [T, R/2] of positions [T], or [B, T, R/2] of [B, T], in a sequence of `length` tokens on all ranks together."""
-        is_long = self.long_frequencies is not None and length > self.original_length
-        table = positions.to(torch.float32).unsqueeze(-1) * (self.long_frequencies if is_long else self.frequencies)
+        table = positions.to(torch.float32).unsqueeze(-1) * (self.long_frequencies if self.is_long(length) else self.frequencies)
         return (table.cos(), table.sin()) if self.magnitude == 1.0 else (table.cos() * self.magnitude, table.sin() * self.magnitude)
 
 

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,9 @@ from ..config import Config, DataConfig, ModelConfig, PrecisionConfig
 from ..data.tokenizer import HF_FILES, build_tokenizer
 from ..flags import write_config
 from ..precision import LossScaler
+from ..validate import model_problems
 from .export import GENERATION_FILE, SPECIAL_IDS, TOKENIZER_FOLDER
+from .hf_model import tokenizer_of
 from .progress import Progress
 
 MAX_SHARD_BYTES = 1 << 30
@@ -53,10 +56,10 @@ class Described:
 def write_checkpoint(save_dir: Path, weights: Weights, described: Described, dtype: torch.dtype | None) -> None:
     """Publish `weights`, in `dtype` or as they are stored, as the checkpoint of `described.progress`, without optimizer state.
 
-    One tensor is held at a time. Raises CheckpointError where `save_dir` holds checkpoints already.
+    One tensor is held at a time. Raises CheckpointError for a model that flags could not make, and where the folder cannot be written.
     """
-    if used := publish.published_iterations(save_dir):
-        raise CheckpointError(f"{save_dir} holds checkpoints already ({used[0]} to {used[-1]}); name another folder")
+    if problems := model_problems(described.model):
+        raise CheckpointError("; ".join(problems))
     precision = _precision(dtype or weights.dtype(weights.names()[0]))
     config = replace(Config(), model=described.model, data=described.data, precision=precision)
     progress = described.progress
@@ -76,13 +79,35 @@ def write_checkpoint(save_dir: Path, weights: Weights, described: Described, dty
 
 def rewrite_checkpoint(save_dir: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, *, keeps_optimizer: bool) -> None:
     """Publish a checkpoint again with its weights in `dtype` (None: as they are), with or without its optimizer state, which stays fp32."""
-    if publish.published_iterations(save_dir):
-        raise CheckpointError(f"{save_dir} holds checkpoints already; name another folder")
     names = checkpoint.names()
     moments = [name for name in names if name.startswith("optim.")]
     blocks = _blocks(checkpoint, [name for name in names if name not in moments], dtype)
     kept = _blocks(checkpoint, moments if keeps_optimizer else [], None)
     _publish(save_dir, checkpoint.iteration, [*blocks, *kept], checkpoint.state, checkpoint.config_yaml)
+
+
+@contextmanager
+def new_folder(save_dir: Path) -> Iterator[None]:
+    """Within, `save_dir` is filled; if that fails, nothing of it is left.
+
+    Raises CheckpointError, before anything is touched, where it holds more than a conversion that was killed leaves behind.
+    """
+    found = sorted(save_dir.iterdir()) if save_dir.is_dir() else []
+    for path in found:
+        if path.name != TOKENIZER_FOLDER and not path.name.endswith(".tmp"):
+            raise CheckpointError(f"{save_dir} holds {path.name} already; name another folder")
+    for path in found:
+        publish.remove(path)
+    is_new = not save_dir.exists()
+    save_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in save_dir.iterdir():
+            publish.remove(path)
+        if is_new:
+            save_dir.rmdir()
+        raise
 
 
 def copy_tokenizer(source: HFFolder, save_dir: Path, vocab_size: int) -> DataConfig:
@@ -91,21 +116,14 @@ def copy_tokenizer(source: HFFolder, save_dir: Path, vocab_size: int) -> DataCon
     A folder without a tokenizer gives a NullTokenizer of the model's vocabulary.
     """
     folder = save_dir / TOKENIZER_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
     for name in (*HF_FILES, GENERATION_FILE):
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, folder / name)
     if not (folder / GENERATION_FILE).exists():
         ids = {key: source.config[key] for key in SPECIAL_IDS if source.config.get(key) is not None}
         (folder / GENERATION_FILE).write_text(json.dumps(ids, indent=2) + "\n")
-    values = {"vocab_size": vocab_size}
-    if (folder / "tokenizer.json").exists() or ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
-        values |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder.resolve())}
-    elif (folder / "tokenizer.model").exists():
-        values |= {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str((folder / "tokenizer.model").resolve())}
-    else:
-        values = {"tokenizer_type": "NullTokenizer", "vocab_size": vocab_size - 1}
-    return replace(DataConfig(), **values)
+    return tokenizer_of(folder, vocab_size)
 
 
 def _blocks(weights: Weights, names: list[str], dtype: torch.dtype | None) -> Iterator[Block]:
@@ -118,7 +136,7 @@ def _bytes(read: Callable[[str], torch.Tensor], name: str, dtype: torch.dtype) -
     return host_bytes(read(name).to(dtype))
 
 
-def _publish(save_dir: Path, iteration: int, blocks, state: dict, config_yaml: str) -> None:
+def _publish(save_dir: Path, iteration: int, blocks: Iterable[Block], state: dict, config_yaml: str) -> None:
     folder = publish.begin(save_dir, iteration)
     try:
         write_part(folder, 0, blocks, MAX_SHARD_BYTES)

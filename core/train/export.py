@@ -29,17 +29,18 @@ def export_hf(
     dtype: torch.dtype | None = None,
     config: Config | None = None,
 ) -> None:
-    """Write `folder` so that transformers loads it: weights in `dtype` (the run's working dtype if None), config, generation config, tokenizer.
+    """Write `folder` so that transformers loads it: weights, config, generation config and tokenizer.
 
-    config: in place of the one saved beside the checkpoint.
+    dtype: of the weights; if None the run's working dtype or, of a checkpoint without optimizer state, each as it is stored. config: in
+    place of the one saved beside the checkpoint.
     Raises ConfigError where the model belongs to no family that can be exported.
     """
     config = config or read_config(checkpoint.config_yaml)
     generation = _generation_config([*(path.parent for path in tokenizer_files), checkpoint.folder.parent / TOKENIZER_FOLDER])
+    trained = any(name.startswith("optim.") for name in checkpoint.names())
+    dtype_of = checkpoint.dtype if dtype is None and not trained else lambda name: dtype or working_dtype(config.precision)
     generation = generation or {"bos_token_id": eod, "eos_token_id": eod}
-    export_weights(
-        config.model, checkpoint.state["vocab_size"], checkpoint.read, folder, dtype or working_dtype(config.precision), tokenizer_files, generation
-    )
+    export_weights(config.model, checkpoint.state["vocab_size"], checkpoint.read, folder, dtype_of, tokenizer_files, generation)
 
 
 def export_weights(
@@ -47,20 +48,21 @@ def export_weights(
     vocab_size: int,
     read: Callable[[str], torch.Tensor],
     folder: Path,
-    dtype: torch.dtype,
+    dtype_of: Callable[[str], torch.dtype],
     tokenizer_files: Sequence[Path],
     generation: dict,
 ) -> None:
-    """As export_hf, with `read` giving whole tensors of ours by name. generation: generation_config.json."""
+    """As export_hf, with `read` giving whole tensors of ours by name and `dtype_of` what to write them in. generation: generation_config.json."""
     if problems := export_problems(config):
         raise ConfigError(problems)
     places = hf_places(config, vocab_size)
-    tensors = [hf.Outgoing(name, shape, dtype, partial(assemble, name, places, read)) for name, shape in their_shapes(places).items()]
+    dtypes = {place.name: dtype_of(part) for part, place in places.items()}
+    tensors = [hf.Outgoing(name, shape, dtypes[name], partial(assemble, name, places, read)) for name, shape in their_shapes(places).items()]
     special = {key: generation.get(key) for key in SPECIAL_IDS}  # all of them: some families have defaults outside of the vocabulary
     hf.write_folder(
         folder,
         tensors,
-        write_config(config, vocab_size, special | {"torch_dtype": str(dtype).removeprefix("torch.")}),
+        write_config(config, vocab_size, special | {"torch_dtype": str(tensors[0].dtype).removeprefix("torch.")}),
         tokenizer_files=tokenizer_files,
         generation_config=generation,
     )

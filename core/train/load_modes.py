@@ -122,4 +122,4 @@ def parse_config(text: str, folder: Path) -> Config:
         return read_config(text)
     except (yaml.YAMLError, ConfigError, ValueError, RecursionError) as error:
         reason = "; ".join(error.problems) if isinstance(error, ConfigError) else " ".join(str(error).split())
-        raise CheckpointError(f"{folder / CONFIG_FILE} is no configuration: {reason}") from error
+        raise CheckpointError(f"{folder / CONFIG_FILE} is no configuration: {reason.replace('config.yaml', '', 1)}") from error

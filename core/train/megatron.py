@@ -2,16 +2,18 @@
 
 import io
 from collections import defaultdict
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 from ..checkpoint.manifest import CheckpointError, intersect, is_plain_name
-from ..config import ModelConfig
+from ..config import ModelConfig, wrong_types
 from ..layout import Box
 from ..model.hf_names import part_shapes
 from ..name_map import Place, Run
+from ..validate import model_problems
 from .plain_pickle import read_plain
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -36,10 +38,31 @@ _ENDS = {
     "head": "output_layer.",
 }
 # Arguments that mean what our field of the same name means.
+# Arguments that change what a model computes in ways that are not built here: the values that can be read.
+_ONLY = {
+    "num_experts": (None,),
+    "multi_latent_attention": (None, False),
+    "qk_l2_norm": (None, False),
+    "attention_output_gate": (None, False),
+    "no_rope_freq": (None,),
+    "rotary_seq_len_interpolation_factor": (None, 1, 1.0),
+    "quick_geglu": (None, False),
+    "glu_linear_offset": (None, 0, 0.0),
+    "activation_func_clamp_value": (None,),
+    "softmax_type": (None, "vanilla"),
+    "apply_residual_connection_post_layernorm": (None, False),
+    "fp32_residual_connection": (None, False),
+    "mtp_num_layers": (None, 0),
+    "heterogeneous_layers_config_path": (None,),
+    "position_embedding_type": (None, "learned_absolute", "rope", "none"),
+    "normalization": (None, "LayerNorm", "RMSNorm"),
+}
+_FLOATS = {item.name for item in fields(ModelConfig) if float in (get_args(item.type) or (item.type,))}
+_MODEL = ("embedding.", "decoder.", "output_layer.")  # what the names of weights begin with
 _SAME = """
     num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels group_query_attention max_position_embeddings
     position_embedding_type rotary_base rotary_percent rotary_interleaved use_rope_scaling rope_scaling_factor normalization apply_layernorm_1p
-    swiglu squared_relu add_qkv_bias qk_layernorm untie_embeddings_and_output_weights make_vocab_size_divisible_by init_method_std
+    softmax_scale swiglu squared_relu add_qkv_bias qk_layernorm untie_embeddings_and_output_weights make_vocab_size_divisible_by init_method_std
     attention_dropout hidden_dropout
 """.split()
 
@@ -71,6 +94,7 @@ class MegatronDist:
             raise CheckpointError(f"--vocab-size {vocab_size} is more than the {padded} rows of the embedding in {self.folder}")
         self._shapes = part_shapes(self.config, self.vocab_size)
         self._places = {name: self._place(name, shape) for name, shape in self._shapes.items()}
+        self._check_consumed()
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -90,6 +114,26 @@ class MegatronDist:
             self._fill(tensor[start:stop], place.name, (*prefix, *box))
         return tensor
 
+    def _check_consumed(self) -> None:
+        """Raises CheckpointError for weights, or rows of one, that no part of ours is made of, but for the padding of the vocabulary."""
+        rows: dict[str, int] = defaultdict(int)
+        layers: dict[str, set[int]] = defaultdict(set)
+        for part, (place, prefix) in self._places.items():
+            if not prefix or part.startswith("layers.0."):  # a tensor of all layers is cut alike in each
+                rows[place.name] += sum(run.count for run in place.runs)
+            layers[place.name].update(range(*prefix[0]) if prefix else ())
+        for name in self._chunks:
+            if not name.startswith(_MODEL) or name.endswith("_extra_state"):
+                continue
+            if name not in rows:
+                raise CheckpointError(f"{self.folder} holds {name}, which the model of its arguments does not have")
+            whole = self._size(name)
+            held = whole[len(layers[name]) > 0 :]
+            if layers[name] and len(layers[name]) != whole[0]:
+                raise CheckpointError(f"{self.folder}: {name} holds {whole[0]} layers, its arguments say {len(layers[name])}")
+            if rows[name] != held[0] and not (name.startswith(("embedding.word", "output_layer")) and rows[name] < held[0]):
+                raise CheckpointError(f"{self.folder}: {name} has {held[0]} rows, the model of its arguments {rows[name]}")
+
     def _fill(self, target: torch.Tensor, name: str, box: Box) -> None:
         target, filled = target.view([stop - start for start, stop in box]), 0
         for chunk in self._chunks[name]:
@@ -107,9 +151,9 @@ class MegatronDist:
             data = file.read(chunk.length)
         try:
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{self.folder / chunk.file} cannot be read at {chunk.start}: {str(error).splitlines()[0]}") from None
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != tuple(stop - start for start, stop in chunk.box):
+        except Exception:  # whatever is in there, PyTorch's safe reader has refused it
+            raise CheckpointError(f"{self.folder / chunk.file} holds no tensor of torch.save's at byte {chunk.start}") from None
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.shape != tuple(stop - start for start, stop in chunk.box):
             raise CheckpointError(f"{self.folder / chunk.file} does not hold the tensor at {chunk.start} that its metadata says")
         return tensor
 
@@ -176,8 +220,12 @@ def _chunks(metadata: Any, folder: Path) -> dict[str, list[_Chunk]]:
                 if not is_plain_name(info.relative_path.lstrip("_")):
                     raise CheckpointError(f"{folder / '.metadata'} names the file {info.relative_path!r}, which is no plain name")
                 box = tuple((start, start + size) for start, size in zip(offsets, sizes[index.fqn, offsets], strict=True))
+                if not all(type(number) is int and number >= 0 for number in (*sum(box, ()), info.offset, info.length)):
+                    raise CheckpointError(f"{folder / '.metadata'} has a box or a place of {index.fqn} that is no whole numbers")
                 found[index.fqn].append(_Chunk(box, info.relative_path, info.offset, info.length))
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{folder / '.metadata'} is not that of torch.distributed.checkpoint: {error}") from None
     return found
 
@@ -191,8 +239,9 @@ def _arguments(folder: Path) -> dict[str, Any]:
 
 
 def _config(arguments: dict[str, Any]) -> ModelConfig:
-    if arguments.get("num_experts"):
-        raise CheckpointError(f"num_experts {arguments['num_experts']}: a mixture of experts is not available in this version")
+    for name, readable in _ONLY.items():
+        if arguments.get(name) not in readable:
+            raise CheckpointError(f"Megatron's argument {name} is {arguments[name]!r}: only {', '.join(map(str, readable))} can be read")
     values = {name: arguments[name] for name in _SAME if arguments.get(name) is not None}
     values |= {
         "norm_epsilon": arguments.get("norm_epsilon", arguments.get("layernorm_epsilon", 1e-5)),
@@ -201,10 +250,20 @@ def _config(arguments: dict[str, Any]) -> ModelConfig:
         # Megatron's fused GELU is the approximation, its plain one is exact.
         "exact_gelu": not (arguments.get("swiglu") or arguments.get("squared_relu") or arguments.get("bias_gelu_fusion", True)),
     }
-    try:
-        return ModelConfig(**values)
-    except TypeError as error:
-        raise CheckpointError(f"the args of Megatron-LM's are not those of a GPT: {error}") from None
+    if arguments.get("window_size") is not None:
+        values |= {"window_size": ",".join(map(str, arguments["window_size"]))}
+        frequency = arguments.get("window_attn_skip_freq")
+        values |= {} if frequency is None else {"window_attn_skip_freq": str(frequency).replace(" ", "")}
+    values = {name: float(value) if name in _FLOATS and type(value) is int else value for name, value in values.items()}
+    config = ModelConfig(**values)
+    if config.kv_channels is None and config.hidden_size and config.num_attention_heads:
+        config = replace(config, kv_channels=config.hidden_size // config.num_attention_heads)
+    if problems := wrong_types(config) or model_problems(config):
+        raise CheckpointError(f"the args of Megatron-LM's are those of no model here: {'; '.join(problems)}")
+    missing = [name for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads") if getattr(config, name) is None]
+    if missing:
+        raise CheckpointError(f"the args of Megatron-LM's lack {', '.join(missing)}")
+    return config
 
 
 def _within(box: Box, frame: Box) -> tuple[slice, ...]:

@@ -1,18 +1,19 @@
 """A trained model for use rather than training: from a checkpoint of ours or from a Hugging Face folder."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .. import ops
 from ..checkpoint.load import open_checkpoint
+from ..checkpoint.manifest import CheckpointError
 from ..config import DataConfig
 from ..flags import read_config
 from ..layout import Piece
 from ..mesh import Axis
 from ..model.gpt import GPT
-from .hf_model import HFModel, is_hf_folder
+from .hf_model import HFModel, is_hf_folder, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ def load_pretrained(path: Path, *, device: torch.device, dtype: torch.dtype, ker
 
     Raises CheckpointError for a folder that is neither, or that does not verify.
     """
+    if ckpt_step is not None and is_hf_folder(path):
+        raise CheckpointError(f"{path} is a Hugging Face folder, which holds no iterations: leave --ckpt-step out")
     run_ops = ops.choose(kernels, device, dtype)
     model, tokenizer = _from_hf(path, run_ops) if is_hf_folder(path) else _from_checkpoint(path, run_ops, ckpt_step)
     return Pretrained(model.place(device, dtype).eval(), tokenizer)
@@ -45,7 +48,7 @@ def _from_hf(path: Path, run_ops: ops.Ops) -> tuple[GPT, DataConfig]:
     source = HFModel(path)
     model = GPT(source.config, source.vocab_size, ops=run_ops, seed=None)
     source.read_into(_pieces(model))
-    return model, replace(DataConfig(), tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(path))
+    return model, tokenizer_of(path, source.vocab_size)
 
 
 def _pieces(model: GPT) -> list[Piece]:

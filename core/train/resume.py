@@ -115,6 +115,8 @@ class RunState:
             logs.get_logger().info(f" no checkpoint in {config.load} yet: starting from scratch")
             return Progress()
         restored, state = restored_by(config), checkpoint.state
+        if restored.moments and not any(name.startswith("optim.") for name in checkpoint.names()):
+            raise CheckpointError(f"{checkpoint.folder} holds no optimizer state; give --load-mode model_only, or --no-load-optim")
         self._check_schedule(checkpoint)
         self._check_model(checkpoint)
         checkpoint.read_into(self._wanted(restored))
@@ -216,6 +218,10 @@ def load_problems(model: ModelConfig, config: CheckpointConfig) -> list[str]:
 
 def _hf_load_problems(model: ModelConfig, config: CheckpointConfig) -> list[str]:
     """Of --load with a Hugging Face folder."""
+    if model.num_layers is None or model.hidden_size is None or model.num_attention_heads is None:
+        return [f"--load {config.load} is a Hugging Face folder: its shape is given by --hf-config {config.load}"]
+    if config.save_hf and Path(config.save_hf).resolve() == Path(config.load).resolve():
+        return [f"--save-hf {config.save_hf} would replace what --load reads; name another folder"]
     if config.load_mode not in (None, "model_only"):
         return [f"--load-mode {config.load_mode}: {config.load} is a Hugging Face folder, which holds weights alone; use model_only"]
     if config.ckpt_step is not None:

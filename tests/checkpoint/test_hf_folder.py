@@ -43,7 +43,7 @@ def test_a_small_model_is_one_file(tmp_path):
     export(tmp_path / "out", tokenizer_files=[tokenizer], generation_config={"eos_token_id": 1})
     assert names(tmp_path / "out") == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", "producer": "trivium"}
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert stored.keys() == TENSORS.keys() and all(torch.equal(stored[name], TENSORS[name]) for name in TENSORS)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "llama"}

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from runs import tool
 
 from trivium.mesh import Mesh
+from trivium.train.megatron import MegatronDist
 from trivium.train.pretrained import load_pretrained
 
 pytest.importorskip("megatron.core.dist_checkpointing")
@@ -123,3 +124,41 @@ def test_logits_are_those_of_megatron_core(kind, tmp_path):
     with torch.no_grad():
         found = model(torch.arange(64)[None] % VOCAB)[..., :VOCAB]
     assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+
+
+def changed(folder, **arguments) -> None:
+    """Arguments in common.pt exchanged for others."""
+    path = folder / "iter_0000050" / "common.pt"
+    held = torch.load(path, weights_only=False)  # written by this test
+    vars(held["args"]).update(arguments)
+    torch.save(held, path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"num_layers": 2}, "holds 3 layers, its arguments say 2"),
+        ({"swiglu": False, "bias_gelu_fusion": True}, "has 96 rows, the model of its arguments 48"),
+        ({"qk_layernorm": False}, "which the model of its arguments does not have"),
+        ({"num_experts": 8}, "num_experts is 8: only None can be read"),
+        ({"qk_l2_norm": True}, "qk_l2_norm is True"),
+        ({"position_embedding_type": "yarn"}, "position_embedding_type is 'yarn'"),
+        ({"hidden_size": None}, "lack hidden_size"),
+        ({"rotary_base": "x"}, "rotary_base is 'x'"),
+    ],
+)
+def test_a_model_that_means_something_else_is_refused(arguments, expected, tmp_path):
+    run_ranks(1, write_torch_dist, tmp_path, LLAMA)
+    changed(tmp_path, **arguments)
+    result = tool(
+        "convert_checkpoint", "--from", "megatron", "--to", "trivium", "--load", tmp_path, "--save", tmp_path / "run", "--vocab-size", VOCAB
+    )
+    assert result.returncode == 1 and expected in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_windows_and_scales_of_its_arguments_are_taken_over(tmp_path):
+    run_ranks(1, write_torch_dist, tmp_path, LLAMA)
+    changed(tmp_path, window_size=(5, 0), window_attn_skip_freq=2, softmax_scale=0.5)
+    model = MegatronDist(tmp_path, VOCAB).config
+    assert [model.window(layer) for layer in range(3)] == [6, None, 6] and model.softmax_scale == 0.5

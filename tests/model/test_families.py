@@ -1,5 +1,8 @@
 """Every Hugging Face family: the same logits as transformers, the same weights back, bit for bit; what cannot be read is refused."""
 
+import json
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 
@@ -8,11 +11,14 @@ import torch
 from model.families import CONFIGS, LENGTH, VOCAB, tokens_of, write_peer
 from ranks import run_ranks
 from runs import CP, PP, SP, TP
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trivium import flags
+from trivium.checkpoint.manifest import CheckpointError
 from trivium.config import resolve
 from trivium.mesh import Mesh
+from trivium.model.families import export_problems
+from trivium.model.generate import Sampling, generate
 from trivium.model.gpt import GPT, Passage
 from trivium.name_map import assemble, their_shapes
 from trivium.ops import Ops
@@ -58,7 +64,7 @@ def test_logits_are_those_of_transformers_and_weights_go_back_bit_for_bit(name, 
     logits, expected = loaded(source)(tokens_of())[..., :VOCAB], peer(tokens_of()).logits
     assert (logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
 
-    export_weights(source.config, source.vocab_size, source.read, tmp_path / "ours", torch.float32, [], {"eos_token_id": 2})
+    export_weights(source.config, source.vocab_size, source.read, tmp_path / "ours", source.dtype, [], {"eos_token_id": 2})
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "ours"))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     transformers = pytest.importorskip("transformers")
@@ -127,3 +133,112 @@ def test_a_cache_gives_what_the_whole_sequence_gives(name, tmp_path):
     whole, caches = model(tokens), model.caches(2, LENGTH)
     parts = [model(tokens[:, a:b], caches=caches) for a, b in ((0, 11), (11, 12), (12, 20), (20, LENGTH))]
     assert (torch.cat(parts, dim=1) - whole).abs().max() <= 1e-5 * max(1.0, whole.abs().max())
+
+
+def written(folder, name: str, change: dict | None = None, drop: tuple[str, ...] = ()) -> HFModel:
+    """The folder of a family with keys of its config.json changed or left out."""
+    write_peer(name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in drop} | (change or {})
+    (folder / "config.json").write_text(json.dumps(config))
+    return HFModel(folder)
+
+
+def reloaded(folder):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "drop"),
+    [
+        ("llama2", {}, ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")),
+        ("qwen3", {}, ("rms_norm_eps", "rope_parameters", "layer_types")),
+        ("gemma2", {}, ("rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping", "layer_types", "tie_word_embeddings")),
+        ("mistral", {}, ("rms_norm_eps",)),
+        ("llama2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}, ()),
+        ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, ()),
+        ("phi3-longrope", {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 3.0], "long_factor": [2.0, 5.0]}}, ("rope_parameters",)),
+    ],
+)
+@torch.no_grad()
+def test_what_config_json_leaves_out_or_says_twice_means_what_transformers_makes_of_it(name, change, drop, tmp_path):
+    source, peer = written(tmp_path, name, change, drop), reloaded(tmp_path)
+    expected = peer(tokens_of()).logits
+    assert (loaded(source)(tokens_of())[..., :VOCAB] - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+
+
+def test_a_missing_window_is_the_familys(tmp_path):
+    assert written(tmp_path, "mistral", drop=("sliding_window",)).config.window(0) == 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("gemma3", {"attn_logit_softcapping": 5.0}, "gemma3_text leaves it out"),
+        ("gemma2", {"query_pre_attn_scalar": 204.08}, "of a whole number"),
+        ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear' is none of default, longrope"),
+        ("llama2", {"num_hidden_layers": "4"}, "num_layers is '4'"),
+        ("llama2", {"hidden_size": -32}, "--hidden-size -32 must be above 0"),
+        ("llama2", {"rms_norm_eps": "x"}, "norm_epsilon is 'x'"),
+        ("llama2", {"rope_theta": -1.0, "rope_parameters": None}, "--rotary-base -1.0 must be above 0"),
+        ("llama2", {"vocab_size": None}, "vocab_size is None"),
+        ("llama2", {"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' without factor"),
+        ("llama2", {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rotates whole heads"),
+    ],
+)
+def test_a_config_json_that_means_something_else_is_refused(name, change, expected, tmp_path):
+    with pytest.raises(CheckpointError, match=re.escape(expected)):
+        written(tmp_path, name, change)
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tmp_path):
+    write_peer("llama3.2", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for head, fits in ((tensors["model.embed_tokens.weight"].clone(), True), (torch.zeros(VOCAB, 32), False)):
+        save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with nullcontext() if fits else pytest.raises(CheckpointError, match="tie_word_embeddings, but lm_head"):
+            HFModel(tmp_path)
+
+
+FLAGS = "--num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --seq-length 32 "
+FLAGS += "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope --max-position-embeddings 64 --init-method-std 0.2 "
+GEMMA = "--geglu --apply-layernorm-1p --norm-placement both --scale-embeddings "
+
+
+@pytest.mark.parametrize(
+    ("line", "family"),
+    [
+        ("--swiglu --untie-embeddings-and-output-weights", "llama"),
+        (GEMMA, "gemma2"),
+        (GEMMA + "--qk-layernorm", "gemma3_text"),
+        (GEMMA + "--softmax-scale 0.07", None),
+        (GEMMA + "--qk-layernorm --window-size 4,0 --attn-logit-softcapping 5", None),
+        ("--swiglu --rotary-percent 0.5 --use-rope-scaling", None),
+        ("--swiglu --rotary-percent 0.5", "phi3"),
+    ],
+)
+@torch.no_grad()
+def test_what_is_exported_transformers_loads_and_computes_alike(line, family, tmp_path):
+    """Or it is refused: never a folder that means something else there."""
+    config = resolve(flags.parse((FLAGS + line).split()).config, 1).model
+    if family is None:
+        assert export_problems(config)
+        return
+    model = GPT(config, VOCAB, ops=Ops(), seed=1).eval()
+    parts = {part.name: part.within(p.data) for p in model.parameters() for part in p.param_layout.parts}
+    export_weights(config, VOCAB, parts.get, tmp_path, lambda name: torch.float32, [], {"eos_token_id": 2})
+    peer = reloaded(tmp_path)
+    expected = peer(tokens_of()).logits
+    assert peer.config.model_type == family
+    assert (model(tokens_of())[..., :VOCAB] - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+
+
+def test_generation_past_the_original_length_equals_transformers(tmp_path):
+    """Where longrope changes its frequencies the keys so far are computed again."""
+    peer = write_peer("phi3-longrope-beyond", tmp_path)
+    prompt = tokens_of(10)[:1]
+    ours = list(generate(loaded(HFModel(tmp_path)), prompt, 16, Sampling(temperature=0), torch.Generator()))
+    peer.generation_config.eos_token_id = None
+    theirs = peer.generate(prompt, max_new_tokens=16, do_sample=False)[0, 10:]
+    assert torch.cat(ours).tolist() == theirs.tolist()

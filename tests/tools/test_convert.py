@@ -1,17 +1,23 @@
 """convert_checkpoint: Hugging Face folders in and out with what belongs to them, a checkpoint made smaller, and --load of a folder in training."""
 
+import argparse
 import json
 import pickle
 import re
+import runpy
 import shutil
+import sys
+from unittest import mock
 
 import pytest
 import torch
 from model.families import write_peer
-from runs import NO_DROPOUT, SMALL, TP, rows_of, tool, train
+from runs import NO_DROPOUT, ROOT, SMALL, TP, rows_of, tool, train
 from safetensors.torch import load_file, save_file
 
 from trivium.checkpoint.load import open_checkpoint
+from trivium.checkpoint.manifest import CheckpointError
+from trivium.checkpoint.shards import checksum
 from trivium.config import ConfigError
 from trivium.mesh import Axis
 from trivium.train.pretrained import load_pretrained
@@ -107,7 +113,7 @@ def test_a_folder_that_cannot_be_loaded_is_a_problem_of_the_configuration(more, 
 
 def test_a_vocabulary_that_does_not_fit_names_the_flag(tmp_path):
     write_peer("qwen3", tmp_path / "hf")
-    with pytest.raises(ValueError, match="give --vocab-size to enlarge the tokenizer's 51 to 97"):
+    with pytest.raises(ValueError, match="give --vocab-size 97 in place of the tokenizer's 51"):
         train(f"{RUN} --hf-config {tmp_path}/hf --load {tmp_path}/hf --vocab-size 50")
 
 
@@ -253,3 +259,93 @@ def test_a_megatron_checkpoint_in_another_format_says_what_to_do(tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
     result = convert("megatron", "trivium", tmp_path, tmp_path / "run")
     assert result.returncode == 1 and "only --ckpt-format torch_dist can be read" in result.stderr
+
+
+def files(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_is_in_use_is_refused_and_left_alone(olmo, tmp_path):
+    write_peer("llama2", tmp_path / "other")
+    assert convert("hf", "trivium", olmo, tmp_path / "run").returncode == 0
+    before = files(tmp_path / "run")
+    result = convert("hf", "trivium", tmp_path / "other", tmp_path / "run")
+    assert result.returncode == 1 and "holds iter_0000000 already; name another folder" in result.stderr
+    assert files(tmp_path / "run") == before
+    result = convert("trivium", "hf", tmp_path / "run", tmp_path / "other")  # somebody's model, not an export of ours
+    assert result.returncode == 1 and "model.safetensors, which no export of ours wrote" in result.stderr
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "precious").write_text("mine")
+    assert convert("trivium", "hf", tmp_path / "run", tmp_path / "out").returncode == 1
+    assert (tmp_path / "out.tmp" / "precious").read_text() == "mine"
+
+
+def test_a_conversion_that_fails_leaves_nothing_and_one_that_was_killed_is_taken_up(olmo, tmp_path):
+    shutil.copytree(olmo, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{")
+    assert convert("hf", "trivium", tmp_path / "hf", tmp_path / "run").returncode == 2 and not (tmp_path / "run").exists()
+    (tmp_path / "run" / "iter_0000000.tmp").mkdir(parents=True)
+    (tmp_path / "run" / "tokenizer").mkdir()
+    (tmp_path / "run" / "tokenizer" / "merges.txt").write_text("of another")
+    assert convert("hf", "trivium", olmo, tmp_path / "run").returncode == 0
+    assert not (tmp_path / "run" / "tokenizer" / "merges.txt").exists()
+
+
+def test_every_tensor_keeps_its_own_dtype_and_verify_allows_for_rounding(tmp_path):
+    write_peer("qwen2", tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    mixed = {name: tensor if tensor.dim() == 1 else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(mixed, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    for source, target, load, save in (("hf", "trivium", "hf", "run"), ("trivium", "hf", "run", "back")):
+        result = convert(source, target, tmp_path / load, tmp_path / save, "--verify")
+        assert result.returncode == 0, result.stderr
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(back[name].dtype == mixed[name].dtype and torch.equal(back[name], mixed[name]) for name in mixed)
+    result = convert("hf", "trivium", tmp_path / "hf", tmp_path / "half", "--dtype", "fp16", "--verify")
+    assert result.returncode == 0, result.stderr
+    assert convert("trivium", "hf", tmp_path / "half", tmp_path / "half_hf", "--verify").returncode == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half_hf" / "model.safetensors").values()} == {torch.float16}
+
+
+def test_verify_notices_one_wrong_row(olmo, tmp_path):
+    """Two rows of one projection exchanged on the way."""
+    assert convert("hf", "trivium", olmo, tmp_path / "run").returncode == 0
+    shard = tmp_path / "run" / "iter_0000000" / "shard_00000.safetensors"
+    tensors = load_file(shard)
+    (key,) = (key for key in tensors if key.startswith("layers.1.mlp.down.weight"))
+    tensors[key][[3, 4]] = tensors[key][[4, 3]]
+    manifest = tmp_path / "run" / "iter_0000000" / "manifest.json"
+    old, new = (checksum(tensor) for tensor in (load_file(shard)[key], tensors[key]))
+    save_file(tensors, shard)
+    manifest.write_text(manifest.read_text().replace(old, new))
+    with pytest.raises(ValueError, match="differ by more than rounding"):
+        verify(olmo, tmp_path / "run")
+
+
+def verify(hf, ours) -> None:
+    path = [str(ROOT / "tools"), *sys.path]
+    with mock.patch.object(sys, "path", path):
+        module = runpy.run_path(str(ROOT / "tools" / "convert_checkpoint.py"))
+    module["_verify"](hf, ours, argparse.Namespace(source="trivium", ckpt_step=None))
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("--load {hf} --num-layers 4", "its shape is given by --hf-config"),
+        ("--load {hf} --hf-config {hf} --save run --save-hf {hf}", "would replace what --load reads"),
+        ("--load {hf} --hf-config {hf} --save {hf}", "holds a config.json: it is a Hugging Face folder"),
+    ],
+)
+def test_training_that_would_lose_the_folder_or_has_no_shape_is_refused(more, expected, tmp_path):
+    write_peer("qwen2", tmp_path / "hf")
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        train(f"{RUN} --vocab-size 96 {more.format(hf=tmp_path / 'hf')}")
+
+
+def test_weights_without_optimizer_state_say_how_to_be_loaded(olmo, tmp_path):
+    assert convert("hf", "trivium", olmo, tmp_path / "run").returncode == 0
+    line = f"{RUN} --hf-config {olmo} --load {tmp_path}/run --vocab-size 96"
+    with pytest.raises(CheckpointError, match="holds no optimizer state; give --load-mode model_only"):
+        train(line)
+    train(f"{line} --load-mode model_only --train-iters 1")
