@@ -100,7 +100,7 @@ def test_bf16_is_as_close_to_fp32_as_one_process_is(way, n):
 class BlocksOf256And1(Ops):
     """Ops whose gradients of a block are all 256 on the diagonal and 1 elsewhere."""
 
-    def attention_block_backward(self, do, q, k, v, o, lse, *, causal, scale=None):
+    def attention_block_backward(self, do, q, k, v, o, lse, *, causal, **rule):
         return tuple(torch.full_like(t, 256.0 if causal else 1.0) for t in (q, k, v))
 
 
@@ -237,13 +237,13 @@ class Watched(Ops):
 
     events: list = field(default_factory=list)
 
-    def attention_block(self, q, k, v, *, causal, scale=None):
+    def attention_block(self, q, k, v, *, causal, **rule):
         self.events.append(("block", q.shape[1], k.shape[1], causal))
-        return super().attention_block(q, k, v, causal=causal, scale=scale)
+        return super().attention_block(q, k, v, causal=causal, **rule)
 
-    def attention_block_backward(self, do, q, k, v, o, lse, *, causal, scale=None):
+    def attention_block_backward(self, do, q, k, v, o, lse, *, causal, **rule):
         self.events.append(("block", q.shape[1], k.shape[1], causal))
-        return super().attention_block_backward(do, q, k, v, o, lse, causal=causal, scale=scale)
+        return super().attention_block_backward(do, q, k, v, o, lse, causal=causal, **rule)
 
 
 @pytest.fixture
