@@ -41,7 +41,7 @@ CASES = [
     Case(4, f"{CP} 4", "gemma"),
     Case(2, f"{CP} 2 --cp-comm-type allgather", "gemma"),
     Case(2, f"{CP} 2 --cp-comm-type a2a --recompute-granularity selective", "gemma"),
-    Case(4, f"{TP} 2 {SP} {TWO} {SCHEDULE} 1f1b", "gemma", core=True),
+    Case(4, f"{TP} 2 {SP} {TWO} {SCHEDULE} 1f1b", "gemma"),
     Case(4, f"{TP} 4 {ZERO1}", "gemma"),
     Case(4, f"{CP} 4", "neox"),
     Case(4, f"{TP} 2 {V2} {SCHEDULE} zb-v", "neox"),
