@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -22,10 +22,8 @@ from ..config import Config, DataConfig, ModelConfig, PrecisionConfig
 from ..data.tokenizer import HF_FILES, build_tokenizer
 from ..flags import write_config
 from ..precision import LossScaler
-from ..validate import model_problems
 from .export import GENERATION_FILE, SPECIAL_IDS, TOKENIZER_FOLDER
 from .hf_model import tokenizer_of
-from .progress import Progress
 
 MAX_SHARD_BYTES = 1 << 30
 
@@ -45,28 +43,24 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Described:
-    """What else a checkpoint needs of a model: its shape, its vocabulary, its tokenizer, and how far it was trained."""
+    """What else a checkpoint needs of a model: its shape, its vocabulary, its tokenizer."""
 
     model: ModelConfig
     vocab_size: int
     data: DataConfig
-    progress: Progress = field(default_factory=Progress)
 
 
 def write_checkpoint(save_dir: Path, weights: Weights, described: Described, dtype: torch.dtype | None) -> None:
-    """Publish `weights`, in `dtype` or as they are stored, as the checkpoint of `described.progress`, without optimizer state.
+    """Publish `weights`, in `dtype` or as they are stored, as iteration 0, without optimizer state.
 
-    One tensor is held at a time. Raises CheckpointError for a model that flags could not make, and where the folder cannot be written.
+    One tensor is held at a time. Raises CheckpointError where the folder cannot be written.
     """
-    if problems := model_problems(described.model):
-        raise CheckpointError("; ".join(problems))
     precision = _precision(dtype or weights.dtype(weights.names()[0]))
     config = replace(Config(), model=described.model, data=described.data, precision=precision)
-    progress = described.progress
     state = {
-        "iteration": progress.iteration,
-        "consumed_samples": progress.consumed_samples,
-        "consumed_tokens": progress.consumed_tokens,
+        "iteration": 0,
+        "consumed_samples": 0,
+        "consumed_tokens": 0,
         "optimizer_steps": 0,
         "loss_scale": LossScaler(precision, torch.device("cpu")).state(),
         "random": {"seed": config.batch.seed},
@@ -74,7 +68,7 @@ def write_checkpoint(save_dir: Path, weights: Weights, described: Described, dty
         "fingerprints": {"tokenizer": build_tokenizer(**described.data.tokenizer).fingerprint, "data": ""},
         "persistent": True,
     }
-    _publish(save_dir, progress.iteration, _blocks(weights, weights.names(), dtype), state, write_config(config))
+    _publish(save_dir, 0, _blocks(weights, weights.names(), dtype), state, write_config(config))
 
 
 def rewrite_checkpoint(save_dir: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, *, keeps_optimizer: bool) -> None:
@@ -88,16 +82,9 @@ def rewrite_checkpoint(save_dir: Path, checkpoint: Checkpoint, dtype: torch.dtyp
 
 @contextmanager
 def new_folder(save_dir: Path) -> Iterator[None]:
-    """Within, `save_dir` is filled; if that fails, nothing of it is left.
-
-    Raises CheckpointError, before anything is touched, where it holds more than a conversion that was killed leaves behind.
-    """
-    found = sorted(save_dir.iterdir()) if save_dir.is_dir() else []
-    for path in found:
-        if path.name != TOKENIZER_FOLDER and not path.name.endswith(".tmp"):
-            raise CheckpointError(f"{save_dir} holds {path.name} already; name another folder")
-    for path in found:
-        publish.remove(path)
+    """Within, `save_dir` is filled; if that fails, nothing of it is left. Raises CheckpointError where it holds anything already."""
+    if found := sorted(save_dir.iterdir()) if save_dir.is_dir() else []:
+        raise CheckpointError(f"{save_dir} holds {found[0].name} already; name another folder, or remove it")
     is_new = not save_dir.exists()
     save_dir.mkdir(parents=True, exist_ok=True)
     try:

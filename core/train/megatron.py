@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
+from ..checkpoint import publish
 from ..checkpoint.manifest import CheckpointError, intersect, is_plain_name
 from ..config import ModelConfig, wrong_types
 from ..layout import Box
@@ -16,7 +17,6 @@ from ..name_map import Place, Run
 from ..validate import model_problems
 from .plain_pickle import read_plain
 
-TRACKER = "latest_checkpointed_iteration.txt"
 # Ours -> theirs; the second name is that of Transformer Engine's fused layers.
 _LAYER = {
     "attention_norm": ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
@@ -37,7 +37,6 @@ _ENDS = {
     "final_norm": "decoder.final_layernorm.",
     "head": "output_layer.",
 }
-# Arguments that mean what our field of the same name means.
 # Arguments that change what a model computes in ways that are not built here: the values that can be read.
 _ONLY = {
     "num_experts": (None,),
@@ -59,6 +58,7 @@ _ONLY = {
 }
 _FLOATS = {item.name for item in fields(ModelConfig) if float in (get_args(item.type) or (item.type,))}
 _MODEL = ("embedding.", "decoder.", "output_layer.")  # what the names of weights begin with
+# Arguments that mean what our field of the same name means.
 _SAME = """
     num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels group_query_attention max_position_embeddings
     position_embedding_type rotary_base rotary_percent rotary_interleaved use_rope_scaling rope_scaling_factor normalization apply_layernorm_1p
@@ -196,10 +196,10 @@ class MegatronDist:
 def _iteration_folder(path: Path) -> Path:
     if (path / ".metadata").is_file():
         return path
-    try:
-        folder = path / f"iter_{int((path / TRACKER).read_text()):07d}"
-    except (OSError, ValueError):
-        raise CheckpointError(f"{path} has neither .metadata nor a {TRACKER} with a number: it is no torch_dist checkpoint") from None
+    iteration = publish.tracked_iteration(path)
+    if iteration is None:
+        raise CheckpointError(f"{path} has neither .metadata nor {publish.TRACKER}: it is no torch_dist checkpoint")
+    folder = path / publish.folder_name(iteration)
     if not (folder / ".metadata").is_file():
         raise CheckpointError(f"{folder} has no .metadata: only --ckpt-format torch_dist can be read; docs/hugging_face.md says how to get there")
     return folder

@@ -280,15 +280,19 @@ def test_a_folder_that_is_in_use_is_refused_and_left_alone(olmo, tmp_path):
     assert (tmp_path / "out.tmp" / "precious").read_text() == "mine"
 
 
-def test_a_conversion_that_fails_leaves_nothing_and_one_that_was_killed_is_taken_up(olmo, tmp_path):
+def test_a_conversion_that_fails_leaves_nothing(olmo, tmp_path):
     shutil.copytree(olmo, tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").write_text("{")
     assert convert("hf", "trivium", tmp_path / "hf", tmp_path / "run").returncode == 2 and not (tmp_path / "run").exists()
-    (tmp_path / "run" / "iter_0000000.tmp").mkdir(parents=True)
-    (tmp_path / "run" / "tokenizer").mkdir()
-    (tmp_path / "run" / "tokenizer" / "merges.txt").write_text("of another")
-    assert convert("hf", "trivium", olmo, tmp_path / "run").returncode == 0
-    assert not (tmp_path / "run" / "tokenizer" / "merges.txt").exists()
+
+
+def test_a_tokenizer_that_lies_in_the_folder_is_not_lost(olmo, tmp_path):
+    """A folder named as ours would be may be anybody's."""
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text("mine")
+    result = convert("hf", "trivium", olmo, tmp_path / "run")
+    assert result.returncode == 1 and "holds tokenizer already" in result.stderr
+    assert files(tmp_path / "run") == {"tokenizer/tokenizer.json": b"mine"}
 
 
 def test_every_tensor_keeps_its_own_dtype_and_verify_allows_for_rounding(tmp_path):
