@@ -217,7 +217,7 @@ def _chunks(metadata: Any, folder: Path) -> dict[str, list[_Chunk]]:
         for index, info in metadata.storage_data.items():
             offsets = None if index.offset is None else tuple(index.offset)
             if (index.fqn, offsets) in sizes:
-                if not is_plain_name(info.relative_path.lstrip("_")):
+                if not is_plain_name(info.relative_path):
                     raise CheckpointError(f"{folder / '.metadata'} names the file {info.relative_path!r}, which is no plain name")
                 box = tuple((start, start + size) for start, size in zip(offsets, sizes[index.fqn, offsets], strict=True))
                 if not all(type(number) is int and number >= 0 for number in (*sum(box, ()), info.offset, info.length)):

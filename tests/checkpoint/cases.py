@@ -1,10 +1,11 @@
 """What the checkpoint tests share: a small model's tensors under any tensor-parallel cut, saved and read back on ranks."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from trivium.checkpoint.load import Checkpoint, open_checkpoint
@@ -92,3 +93,31 @@ def warnings() -> Iterator[list[str]]:
         yield lines
     finally:
         get_logger().removeHandler(handler)
+
+
+class _Killed(BaseException):
+    """Stands for the end of the process: nothing in the code under test catches it."""
+
+
+def killed_at(step: int, calls: Iterable[tuple[object, str]], action: Callable[[], object]) -> bool:
+    """Run `action` until it makes its call number `step` of the functions (owner, name); whether it got that far."""
+    count = 0
+
+    def dying(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count > step:
+                raise _Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in calls:
+            patch.setattr(owner, name, dying(getattr(owner, name)))
+        try:
+            action()
+        except _Killed:
+            return True
+    return False

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import cases
@@ -125,26 +126,15 @@ def test_the_next_save_removes_what_killed_runs_left_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["iter_0000100", "iter_0000200.tmp", TRACKER, "notes.tmp", "wandb"]
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in the code under test catches it."""
-
-
-def test_death_at_every_rename_and_removal_of_a_publication_loses_nothing(tmp_path, monkeypatch):
+def test_death_at_every_rename_and_removal_of_a_publication_loses_nothing(tmp_path):
     """Publishing over iteration 100, stopped at the first, second, ... step that changes the folder: old or new, never neither."""
     found = []
     for step in range(100):
         save_dir = tmp_path / str(step)
         cases.write(save_dir, 50, 0)
         cases.write(save_dir, 100, 1)
-        with monkeypatch.context() as patch:
-            count = [0]
-            for owner, name in ((Path, "rename"), (Path, "mkdir"), (Path, "unlink"), (Path, "write_text"), (publish.shutil, "rmtree"), (os, "fsync")):
-                patch.setattr(owner, name, dying(getattr(owner, name), count, step))
-            try:
-                cases.write(save_dir, 100, 2)
-                killed = False
-            except Killed:
-                killed = True
+        steps = ((Path, "rename"), (Path, "mkdir"), (Path, "unlink"), (Path, "write_text"), (publish.shutil, "rmtree"), (os, "fsync"))
+        killed = cases.killed_at(step, steps, partial(cases.write, save_dir, 100, 2))
         checkpoint = cases.read(save_dir)
         assert checkpoint.iteration == 100 and cases.differences(checkpoint, checkpoint.state["seed"]) == []
         found.append(checkpoint.state["seed"])
@@ -154,16 +144,6 @@ def test_death_at_every_rename_and_removal_of_a_publication_loses_nothing(tmp_pa
         if not killed:
             break
     assert not killed and found[0] == 1 and found[-1] == 2 and found == sorted(found) and len(found) > 10
-
-
-def dying(function, count: list[int], step: int):
-    def call(*args, **kwargs):
-        count[0] += 1
-        if count[0] > step:
-            raise Killed
-        return function(*args, **kwargs)
-
-    return call
 
 
 SAVER = """

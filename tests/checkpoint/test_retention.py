@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import cases
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,15 +112,11 @@ def test_one_that_cannot_be_removed_is_one_line(tmp_path, monkeypatch):
         retain(tmp_path, Retention(keep_last=1))
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in the code under test catches it."""
-
-
-def test_killed_at_every_step_of_it_a_published_one_is_whole_and_the_next_save_cleans_up(tmp_path, monkeypatch):
+def test_killed_at_every_step_of_it_a_published_one_is_whole_and_the_next_save_cleans_up(tmp_path):
     rule, all_there = Retention(keep_last=1, keep_best=1), ["manifest.json", "state.json"]
     for step in range(50):
         save_dir = make(tmp_path / str(step), 100, 200, 300, 400, tracker=400, losses={200: 1.0, 300: 2.0})
-        killed = retain_killed_at(save_dir, rule, step, monkeypatch)
+        killed = cases.killed_at(step, ((Path, "rename"), (os, "unlink"), (os, "rmdir")), lambda folder=save_dir: retain(folder, rule))
         assert {200, 400} <= set(left(save_dir))
         for folder in publish.published_folders(save_dir).values():
             assert sorted(path.name for path in folder.iterdir()) == all_there, f"step {step}: {folder.name} is published and not whole"
@@ -130,28 +127,6 @@ def test_killed_at_every_step_of_it_a_published_one_is_whole_and_the_next_save_c
         if not killed:
             break
     assert not killed and step >= 4, "two renames and two removals at least"
-
-
-def retain_killed_at(save_dir: Path, rule: Retention, step: int, monkeypatch) -> bool:
-    count = [0]
-
-    def dying(function):
-        def call(*args, **kwargs):
-            count[0] += 1
-            if count[0] > step:
-                raise Killed
-            return function(*args, **kwargs)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for owner, name in ((Path, "rename"), (os, "unlink"), (os, "rmdir")):
-            patch.setattr(owner, name, dying(getattr(owner, name)))
-        try:
-            retain(save_dir, rule)
-        except Killed:
-            return True
-    return False
 
 
 counts = st.none() | st.integers(1, 4)
