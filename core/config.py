@@ -197,9 +197,12 @@ class ParallelConfig:
     recompute_num_layers: int = option(1, "Layers of a recomputed group (uniform) or recomputed layers of a stage (block).")
     distributed_backend: str | None = option(None, "Transport; nccl on GPUs and gloo on CPUs if not given.", ("nccl", "gloo"))
     distributed_timeout_minutes: float = option(10, "Minutes a collective may take before the run ends with an error.")
+    compile: bool = option(False, "Compile the layers with torch.compile; what passes between ranks and into gradients stays outside (new).")
     deterministic_mode: bool = option(False, "Only deterministic kernels; an operation without one is an error.")
     device: str = option("auto", "Where to run (new).", ("auto", "cpu", "cuda"))
-    kernels: str = option("auto", "Which implementation of the fused operations to use (new).", ("auto", "torch", "triton", "native"))
+    kernels: str = option(
+        "auto", "Implementation of the fused operations: auto, torch, triton or native, and after commas OP=ONE for single ones (new)."
+    )
     attention_backend: str = option("auto", "Which scaled-dot-product attention of PyTorch to use.", ("auto", "flash", "fused", "unfused", "local"))
 
 

@@ -50,7 +50,6 @@ REFUSED = {
     "use-megatron-fsdp": "has no counterpart; use --data-parallel-sharding-strategy optim_grads_params",
     "step-batch-size-schedule": f"{_LATER}; use a constant --global-batch-size",
     "rampup-batch-size": f"{_LATER}; use a constant --global-batch-size",
-    "compile": f"{_LATER}; leave it out",
     "num-experts": f"{_LATER}; leave it out",
     "expert-tensor-parallel-size": f"{_LATER}; leave it out",
     "use-legacy-models": "has no counterpart; leave it out",

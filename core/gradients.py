@@ -1,7 +1,7 @@
 """Where a weight's gradient goes while a backward pass runs: into memory that its owner gives, at once or when the schedule says.
 
 Every use of a parameter passes through here, because hooks cannot tell what is needed: autograd's fire even where a gradient is
-still to be computed, and not at all where a parameter was not used.
+still to be computed, and not at all where a parameter was not used. torch.compile does not see it: it cannot follow the side effects.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,13 +61,23 @@ class Sink:
         self.owner.wrote()
 
     def add_product(self, dy: torch.Tensor, x: torch.Tensor) -> None:
-        """Add dy^T x, of dy [N, O] and x [N, I]; in fp32 the GEMM itself accumulates."""
-        main = self.owner.gradient_of(self.slot)
-        if x.dtype == main.dtype:
-            main.addmm_(dy.t(), x)
-        else:
-            main.add_(dy.t() @ x)
+        """Add dy^T x, of dy [N, O] and x [N, I]."""
+        with self.opened() as main:
+            add_product(main, dy, x)
+
+    @contextmanager
+    def opened(self) -> Iterator[torch.Tensor]:
+        """The fp32 memory that a gradient is to be added to in several steps; it counts as one when this is left."""
+        yield self.owner.gradient_of(self.slot)
         self.owner.wrote()
+
+
+def add_product(main: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
+    """Add dy^T x to fp32 memory, of dy [N, O] and x [N, I]; in fp32 the GEMM itself accumulates."""
+    if x.dtype == main.dtype:
+        main.addmm_(dy.t(), x)
+    else:
+        main.add_(dy.t() @ x)
 
 
 def current(parameter: nn.Parameter) -> nn.Parameter:
@@ -78,6 +88,7 @@ def current(parameter: nn.Parameter) -> nn.Parameter:
     return parameter
 
 
+@torch.compiler.disable
 def use(parameter: nn.Parameter) -> torch.Tensor:
     """The parameter for use in plain operations: autograd's gradient of it goes to its sink."""
     sink = sink_of(current(parameter))

@@ -96,6 +96,7 @@ class DropoutStream:
         return (x >= threshold).view(shape)
 
 
+@torch.compiler.disable
 def dropout(x: torch.Tensor, p: float, stream: DropoutStream | None, site: str) -> torch.Tensor:
     """Inverted dropout of x [B, T, H] with the layout-independent mask of `stream`; the identity where there is no stream (evaluation) or p is 0."""
     if stream is None or p == 0.0:

@@ -116,8 +116,8 @@ LAYERS_INPUT = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(5))
 
 
 def layers_over(sharding: Sharding, dtype: torch.dtype) -> list[nn.Module]:
-    up = ColumnParallelLinear(12, {"a": 16, "b": 8}, sharding, bias=True, init=Init(1, 0.3))
-    down = RowParallelLinear("d", 24, 12, sharding, bias=True, init=Init(1, 0.3))
+    up = ColumnParallelLinear(12, {"a": 16, "b": 8}, sharding, Ops(), bias=True, init=Init(1, 0.3))
+    down = RowParallelLinear("d", 24, 12, sharding, Ops(), bias=True, init=Init(1, 0.3))
     return [layer.to(dtype) for layer in (up, down)]
 
 
@@ -162,7 +162,7 @@ def test_deferred_products_are_bitwise_the_plain_gradient(n, sequence_parallel, 
 def gathers(mesh: Mesh) -> list[int]:
     """How often tokens were gathered by the end of a backward pass that held its products, and after those."""
     sharding = Sharding(tp=mesh.tp, sequence_parallel=True)
-    layer = ColumnParallelLinear(12, {"a": 16}, sharding, bias=False, init=Init(1, 0.3))
+    layer = ColumnParallelLinear(12, {"a": 16}, sharding, Ops(), bias=False, init=Init(1, 0.3))
     memory, honest, begun = Memory(layer.weight), comm.start_gather_tokens, []
     x = LAYERS_INPUT.tensor_split(mesh.tp.size, dim=1)[mesh.tp.rank].clone().requires_grad_()
     y, counts = layer(x), []
@@ -232,7 +232,7 @@ def test_every_use_of_every_parameter_reaches_its_sink_as_often_as_its_layout_sa
     models = [GPT(config, 50, ops=Ops(), seed=3).place(torch.device("cpu"), dtype) for _ in range(2)]
     memory = Memory(*models[1].parameters())
     for model in models:
-        model.token_losses(tokens, tokens.roll(-1, 1)).sum().backward()
+        model.loss(tokens, tokens.roll(-1, 1), torch.ones(tokens.shape))[0].backward()
     assert memory.written == sum(p.param_layout.uses for p in memory.parameters)
     for plain, p, gradient in zip(models[0].parameters(), memory.parameters, memory.gradients, strict=True):
         name = p.param_layout.parts[0].name
@@ -250,7 +250,7 @@ def test_a_use_waits_for_the_weights_before_it_reads_them():
     memory = Memory(weight)
     memory.wait_for_weights = lambda: weight.data.fill_(7.0)
     assert torch.equal(use(weight), torch.full((3, 2), 7.0))
-    layer = ColumnParallelLinear(2, {"a": 3}, Sharding(), bias=False, init=Init(1, 0.5))
+    layer = ColumnParallelLinear(2, {"a": 3}, Sharding(), Ops(), bias=False, init=Init(1, 0.5))
     memory = Memory(layer.weight)
     memory.wait_for_weights = lambda: layer.weight.data.fill_(7.0)
     assert torch.equal(layer(torch.ones(1, 1, 2)), torch.full((1, 1, 3), 14.0))

@@ -21,7 +21,7 @@ def add_model_flags(parser: Parser) -> None:
     parser.add_argument("--tokenizer-model", help="the tokenizer, if it is no longer where the run found it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="number format of the weights")
-    parser.add_argument("--kernels", choices=("auto", "torch", "triton", "native"), default="auto")
+    parser.add_argument("--kernels", default="auto", help="auto, torch, triton or native; after commas OP=ONE for single operations")
 
 
 def load_model(options: argparse.Namespace) -> Pretrained:

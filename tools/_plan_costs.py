@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from math import gcd
 
 from trivium.config import ModelConfig
-from trivium.model.memory import FP32, Chunk, Cut, local_widths
+from trivium.model.activations import Cut
+from trivium.model.memory import FP32, Chunk, local_widths
 
 HIDDEN = 0.15  # collectives run on about 20 of an H100's 132 multiprocessors
 
@@ -75,15 +76,16 @@ def tensor_bytes(model: ModelConfig, chunk: Chunk, cut: Cut) -> tuple[float, flo
     """Sent over tp for one micro-batch, forward and backward (with what is computed again).
 
     U = e b t h. Each layer sums 2 U forward and 2 U backward; with sequence parallel it gathers 2 and scatters 2 forward, and backward
-    gathers 4 (x again for the weights' gradient, and dy) and scatters 2. The embedding sums once, the head's input gradient once.
+    gathers 4 (x again for the weights' gradient, and dy) and scatters 2. The embedding sums once; the head its input's gradient once, and
+    forward, since the loss has its gradient made at once.
     """
     unit = cut.e * cut.tokens * model.hidden_size
     again = _recomputed(chunk, cut)
     loss = all_reduce(3 * FP32 * cut.tokens, cut.tp) * chunk.predicts
     if cut.sequence_parallel:
-        forward, backward = 4 * chunk.layers + chunk.embeds + chunk.predicts, 6 * chunk.layers + 4 * again + chunk.embeds + 2 * chunk.predicts
+        forward, backward = 4 * chunk.layers + chunk.embeds + 2 * chunk.predicts, 6 * chunk.layers + 4 * again + chunk.embeds
         return gather(unit, cut.tp) * forward + loss, gather(unit, cut.tp) * backward
-    forward, backward = 2 * chunk.layers + chunk.embeds, 2 * chunk.layers + 2 * again + chunk.predicts
+    forward, backward = 2 * chunk.layers + chunk.embeds + chunk.predicts, 2 * chunk.layers + 2 * again
     return all_reduce(unit, cut.tp) * forward + loss, all_reduce(unit, cut.tp) * backward
 
 
@@ -154,7 +156,7 @@ def chunk_times(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, sch
     head = 2 * bt * h * model.padded_vocabulary(vocab_size, cut.tp) / cut.tp / hardware.rate
     ends = Times()
     if chunk.predicts:
-        ends += Times(head + unit * cut.sequence_parallel, head + 2 * unit, head)
+        ends += Times(3 * head + 2 * unit, 0.0, 0.0)  # with both gradients; what it gathers and scatters, or sums
     if chunk.embeds:
         ends += Times(unit if cut.sequence_parallel else 2 * unit, unit * cut.sequence_parallel, 0.0)
     return layer * chunk.layers + again + ends

@@ -8,8 +8,9 @@ from operator import ge, mul
 from _plan_costs import Hardware, Times, all_reduce, chunk_times, context_bytes, data_bytes, exposed_data_seconds, tensor_bytes
 
 from trivium.config import Config, data_parallel_size, key_value_copies, optimizer_shards
+from trivium.model.activations import Activations, Cut, activations_of
 from trivium.model.flops import flops_per_token
-from trivium.model.memory import FP32, Activations, Chunk, Cut, State, activations_of, state_of, weights_of
+from trivium.model.memory import FP32, Chunk, State, state_of, weights_of
 from trivium.pipeline.choose import placement_of, specs_of
 from trivium.pipeline.plan import Action, Backward, BackwardInput, BackwardWeight, Costs, Forward, Message, Placement, Plan, make_plan
 from trivium.pipeline.simulate import Timeline, simulate

@@ -12,7 +12,8 @@ from _plan_costs import Hardware, Times, chunk_times, context_bytes, data_bytes,
 from _plan_layout import Layout, Moment, fullest, moments
 
 from trivium.config import SHARDING_STRATEGIES, Config, resolve
-from trivium.model.memory import Activations, Chunk, Cut, activations_of, state_of, weights_of
+from trivium.model.activations import Activations, Cut, activations_of
+from trivium.model.memory import Chunk, state_of, weights_of
 from trivium.pipeline.plan import make_plan
 from trivium.validate import validate
 

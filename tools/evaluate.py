@@ -63,7 +63,8 @@ def total_loss(model: GPT, tokens: np.ndarray, length: int, batch_size: int) -> 
     total = torch.zeros((), dtype=torch.float64, device=model.embedding.weight.device)
     for batch in windows(tokens, length, batch_size):
         batch = torch.from_numpy(batch).to(total.device)
-        total += model.token_losses(batch[:, :-1], batch[:, 1:]).sum()
+        tokens, labels = batch[:, :-1], batch[:, 1:]
+        total += model.loss(tokens, labels, torch.ones(labels.shape, device=labels.device))[1].double().sum()
     return total.item()
 
 

@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.local_heads, self.local_kv_heads = config.num_attention_heads // tp.size, config.num_kv_heads * sharding.kv.size // tp.size
         kv = Rows(config.num_kv_heads * size, sharding.kv)
         rows = {f"{name}.q": config.num_attention_heads * size, f"{name}.k": kv, f"{name}.v": kv}
-        self.qkv = ColumnParallelLinear(config.hidden_size, rows, sharding, bias=config.qkv_bias, init=rng.Init(seed, config.init_method_std))
+        self.qkv = ColumnParallelLinear(config.hidden_size, rows, sharding, ops, bias=config.qkv_bias, init=rng.Init(seed, config.init_method_std))
         self.q_norm = self.k_norm = nn.Identity()
         if config.qk_layernorm and config.qk_layernorm_width == "projection":
             self.q_norm = ProjectionNorm(f"{name}.q_norm", Rows(rows[f"{name}.q"]), config, sharding, seed)
@@ -61,17 +61,20 @@ class Attention(nn.Module):
         elif config.qk_layernorm:
             self.q_norm, self.k_norm = (Norm(f"{name}.{kind}_norm", size, config, sharding, ops, seed, cut_input=True) for kind in "qk")
         init = rng.Init(seed, residual_std)
-        self.out = RowParallelLinear(f"{name}.out", rows[f"{name}.q"], config.hidden_size, sharding, bias=config.attention_out_bias, init=init)
+        self.out = RowParallelLinear(f"{name}.out", rows[f"{name}.q"], config.hidden_size, sharding, ops, bias=config.attention_out_bias, init=init)
 
     def forward(self, x: torch.Tensor, angles: Angles | None, documents: torch.Tensor | None, cache: KVCache | None = None) -> torch.Tensor:
         qkv = self.qkv(x)
         batch, length, _ = qkv.shape
         heads = qkv.view(batch, length, -1, self.config.head_size)
-        q, k, v = heads.split((self.local_heads, self.local_kv_heads, self.local_kv_heads), dim=2)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q = self.ops.rope(q, *angles, self.config.rotary_interleaved)
-            k = self.ops.rope(k, *angles, self.config.rotary_interleaved)
+        sizes = self.local_heads, self.local_kv_heads, self.local_kv_heads
+        if angles is not None and not self.config.qk_layernorm:
+            q, k, v = self.ops.split_heads(heads, sizes, *angles, self.config.rotary_interleaved)
+        else:
+            q, k, v = heads.split(sizes, dim=2)
+            q, k = self.q_norm(q), self.k_norm(k)
+            if angles is not None:
+                q, k = (self.ops.rope(t, *angles, self.config.rotary_interleaved) for t in (q, k))
         return self.out(self._mix(q, k, v, documents, cache).reshape(batch, length, -1))
 
     def _mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:

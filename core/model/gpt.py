@@ -15,11 +15,11 @@ from ..layout import Layout
 from ..ops import Ops
 from ..parallel.embedding import VocabParallelEmbedding
 from ..parallel.linear import column_parallel
-from ..parallel.loss import vocab_parallel_cross_entropy
+from ..parallel.loss import head_loss
 from ..parallel.sharding import Sharding
 from .attention import Attention, KVCache
 from .mlp import MLP
-from .norm import Norm
+from .norm import NoNorm, Norm
 from .recompute import Recompute
 from .rotary import Angles, Rotary
 
@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.dropout = config.hidden_dropout
         residual_std = config.init_method_std / math.sqrt(2 * config.num_layers)
         norm = partial(Norm, size=config.hidden_size, config=config, sharding=sharding, ops=ops, seed=seed, cut_input=sharding.sequence_parallel)
-        before, after = (norm if config.norm_placement in (place, "both") else lambda name: nn.Identity() for place in ("pre", "post"))
+        before, after = (norm if config.norm_placement in (place, "both") else lambda name: NoNorm() for place in ("pre", "post"))
         window = config.window(layer)
         self.windowed, self.parallel_residual = window is not None, config.parallel_residual
         self.attention_norm = before(f"{name}.attention_norm")
@@ -64,8 +64,9 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, angles: Angles | None, passage: Passage, cache: KVCache | None = None) -> torch.Tensor:
         branch = self.attention_post_norm(self.attention(self.attention_norm(x), angles, passage.documents, cache))
-        attended = x + rng.dropout(branch, self.dropout, passage.stream, f"{self.name}.attention")
-        branch = self.mlp_post_norm(self.mlp(self.mlp_norm(x if self.parallel_residual else attended)))
+        branch = rng.dropout(branch, self.dropout, passage.stream, f"{self.name}.attention")
+        attended, normalized = (x + branch, self.mlp_norm(x)) if self.parallel_residual else self.mlp_norm.add(x, branch)
+        branch = self.mlp_post_norm(self.mlp(normalized))
         return attended + rng.dropout(branch, self.dropout, passage.stream, f"{self.name}.mlp")
 
 
@@ -93,7 +94,8 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.config, self.vocab_size, self.embeds, self.predicts = config, vocab_size, embeds, predicts
-        self.sharding = sharding = sharding or Sharding()
+        self.sharding, self.ops = sharding or Sharding(), ops
+        sharding = self.sharding
         self.recompute = recompute = recompute or Recompute()
         tp, sequence_parallel, init = sharding.tp, sharding.sequence_parallel, rng.Init(seed, config.init_method_std)
         padded = config.padded_vocabulary(vocab_size, tp.size)
@@ -128,11 +130,17 @@ class GPT(nn.Module):
                 rotary.to(device)
         return self
 
-    def forward(self, x: torch.Tensor, passage: Passage | None = None, caches: list[KVCache] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        passage: Passage | None = None,
+        caches: list[KVCache] | None = None,
+        targets: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, T/cp, V/tp], padding columns included, of a stage that predicts; else hidden states [B, T/cp, H], cut by sequence parallel.
 
         x: tokens int64 [B, T/cp] for a stage that embeds; else the hidden states of the stage before. No passage: whole sequences from
-        position 0, without dropout. With caches, tokens continue what they hold.
+        position 0, without dropout. With caches, tokens continue what they hold. targets: labels and weights; what comes back is `loss`.
         """
         if passage is None:
             start = caches[0].length if caches else 0
@@ -146,12 +154,21 @@ class GPT(nn.Module):
                 x = block(x, cache=cache)
         else:
             x = self.recompute.layers(blocks, x)
-        return self._logits(x) if self.predicts else x
+        if not self.predicts:
+            return x
+        x, head, cap = self.final_norm(x), self.embedding.weight if self.head is None else self.head, self.config.final_logit_softcapping
+        if targets is not None:
+            return head_loss(x, head, *targets, self.vocab_size, self.sharding, self.ops, softcap=cap)
+        logits = column_parallel(x, head, self.sharding, self.ops)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def token_losses(self, x: torch.Tensor, labels: torch.Tensor, passage: Passage | None = None) -> torch.Tensor:
-        """Cross-entropy of every label int64 [B, T/cp], fp32, in nats, on a stage that predicts."""
-        logits = self(x, passage)
-        return vocab_parallel_cross_entropy(logits.flatten(0, 1), labels.flatten(), self.vocab_size, self.sharding.tp).view_as(labels)
+    def loss(self, x: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, passage: Passage | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a stage that predicts: the sum of weights * cross-entropy of the labels, 0-d, and every label's, fp32 [B, T/cp], in nats.
+
+        labels int64 and weights fp32, [B, T/cp]. A label of weight 0 adds nothing, whatever its logits. The sum has a gradient, the losses
+        have none; with an optimizer, backward must start from the sum itself: see head_loss.
+        """
+        return self(x, passage, targets=(labels, weights))  # through the module's own call, where ZeRO-3 gathers its parameters
 
     def rotates_otherwise(self, length: int, longer: int) -> bool:
         """Whether a sequence of `longer` tokens is rotated by other frequencies than one of `length`."""
@@ -169,11 +186,6 @@ class GPT(nn.Module):
         length = passage.length or passage.positions.shape[-1]
         everywhere = self.rotary(passage.positions, length)
         return everywhere, everywhere if self.local_rotary is self.rotary else self.local_rotary(passage.positions, length)
-
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        cap = self.config.final_logit_softcapping
-        logits = column_parallel(self.final_norm(x), self.embedding.weight if self.head is None else self.head, self.sharding)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _embed(self, tokens: torch.Tensor, passage: Passage) -> torch.Tensor:
         x = self.embedding(tokens)

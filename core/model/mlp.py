@@ -18,8 +18,8 @@ class MLP(nn.Module):
         self.config, self.ops = config, ops
         width, init, bias = config.ffn_hidden_size, rng.Init(seed, config.init_method_std), config.linear_bias
         rows = {f"{name}.gate": width, f"{name}.up": width} if config.gated else {f"{name}.up": width}
-        self.up = ColumnParallelLinear(config.hidden_size, rows, sharding, bias=bias, init=init)
-        self.down = RowParallelLinear(f"{name}.down", width, config.hidden_size, sharding, bias=bias, init=rng.Init(seed, residual_std))
+        self.up = ColumnParallelLinear(config.hidden_size, rows, sharding, ops, bias=bias, init=init)
+        self.down = RowParallelLinear(f"{name}.down", width, config.hidden_size, sharding, ops, bias=bias, init=rng.Init(seed, residual_std))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.up(x)
@@ -28,7 +28,7 @@ class MLP(nn.Module):
     def _activation(self, x: torch.Tensor) -> torch.Tensor:
         config, ops = self.config, self.ops
         if config.swiglu:
-            return ops.swiglu(*x.chunk(2, dim=-1))
+            return ops.swiglu(x)
         if config.geglu:
-            return ops.geglu(*x.chunk(2, dim=-1), exact=config.exact_gelu)
+            return ops.geglu(x, exact=config.exact_gelu)
         return ops.squared_relu(x) if config.squared_relu else ops.gelu(x, exact=config.exact_gelu)

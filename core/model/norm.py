@@ -32,10 +32,31 @@ class Norm(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         return self._normalized(x.to(wide), 1 + weight.to(wide), bias).to(x.dtype)
 
+    def add(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + branch, and its norm, in one pass where it can be."""
+        if self.from_one:
+            total = x + branch
+            return total, self(total)
+        weight = use(self.weight)
+        if self.bias is None:
+            return self.ops.add_rms_norm(x, branch, weight, self.epsilon)
+        return self.ops.add_layer_norm(x, branch, weight, use(self.bias), self.epsilon)
+
     def _normalized(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if bias is None:
             return self.ops.rms_norm(x, weight, self.epsilon)
         return self.ops.layer_norm(x, weight, bias, self.epsilon)
+
+
+class NoNorm(nn.Module):
+    """Where a layer has no norm at this place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def add(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + branch
+        return total, total
 
 
 class ProjectionNorm(nn.Module):

@@ -46,6 +46,7 @@ def local_tokens(x: torch.Tensor, cp: Axis) -> torch.Tensor:
     return x if cp.size == 1 else x[:, token_positions(x.shape[1], cp, x.device)]
 
 
+@torch.compiler.disable
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -1,5 +1,7 @@
 """Linear layers cut over an axis, by rows (column parallel) or by columns (row parallel) of the weight. H in, O out features.
 
+The products stay outside of what torch.compile sees: they send, and their gradients go where no compiler can follow.
+
 With sequence parallel, x outside of the layers is cut over the same axis by tokens: gathered on the way in, its sum cut on the way out.
 """
 
@@ -12,6 +14,7 @@ from torch import nn
 from .. import comm, rng
 from ..gradients import Sink, current, sink_of, use
 from ..layout import Layout, Rows
+from ..ops import Ops
 from .sharding import Sharding
 
 
@@ -23,14 +26,14 @@ class ColumnParallelLinear(nn.Module):
     Shoeybi et al. 2019, section 3; sequence parallel: Korthikanti et al. 2022, section 4.2.
     """
 
-    def __init__(self, in_features: int, parts: dict[str, int | Rows], sharding: Sharding, *, bias: bool, init: rng.Init):
+    def __init__(self, in_features: int, parts: dict[str, int | Rows], sharding: Sharding, ops: Ops, *, bias: bool, init: rng.Init):
         super().__init__()
-        self.sharding = sharding
+        self.sharding, self.ops = sharding, ops
         self.weight = rng.new_parameter(Layout.rows_cut(_named(parts, "weight"), (in_features,), sharding.tp), init)
         self.bias = rng.new_parameter(Layout.rows_cut(_named(parts, "bias"), (), sharding.tp), rng.Init(init.seed)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = column_parallel(x, self.weight, self.sharding)
+        y = column_parallel(x, self.weight, self.sharding, self.ops)
         return y if self.bias is None else y + use(self.bias)
 
 
@@ -41,9 +44,9 @@ class RowParallelLinear(nn.Module):
     added once, after the sum: with sequence parallel each rank sees only its tokens' share of the bias' gradient.
     """
 
-    def __init__(self, name: str, in_features: int, out_features: int, sharding: Sharding, *, bias: bool, init: rng.Init):
+    def __init__(self, name: str, in_features: int, out_features: int, sharding: Sharding, ops: Ops, *, bias: bool, init: rng.Init):
         super().__init__()
-        self.sharding = sharding
+        self.sharding, self.ops = sharding, ops
         self.weight = rng.new_parameter(Layout.columns_cut(f"{name}.weight", out_features, in_features, sharding.tp), init)
         self.bias = None
         if bias:
@@ -51,69 +54,86 @@ class RowParallelLinear(nn.Module):
             self.bias = rng.new_parameter(layout, rng.Init(init.seed))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, sharding = current(self.weight), self.sharding
-        y = _RowParallel.apply(x, weight, sink_of(weight), sharding.tp, sharding.sequence_parallel)
+        y = row_parallel(x, self.weight, self.sharding, self.ops)
         return y if self.bias is None else y + use(self.bias)
 
 
-def column_parallel(x: torch.Tensor, weight: nn.Parameter, sharding: Sharding) -> torch.Tensor:
+@torch.compiler.disable
+def column_parallel(x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops) -> torch.Tensor:
     """x W^T for a weight [O/tp, H] that is cut by rows: see ColumnParallelLinear."""
-    return _ColumnParallel.apply(x, current(weight), sink_of(weight), sharding.tp, sharding.sequence_parallel)
+    return _ColumnParallel.apply(x, current(weight), sink_of(weight), sharding, ops)
+
+
+@torch.compiler.disable
+def row_parallel(x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops) -> torch.Tensor:
+    """x W^T, summed over tp, for a weight [O, I/tp] that is cut by columns: see RowParallelLinear."""
+    return _RowParallel.apply(x, current(weight), sink_of(weight), sharding, ops)
 
 
 class _ColumnParallel(torch.autograd.Function):
     """The gradient of x is summed over tp while the weight gradient's GEMM runs; the gathered x is not kept but gathered again."""
 
     @staticmethod
-    def forward(ctx, x, weight, sink, tp, sequence_parallel):
+    def forward(ctx, x, weight, sink, sharding, ops):
         ctx.save_for_backward(x, weight)
-        ctx.sink, ctx.tp, ctx.sequence_parallel = sink, tp, sequence_parallel
-        return F.linear(comm.start_gather_tokens(x, tp)() if sequence_parallel else x, weight)
+        ctx.sink, ctx.sharding, ctx.ops = sink, sharding, ops
+        return _product(comm.start_gather_tokens(x, sharding.tp)() if sharding.sequence_parallel else x, weight, ops)
 
     @staticmethod
     def backward(ctx, dy):
-        (x, weight), tp, sink = ctx.saved_tensors, ctx.tp, ctx.sink
-        x = x.detach()
-        if not ctx.sequence_parallel:
-            dx = dy @ weight
+        (x, weight), tp, sink, ops = ctx.saved_tensors, ctx.sharding.tp, ctx.sink, ctx.ops
+        x, wide = x.detach(), ops.operand(dy)
+        if not ctx.sharding.sequence_parallel:
+            dx = _input_gradient(wide, weight, x.dtype, ops)
             summed = comm.start_all_reduce(dx, tp)
-            dw = _weight_gradient(sink, weight, dy, lambda: x)
+            dw = _weight_gradient(sink, weight, wide, lambda: x, ops)
             return summed.wait(), dw, None, None, None
         gather = partial(comm.start_gather_tokens, x, tp)
         if sink is None or sink.owner.deferral.held is None:
             whole = gather()  # under way during the next GEMM
         else:
             whole = lambda: gather()()  # noqa: E731 - a held product keeps the cut x alone, and gathers when its turn comes
-        summed = comm.start_reduce_tokens(dy @ weight, tp)
-        dw = _weight_gradient(sink, weight, dy, whole)
+        summed = comm.start_reduce_tokens(_input_gradient(wide, weight, x.dtype, ops), tp)
+        dw = _weight_gradient(sink, weight, wide, whole, ops)
         return summed(), dw, None, None, None
 
 
 class _RowParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, sink, tp, sequence_parallel):
+    def forward(ctx, x, weight, sink, sharding, ops):
         ctx.save_for_backward(x, weight)
-        ctx.sink, ctx.tp, ctx.sequence_parallel = sink, tp, sequence_parallel
-        y = F.linear(x, weight)
-        return comm.start_reduce_tokens(y, tp)() if sequence_parallel else comm.all_reduce(y, tp)
+        ctx.sink, ctx.sharding, ctx.ops = sink, sharding, ops
+        y = _product(x, weight, ops)
+        return comm.start_reduce_tokens(y, sharding.tp)() if sharding.sequence_parallel else comm.all_reduce(y, sharding.tp)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
+        (x, weight), ops = ctx.saved_tensors, ctx.ops
         x = x.detach()
-        if ctx.sequence_parallel:
-            dy = comm.start_gather_tokens(dy, ctx.tp)()
-        dx = dy @ weight
-        return dx, _weight_gradient(ctx.sink, weight, dy, lambda: x), None, None, None
+        if ctx.sharding.sequence_parallel:
+            dy = comm.start_gather_tokens(dy, ctx.sharding.tp)()
+        wide = ops.operand(dy)
+        dx = _input_gradient(wide, weight, x.dtype, ops)
+        return dx, _weight_gradient(ctx.sink, weight, wide, lambda: x, ops), None, None, None
 
 
-def _weight_gradient(sink: Sink | None, weight: torch.Tensor, dy: torch.Tensor, x) -> torch.Tensor | None:
-    """dy^T x to the sink, now or when its turn comes, or to autograd where there is no sink. `x` is called for the input."""
+def _product(x: torch.Tensor, weight: torch.Tensor, ops: Ops) -> torch.Tensor:
+    """x W^T in the dtype of x."""
+    return F.linear(ops.operand(x), ops.operand(weight)).to(x.dtype)
+
+
+def _input_gradient(dy: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, ops: Ops) -> torch.Tensor:
+    """dy W in `dtype`; dy is an operand already."""
+    return (dy @ ops.operand(weight)).to(dtype)
+
+
+def _weight_gradient(sink: Sink | None, weight: torch.Tensor, dy: torch.Tensor, x, ops: Ops) -> torch.Tensor | None:
+    """dy^T x to the sink, now or when its turn comes, or to autograd where there is no sink. `x` is called for the input; dy is an operand."""
     if not weight.requires_grad:
         return None
     if sink is None:
-        return dy.flatten(0, -2).t() @ x().flatten(0, -2)
-    sink.owner.deferral.run(lambda: sink.add_product(dy.flatten(0, -2), x().flatten(0, -2)))
+        return (dy.flatten(0, -2).t() @ ops.operand(x()).flatten(0, -2)).to(weight.dtype)
+    sink.owner.deferral.run(lambda: sink.add_product(dy.flatten(0, -2), ops.operand(x()).flatten(0, -2)))
     return None
 
 

@@ -6,7 +6,7 @@ from ..config import Config, ConfigError
 from ..mesh import Mesh
 from ..model.gpt import GPT
 from ..model.recompute import Recompute
-from ..ops import Ops
+from ..ops import Ops, keep_freed_memory
 from ..optim.buckets import Reduction, make_buckets
 from ..optim.fsdp import cut_parameters
 from ..optim.optimizer import Optimizer
@@ -22,6 +22,8 @@ from .step import Trainer
 
 def build_trainer(config: Config, mesh: Mesh, device: torch.device, ops: Ops, vocab_size: int, eod: int) -> Trainer:
     """Everything a step needs, with initial weights. eod: the token that ends a document."""
+    if device.type == "cpu":
+        keep_freed_memory()  # a step frees and asks for the same large temporaries again and again
     stages = build_stages(config, vocab_size, mesh, ops, device)
     optimizer = build_optimizer(config, mesh, stages, ops)
     return Trainer(config, mesh, device, stages, Preparation(config, stages.sharding, device, eod), optimizer, LossScaler(config.precision, device))
@@ -50,6 +52,9 @@ def build_stages(config: Config, vocab_size: int, mesh: Mesh, ops: Ops, device: 
             tied_weight=chunks[0].embedding.weight if config.model.tied and chunks and chunks[0].embeds else None,
             recompute=recompute,
         )
+        if parallel.compile:
+            for block in model.layers:
+                block.compile(dynamic=False)
         chunks.append(model if _cuts_parameters(config, mesh) else model.place(device, torch.float32))
     tokens = batch.seq_length // mesh.cp.size // (mesh.tp.size if sharding.sequence_parallel else 1)
     message = Message((batch.micro_batch_size, tokens, config.model.hidden_size), working_dtype(config.precision), device)

@@ -31,11 +31,11 @@ class LossPass:
         x = inputs.tokens if x is None else x
         if not model.predicts:
             return model(x, inputs.passage)
-        total = masked_sum(model.token_losses(x, inputs.labels, inputs.passage), inputs.mask)
+        total, losses = model.loss(x, inputs.labels, inputs.mask * self.scale, inputs.passage)
         if self.stages.mesh.tp.rank == 0:  # the others hold the same losses
-            self.totals[0] += total.detach()
+            self.totals[0] += masked_sum(losses, inputs.mask)
             self.totals[1] += inputs.mask.sum()
-        return total * self.scale
+        return total
 
     def _inputs_for(self, chunk: int, index: int) -> Inputs:
         """A micro-batch is read when the first chunk needs it and dropped when the last one has had it."""

@@ -61,7 +61,7 @@ class Trainer:
 
         # All that every rank must know alike, in one reduction over all of them: skip and clip are then the same everywhere.
         wish = torch.tensor(float(stop), dtype=torch.float64).to(self.device, non_blocking=True)
-        known = comm.all_reduce(torch.stack([*losses.totals, wish, squared_norm(optimizer.buckets, self.device)]), self.mesh.world)
+        known = comm.all_reduce(torch.stack([*losses.totals, wish, squared_norm(optimizer.buckets, self.device, optimizer.ops)]), self.mesh.world)
         loss_sum, num_predictions, stop_wishes, squared = known.unbind()
         to_true = tokens / (num_predictions * self.scaler.scale)
         norm = (squared.sqrt() * to_true).float()

@@ -27,45 +27,26 @@ TRIVIUM_INLINE void put(BFloat16* p, float value) {
 }
 
 template <class T>
-TRIVIUM_INLINE void update(const AdamW& a, const Buffers& b, T* __restrict weights, int64_t begin, int64_t end) {
-    // Copies: through the reference, the compiler would have to reload each after every store.
-    const AdamW s = a;
-    const float root_factor = 1.0f / s.root_correction;  // a product in the loop, where a second division would cost as much as the root
-    float* __restrict masters = b.masters;
-    float* __restrict exp_avg = b.exp_avg;
-    float* __restrict exp_avg_sq = b.exp_avg_sq;
-    const float* __restrict grads = b.grads;
-    for (int64_t i = begin; i < end; ++i) {
-        const float g = grads[i] * s.grad_scale;
-        const float m = exp_avg[i] + s.one_minus_beta1 * (g - exp_avg[i]);
-        const float v = exp_avg_sq[i] * s.beta2 + s.one_minus_beta2 * (g * g);
-        const float p = masters[i] * s.lr_decay - s.step_size * m / (std::sqrt(v) * root_factor + s.eps);
-        exp_avg[i] = m;
-        exp_avg_sq[i] = v;
-        masters[i] = p;
-        if (weights) put(weights + i, p);
+struct Update {
+    template <int L>
+    static TRIVIUM_INLINE void run(const AdamW s, const Buffers b, T* __restrict weights, int64_t begin, int64_t end) {
+        const float root_factor = 1.0f / s.root_correction;  // a product in the loop, where a second division would cost as much as the root
+        float* __restrict masters = b.masters;
+        float* __restrict exp_avg = b.exp_avg;
+        float* __restrict exp_avg_sq = b.exp_avg_sq;
+        const float* __restrict grads = b.grads;
+        for (int64_t i = begin; i < end; ++i) {
+            const float g = grads[i] * s.grad_scale;
+            const float m = exp_avg[i] + s.one_minus_beta1 * (g - exp_avg[i]);
+            const float v = exp_avg_sq[i] * s.beta2 + s.one_minus_beta2 * (g * g);
+            const float p = masters[i] * s.lr_decay - s.step_size * m / (std::sqrt(v) * root_factor + s.eps);
+            exp_avg[i] = m;
+            exp_avg_sq[i] = v;
+            masters[i] = p;
+            if (weights) put(weights + i, p);
+        }
     }
-}
-
-#if defined(__x86_64__)
-template <class T>
-TRIVIUM_AVX512 void update_avx512(const AdamW& a, const Buffers& b, T* weights, int64_t begin, int64_t end) {
-    update(a, b, weights, begin, end);
-}
-template <class T>
-TRIVIUM_AVX2 void update_avx2(const AdamW& a, const Buffers& b, T* weights, int64_t begin, int64_t end) {
-    update(a, b, weights, begin, end);
-}
-#endif
-
-template <class T>
-void dispatch(const AdamW& a, const Buffers& b, T* weights, int64_t begin, int64_t end) {
-#if defined(__x86_64__)
-    if (isa() == Isa::avx512) return update_avx512(a, b, weights, begin, end);
-    if (isa() == Isa::avx2) return update_avx2(a, b, weights, begin, end);
-#endif
-    update(a, b, weights, begin, end);
-}
+};
 
 }  // namespace
 
@@ -74,7 +55,7 @@ void adamw(const AdamW& a, float* masters, float* exp_avg, float* exp_avg_sq, co
     const Buffers buffers{masters, exp_avg, exp_avg_sq, grads};
     parallel_for((size + ELEMENTS_PER_TASK - 1) / ELEMENTS_PER_TASK, threads, [&](int64_t task) {
         const int64_t begin = task * ELEMENTS_PER_TASK;
-        dispatch(a, buffers, weights, begin, std::min(size, begin + ELEMENTS_PER_TASK));
+        dispatch<Update<T>>(a, buffers, weights, begin, std::min(size, begin + ELEMENTS_PER_TASK));
     });
 }
 

@@ -61,10 +61,10 @@ def test_llama_equals_transformers_in_logits_and_every_gradient(change):
     expected = peer(tokens).logits
     logits = model(tokens)[..., :VOCAB]
     assert (logits - expected).norm() <= 2e-6 * expected.norm()
-    losses = model.token_losses(tokens, labels)
+    mean, losses = model.loss(tokens, labels, torch.full(labels.shape, 1 / labels.numel()))
     peer_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten())
     assert losses.mean().item() == pytest.approx(peer_loss.item(), rel=1e-6)
-    losses.mean().backward()
+    mean.backward()
     peer_loss.backward()
     gradients = dict(peer.named_parameters())
     total = torch.stack([g.grad.norm() for g in gradients.values()]).norm()
@@ -97,7 +97,7 @@ def test_padding_of_the_vocabulary_changes_nothing_and_gets_no_gradient():
     losses = []
     for multiple in (1, 128):
         model = model_of(replace(GPT2, make_vocab_size_divisible_by=multiple))
-        loss = model.token_losses(tokens, tokens.roll(-1, 1)).mean()
+        loss, _ = model.loss(tokens, tokens.roll(-1, 1), torch.full(tokens.shape, 1 / tokens.numel()))
         loss.backward()
         losses.append(loss.item())
         assert model.embedding.weight.grad[VOCAB:].abs().sum() == 0

@@ -63,8 +63,8 @@ def through_stages(stages: list[GPT]) -> torch.Tensor:
         y = stage(x, passage_of())
         x = y.detach().requires_grad_()
         edges.append((y, x))
-    losses = stages[-1].token_losses(x, LABELS, passage_of())
-    losses.sum().backward()
+    total, losses = stages[-1].loss(x, LABELS, torch.ones(LABELS.shape), passage_of())
+    total.backward()
     for y, x in reversed(edges):
         y.backward(x.grad)
     return losses.detach()
@@ -87,8 +87,8 @@ def stages_of(config: ModelConfig, ends: tuple[int, ...], *, shared: bool) -> li
 def test_stages_are_the_whole_model_in_losses_and_every_gradient(config, ends, shared):
     """Also where a stage has no layer, or embedding or head alone. A tied weight gets the same two gradients, and a sum of two has one order."""
     whole, stages = model_of(config), stages_of(config, ends, shared=shared)
-    expected = whole.token_losses(TOKENS, LABELS, passage_of())
-    expected.sum().backward()
+    total, expected = whole.loss(TOKENS, LABELS, torch.ones(LABELS.shape), passage_of())
+    total.backward()
     assert torch.equal(through_stages(stages), expected.detach())
     reference, found = gradients_of(whole), gradients_of(*stages)
     assert found.keys() == reference.keys()
@@ -142,8 +142,8 @@ def trained(model: GPT) -> tuple[torch.Tensor, torch.Tensor, int]:
         bucket.begin(1)
     torch.manual_seed(11)  # attention dropout draws from torch's generator
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor):
-        losses = model.token_losses(TOKENS, LABELS, passage_of())
-    losses.sum().backward()
+        total, losses = model.loss(TOKENS, LABELS, torch.ones(LABELS.shape), passage_of())
+    total.backward()
     for bucket in buckets:
         bucket.start_reduction()
     return losses.detach(), torch.cat([bucket.gradients for bucket in buckets]), sum(kept)

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trivium import ops, reference
-from trivium.ops import Ops
+from trivium.ops import Ops, attention, reference
 
 UNIT = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-8}
 DTYPES = pytest.mark.parametrize("dtype", list(UNIT), ids=str)
@@ -81,7 +80,7 @@ def test_flash_equals_plain_pytorch(dtype, kv_heads, monkeypatch):
     plain = reference.attention_block
     monkeypatch.setattr(reference, "attention_block", lambda *args: calls.append(1) or plain(*args))
     assert_close(Ops().attention_block(scattered, k, v, causal=True), (o, lse), 4 * UNIT[dtype])
-    monkeypatch.setattr(ops, "_CPU_FLASH", "_not_in_this_torch")
+    monkeypatch.setattr(attention, "_CPU_FLASH", "_not_in_this_torch")
     assert_close(Ops().attention_block(q, k, v, causal=True), (o, lse), 4 * UNIT[dtype])
     assert len(calls) == 2
     assert_close(Ops().attention_block_backward(do, q, k, v, o, lse, causal=True), grads, 8 * UNIT[dtype])
@@ -149,9 +148,9 @@ def test_attention_with_a_mask_matches_float64(backend, dtype, kv_heads):
 def test_the_calls_for_a_gpu_fit_this_torch():
     """On tensors without memory: arguments, their order and the shapes that come back. What the kernels compute is for tests on a GPU."""
     q, k, v, do = (t.to("meta") for t in problem(6, 6, 2, torch.bfloat16))
-    o, lse = ops._flash_forward(q, k, v, True, 0.3)
+    o, lse = attention._flash_forward(q, k, v, True, 0.3)
     assert (o.shape, lse.shape, lse.dtype) == (q.shape, (2, 4, 6), torch.float32)
-    grads = ops._flash_backward(do, q, k, v, o, lse, True, 0.3)
+    grads = attention._flash_backward(do, q, k, v, o, lse, True, 0.3)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
     masked = Ops().attention(q, k, v, causal=False, mask=torch.ones(2, 6, 6, dtype=torch.bool, device="meta"))
     assert masked.shape == q.shape

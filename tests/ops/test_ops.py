@@ -2,20 +2,21 @@
 
 import logging
 import math
+import re
 
 import pytest
 import torch
 
-from trivium import native, ops, reference
-from trivium.ops import Ops, choose
+from trivium.ops import OPS, Ops, choose, door, native, reference
 
 # Rounding unit of each dtype: half the distance from 1 to the next number.
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 CPU = torch.device("cpu")
+NATIVE = pytest.mark.skipif(not native.AVAILABLE, reason="built without a compiler")
 KERNELS = [
     "torch",
-    pytest.param("native", marks=pytest.mark.skipif(not native.AVAILABLE, reason="built without a compiler")),
-    pytest.param("triton", marks=pytest.mark.skipif(not getattr(ops.triton_rms_norm, "INTERPRETED", False), reason="needs TRITON_INTERPRET=1")),
+    pytest.param("native", marks=NATIVE),
+    pytest.param("triton", marks=pytest.mark.skipif(not getattr(door.triton_rms_norm, "INTERPRETED", False), reason="needs TRITON_INTERPRET=1")),
 ]
 
 
@@ -58,9 +59,9 @@ def _seed():
 # Roundings: the result, the inner function and the product each round once; twice that for the gradient's extra factor, and 2 for sums within.
 @DTYPES
 def test_activations_match_float64(dtype):
-    x, y = torch.randn(4, 65), torch.randn(4, 65)
+    x = torch.randn(4, 65)
     o = Ops()
-    check(o.swiglu, [x, y], 8, dtype, lambda g, u: g * torch.sigmoid(g) * u)
+    check(o.swiglu, [torch.randn(4, 130)], 8, dtype, lambda v: v[:, :65] * torch.sigmoid(v[:, :65]) * v[:, 65:])
     check(o.gelu, [x], 8, dtype, lambda v: 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))))
     check(o.squared_relu, [x], 8, dtype, lambda v: v.clamp_min(0) ** 2)
 
@@ -277,7 +278,7 @@ def test_a_missing_kernel_is_an_error_that_names_flag_and_remedy(monkeypatch):
     monkeypatch.setattr(native, "AVAILABLE", False)
     with pytest.raises(ValueError, match=r"--kernels native: .*not built; install a C\+\+17 compiler"):
         choose("native", CPU, torch.float32)
-    with pytest.raises(ValueError, match="--kernels fast is not one of"):
+    with pytest.raises(ValueError, match="--kernels fast: 'fast' is not one of"):
         choose("fast", CPU, torch.float32)
 
 
@@ -288,10 +289,56 @@ def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch):
         choose("triton", CPU, torch.float32)
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     assert choose("triton", CPU, torch.float32).kernels == "triton"
-    monkeypatch.setattr(ops, "triton_rms_norm", None)
+    monkeypatch.setattr(door, "triton_rms_norm", None)
     with pytest.raises(ValueError, match=r"--kernels triton: .*install triton"):
         choose("triton", CPU, torch.float32)
 
 
 def test_the_log_line_names_every_op():
-    assert Ops("torch", "flash").describe() == "kernels: rms_norm, adamw torch | attention sdpa (flash) | layer_norm, rope, activations torch"
+    every = ", ".join(OPS)
+    assert Ops("torch", "flash").describe() == f"kernels: {every} torch | attention sdpa (flash)"
+    triton = Ops("triton").describe()
+    assert "rms_norm, adamw triton | layer_norm, rope, activation, cross_entropy, grad_norm torch" in triton
+    assert "16-bit numbers in fp32" in Ops(widens=True).describe()
+
+
+@NATIVE
+def test_single_ops_can_be_chosen():
+    ops = choose("native,rope=torch,adamw=torch", CPU, torch.float32)
+    assert {op for op, one in ops.implementations.items() if one == "torch"} == {"rope", "adamw"}
+    assert choose("torch,rope=native", CPU, torch.float32).implementations["rope"] == "native"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "problem"),
+    [
+        ("torch,rpoe=native", "'rpoe=native' is not OP=IMPLEMENTATION with an op of rms_norm, layer_norm, rope"),
+        ("torch,rope", "'rope' is not OP=IMPLEMENTATION"),
+        ("torch,rope=triton", "rope has torch, native, and not triton"),
+        ("torch,rope=", "rope has torch, native, and not nothing"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_an_error(kernels, problem):
+    with pytest.raises(ValueError, match=re.escape(f"--kernels {kernels}: {problem}")):
+        choose(kernels, CPU, torch.float32)
+
+
+def test_a_choice_for_one_op_that_cannot_serve_is_an_error(monkeypatch):
+    monkeypatch.setattr(native, "AVAILABLE", False)
+    with pytest.raises(ValueError, match=r"--kernels torch,rope=native: .*not built.*or leave rope=native out"):
+        choose("torch,rope=native", CPU, torch.float32)
+
+
+def test_16_bit_products_are_widened_where_the_processor_has_no_instructions_for_them(monkeypatch):
+    """bf16 operands reach the products in fp32 and what comes out is bf16 again; fp32 is left alone, and so is bf16 on other processors."""
+    found = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert choose("torch", CPU, torch.bfloat16).widens and not choose("torch", CPU, torch.float32).widens
+    assert not choose("torch", torch.device("cuda"), torch.bfloat16).widens
+    x = torch.randn(3, 4).bfloat16()
+    assert choose("torch", CPU, torch.bfloat16).operand(x).dtype == torch.float32
+    found["avx512_bf16"] = True
+    assert choose("torch", CPU, torch.bfloat16).operand(x) is x
+    assert not choose("torch", CPU, torch.bfloat16).widens
+    found.update(architecture="aarch64", avx512_bf16=False)
+    assert not choose("torch", CPU, torch.bfloat16).widens

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from trivium import native, ops
-from trivium.ops import Ops
+from trivium.ops import Ops, native
+from trivium.ops.door import triton_rms_norm
 
 # The rounding unit of a dtype. Triton's interpreter cuts fp32 off to bf16 where devices round to nearest: twice the unit there.
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -13,7 +13,7 @@ EPS = 1e-5
 
 NATIVE = pytest.mark.skipif(not native.AVAILABLE, reason="built without a compiler")
 TRITON = pytest.mark.skipif(
-    ops.triton_rms_norm is None or not (ops.triton_rms_norm.INTERPRETED or torch.cuda.is_available()), reason="neither a GPU nor TRITON_INTERPRET=1"
+    triton_rms_norm is None or not (triton_rms_norm.INTERPRETED or torch.cuda.is_available()), reason="neither a GPU nor TRITON_INTERPRET=1"
 )
 MARKS = {"torch": (), "native": NATIVE, "triton": TRITON}
 NORMS = pytest.mark.parametrize("norm", [pytest.param(norm, marks=marks) for norm, marks in MARKS.items()])
@@ -30,7 +30,7 @@ NORMS_AND_DTYPES = pytest.mark.parametrize(
 
 def home(norm):
     """Where the tensors of this implementation live."""
-    return "cuda" if norm == "triton" and not ops.triton_rms_norm.INTERPRETED else "cpu"
+    return "cuda" if norm == "triton" and not triton_rms_norm.INTERPRETED else "cpu"
 
 
 def plain(x, weight):

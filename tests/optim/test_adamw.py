@@ -36,7 +36,7 @@ def optimizer_of(params, dtype=torch.float32, size: int = 40, **config) -> Optim
 
 
 def norm_of(optimizer: Optimizer) -> torch.Tensor:
-    return squared_norm(optimizer.buckets, CPU).sqrt()
+    return squared_norm(optimizer.buckets, CPU, Ops()).sqrt()
 
 
 PEERS = {
@@ -124,7 +124,7 @@ def test_norm_counts_primary_parts_alone():
 
 def test_a_rank_without_parameters_has_a_norm_of_zero():
     """A pipeline stage may hold none that counts there."""
-    assert squared_norm([], CPU).item() == 0 and squared_norm([], CPU).dtype == torch.float64
+    assert squared_norm([], CPU, Ops()).item() == 0 and squared_norm([], CPU, Ops()).dtype == torch.float64
 
 
 @pytest.mark.parametrize(("kind", "moments"), [("adamw", ["exp_avg", "exp_avg_sq"]), ("adam", ["exp_avg", "exp_avg_sq"]), ("sgd", ["momentum"])])

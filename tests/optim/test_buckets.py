@@ -69,7 +69,7 @@ def trained(mesh: Mesh, how: How, whole: bool = True) -> tuple[list, list[torch.
         for micro_batch in range(own):
             backward(params, i * MICRO_BATCHES + own * mesh.dp_cp.rank + micro_batch, whole)
         optimizer.reduce()
-        norms.append(comm.all_reduce(squared_norm(optimizer.buckets, CPU), mesh.world).item())
+        norms.append(comm.all_reduce(squared_norm(optimizer.buckets, CPU, Ops()), mesh.world).item())
         optimizer.update(0.1 / (i + 1), torch.tensor(1 / 64), torch.tensor(i == 1))
     pieces = [(piece.name, piece.box, piece.tensor) for piece in (*optimizer.weight_pieces(), *optimizer.moment_pieces())]
     return pieces, [use(p).detach() for p in params], norms
@@ -327,7 +327,7 @@ def on_both_ends(mesh: Mesh, keep_gradients: bool) -> tuple[torch.Tensor, float]
             generator = torch.Generator().manual_seed(10 * micro_batch + stage)
             (use(weight) * torch.randint(-20, 20, (5, 3), generator=generator)).sum().backward()
     optimizer.reduce()
-    norm = comm.all_reduce(squared_norm(optimizer.buckets, CPU), mesh.world)
+    norm = comm.all_reduce(squared_norm(optimizer.buckets, CPU, Ops()), mesh.world)
     optimizer.update(0.1, torch.tensor(1.0), torch.tensor(False))
     return use(weight).detach(), norm.item()
 
@@ -351,7 +351,7 @@ def partial_gradients(mesh: Mesh) -> tuple[dict[str, float], float]:
     sum(use(p).sum() for p in params).mul(mesh.tp.rank + 1).backward()
     optimizer.reduce()
     found = {piece.name: piece.tensor.mean().item() for bucket in optimizer.buckets for piece in bucket.pieces(bucket.gradients)}
-    return found, comm.all_reduce(squared_norm(optimizer.buckets, CPU), mesh.world).item()
+    return found, comm.all_reduce(squared_norm(optimizer.buckets, CPU, Ops()), mesh.world).item()
 
 
 def test_shares_of_a_gradient_are_summed_over_the_ranks_that_see_one_and_counted_once():

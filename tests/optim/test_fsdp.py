@@ -133,7 +133,7 @@ def gradients_of_rank(mesh: Mesh, dtype: torch.dtype) -> tuple[list[Held], float
     for micro_batch in range(2):
         backward(model, 2 * mesh.rank + micro_batch)
     optimizer.reduce()
-    return held(optimizer, lambda shard: shard.pieces(shard.gradients)), squared_norm(optimizer.buckets, CPU).item()
+    return held(optimizer, lambda shard: shard.pieces(shard.gradients)), squared_norm(optimizer.buckets, CPU, Ops()).item()
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "evaluation"])

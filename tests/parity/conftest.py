@@ -9,6 +9,7 @@ from runs import write_data
 
 from parity.cases import Case
 from parity.harness import MODELS, RUN, Measured, measure
+from trivium.ops import native
 
 
 @pytest.fixture(scope="session")
@@ -20,22 +21,24 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(folder) -> Callable[..., Measured]:
-    """run(case, extra="", mutation=None): a run of a case, 20 updates of AdamW unless `extra` says otherwise."""
+    """run(case, extra="", mutation=None): a run of a case, 20 updates of AdamW unless `extra` says otherwise, on the native kernels."""
 
-    def run_case(case: Case, extra: str = "", mutation: str | None = None) -> Measured:
-        return measure(f"{RUN} {MODELS[case.model]} --data-path {folder / 'data'} {case.arguments} {extra}", case.ranks, folder, mutation)
+    def run_case(case: Case, extra: str = "", mutation: str | None = None, *, kernels: str = "native") -> Measured:
+        chosen = kernels if native.AVAILABLE and "--fp16" not in extra else "torch"
+        arguments = f"{RUN} {MODELS[case.model]} --kernels {chosen} --data-path {folder / 'data'} {case.arguments} {extra}"
+        return measure(arguments, case.ranks, folder, mutation)
 
     return run_case
 
 
 @pytest.fixture(scope="session")
 def reference(run) -> Callable[..., Measured]:
-    """reference(model, extra=""): one process, made once."""
+    """reference(model, extra=""): one process on plain PyTorch, made once."""
     made: dict[tuple[str, str], Measured] = {}
 
     def reference_of(model: str, extra: str = "") -> Measured:
         if (model, extra) not in made:
-            made[model, extra] = run(Case(1, "", model), extra)
+            made[model, extra] = run(Case(1, "", model), extra, kernels="torch")
         return made[model, extra]
 
     return reference_of

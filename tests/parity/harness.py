@@ -19,7 +19,7 @@ from trivium.optim.optimizer import Optimizer
 RUN = (
     "--hidden-size 32 --num-attention-heads 4 --init-method-std 0.1 --hidden-dropout 0.1 --attention-dropout 0 --seq-length 16 "
     "--micro-batch-size 1 --global-batch-size 8 --eod-mask-loss --clip-grad 0.3 --train-iters 20 --lr 5e-3 --adam-eps 1e-3 --weight-decay 0.1 "
-    "--tokenizer-type NullTokenizer --vocab-size 96 --make-vocab-size-divisible-by 16 --num-workers 0 --device cpu --kernels torch "
+    "--tokenizer-type NullTokenizer --vocab-size 96 --make-vocab-size-divisible-by 16 --num-workers 0 --device cpu "
     "--eval-interval 20 --eval-iters 2 --split 80,20,0 --log-interval 20"
 )
 MODELS = {

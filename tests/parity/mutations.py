@@ -71,14 +71,18 @@ MUTATIONS = {
     "gathered gradient in the wrong order": Mutation(comm.start_gather_tokens, "pending.wait()", "pending.wait().flip(0)", Case(2, f"{TP} 2 {SP}")),
     "sum of a row-parallel layer left out": Mutation(linear._RowParallel.forward, "comm.all_reduce(y, tp)", "y", Case(2, f"{TP} 2")),
     "bias added on every tp rank": Mutation(
-        linear.RowParallelLinear.forward, "y + use(self.bias)", "y + sharding.tp.size * use(self.bias)", Case(2, f"{TP} 2", "gpt")
+        linear.RowParallelLinear.forward, "y + use(self.bias)", "y + self.sharding.tp.size * use(self.bias)", Case(2, f"{TP} 2", "gpt")
     ),
     "padding of the vocabulary in the sum": Mutation(
-        loss._CrossEntropy.forward, "real = min(max(vocab_size - first, 0), local)", "real = local", Case(2, f"{TP} 2")
+        loss._HeadLoss.forward, "real = min(max(vocab_size - first, 0), table.shape[0])", "real = table.shape[0]", Case(2, f"{TP} 2")
     ),
     "maximum of the local vocabulary alone": Mutation(
-        loss._CrossEntropy.forward, 'comm.all_reduce(highest.clone(), tp, "max")', "highest.clone()", Case(2, f"{TP} 2")
+        loss._over, 'comm.all_reduce(highest.clone(), tp, "max")', "highest.clone()", Case(2, f"{TP} 2")
     ),
+    "sum of the local vocabulary alone": Mutation(
+        loss._over, "comm.all_reduce(torch.stack([rest * torch.exp(highest - top), target]), tp)", "rest, target", Case(2, f"{TP} 2")
+    ),
+    "the head's input gradient not summed over tp": Mutation(loss._HeadLoss.forward, "comm.all_reduce(dx, tp)", "dx", Case(2, f"{TP} 2")),
     "tokens of other ranks looked up": Mutation(
         embedding.VocabParallelEmbedding.forward, "masked_fill(elsewhere.unsqueeze(-1), 0.0)", "clone()", Case(2, f"{TP} 2")
     ),

@@ -29,7 +29,7 @@ import pretrain_gpt
 from trivium import comm, flags
 from trivium.config import Config, resolve
 from trivium.launch import Place
-from trivium.model.memory import Activations
+from trivium.model.activations import Activations
 from trivium.pipeline.plan import Backward, BackwardInput, BackwardWeight, Costs, Forward, make_plan
 from trivium.pipeline.simulate import simulate
 from trivium.presets import PRESETS

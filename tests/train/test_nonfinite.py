@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import torch
 from ranks import run_ranks
 from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data, write_ends
 
@@ -23,27 +22,28 @@ def data(tmp_path_factory):
 
 def poisoned_run(mesh: Mesh, arguments: str, iteration: int, value: float, where: str) -> None:
     """A run in which one micro-batch of the last rank has losses, or one gradient element, of `value`."""
-    honest, honest_losses = LossPass.__call__, GPT.token_losses
+    honest, honest_loss = LossPass.__call__, GPT.loss
 
-    def poisoned(*args):
-        losses = honest_losses(*args)
+    def poisoned(model, x, labels, weights, passage):
         if where == "loss":
-            return losses * value
-        if where == "loss alone":
-            return losses + value  # whose gradient is 1
-        losses.register_hook(lambda gradient: torch.cat([gradient.flatten()[:1] * value, gradient.flatten()[1:]]).view_as(gradient))
-        return losses
+            total, losses = honest_loss(model, x, labels, weights * value, passage)
+            return total, losses * value
+        if where == "gradient":
+            weights = weights.clone()
+            weights[0, 0] *= value  # of one token
+        total, losses = honest_loss(model, x, labels, weights, passage)
+        return total, losses + value if where == "loss alone" else losses
 
     def call(self, chunk, index, x):
         here = self.iteration == iteration and index == 1 and mesh.rank == mesh.world_size - 1
-        GPT.token_losses = poisoned if here else honest_losses
+        GPT.loss = poisoned if here else honest_loss
         return honest(self, chunk, index, x)
 
     LossPass.__call__ = call
     try:
         pretrain_gpt.main(arguments.split(), Place(mesh.rank, mesh.world_size, mesh.rank))
     finally:
-        LossPass.__call__, GPT.token_losses = honest, honest_losses
+        LossPass.__call__, GPT.loss = honest, honest_loss
 
 
 ZERO1 = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"

@@ -1,4 +1,4 @@
-"""The only door to kernels: which implementation of each op this run uses, chosen once, named in the log, passed in as a value."""
+"""Attention: softmax(q k^T) v whole, and in blocks that a ring or a cache merges, on torch's kernels or in plain PyTorch."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,17 +8,10 @@ import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import native, reference
-from .logs import get_logger
-
-try:
-    from .kernels import adamw as triton_adamw
-    from .kernels import rms_norm as triton_rms_norm
-except ImportError:  # Triton has no wheel for every platform
-    triton_adamw = triton_rms_norm = None
+from . import reference
 
 # --attention-backend, Megatron's words. None: torch picks the fastest that fits.
-_ATTENTION = {
+_BACKENDS = {
     "auto": None,
     "flash": SDPBackend.FLASH_ATTENTION,
     "fused": SDPBackend.CUDNN_ATTENTION,
@@ -42,58 +35,18 @@ class AttentionRule:
     window: int | None = None
 
 
-@dataclass(frozen=True)
-class Ops:
-    """The ops of a model and its optimizer. `Ops()` is plain PyTorch; `choose` picks by flag, device and dtype.
+class AttentionOps:
+    """Attention by one backend, --attention-backend.
 
-    Everything but adamw_ is differentiable. Under torch.compile every op is the PyTorch one: the compiler fuses it with its
-    neighbours, where a kernel of our own would be a wall between them.
+    widens: products of 16-bit numbers are computed in fp32 and rounded at the end, since this processor is faster at those.
     """
 
-    kernels: str = "torch"  # torch, triton or native: of rms_norm and adamw_
-    attention_backend: str = "auto"  # as --attention-backend
+    attention_backend: str
+    widens: bool
 
-    def describe(self) -> str:
-        """One line for the log: what each op runs on."""
-        name = f"native ({native.simd()})" if self.kernels == "native" else self.kernels
-        return f"kernels: rms_norm, adamw {name} | attention sdpa ({self.attention_backend}) | layer_norm, rope, activations torch"
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x [..., H] / sqrt(mean(x^2) + eps) in fp32, rounded to x's dtype, times weight [H] cast to that dtype; shape and dtype of x."""
-        weight = weight.to(x.dtype)
-        if self.kernels == "torch" or torch.compiler.is_compiling():
-            return reference.rms_norm(x, weight, eps)
-        if self.kernels == "native":
-            return native.rms_norm(x, weight, eps)
-        return triton_rms_norm.rms_norm(x, weight, eps)
-
-    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-        """x [..., H] to mean 0 and variance 1, times weight [H], plus bias [H]; both cast to x's dtype."""
-        return F.layer_norm(x, weight.shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
-
-    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-        """Rotate the first R of the D dims of every head of x [B, T, A, D] by the angles of cos and sin, [T, R/2] or [B, T, R/2].
-
-        Dim i turns with dim i + R/2 (rotate-half, as Hugging Face's Llama), or 2i with 2i + 1 where `interleaved`. cos and sin are
-        cast to x's dtype. Su et al. 2021, section 3.4.
-        """
-        return reference.rope(x, cos, sin, interleaved)
-
-    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up, elementwise (Shazeer 2020)."""
-        return reference.swiglu(gate, up)
-
-    def geglu(self, gate: torch.Tensor, up: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """gelu(gate) * up, elementwise (Shazeer 2020)."""
-        return reference.geglu(gate, up, "none" if exact else "tanh")
-
-    def gelu(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """GELU by its tanh approximation, as GPT-2 and Megatron's fused kernel have it, or `exact` (Hendrycks and Gimpel 2016)."""
-        return F.gelu(x, approximate="none" if exact else "tanh")
-
-    def squared_relu(self, x: torch.Tensor) -> torch.Tensor:
-        """max(x, 0)^2 (So et al. 2021)."""
-        return F.relu(x).square()
+    def operand(self, x: torch.Tensor) -> torch.Tensor:
+        """x as matrix products take it: in fp32 where this processor multiplies 16-bit numbers more slowly than those, else as it is."""
+        return x.float() if self.widens and x.dtype in (torch.bfloat16, torch.float16) else x
 
     def attention(
         self,
@@ -116,6 +69,7 @@ class Ops:
         since flash has no such kernel on a GPU: a mask, and causal with 1 < T < S under dropout or where flash does not serve.
         Raises ValueError on causal with more queries than keys, or with a mask, and on dropout with a softcap.
         """
+        dtype, (q, k, v) = q.dtype, (self.operand(t) for t in (q, k, v))
         queries, keys, grouped = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
         if causal and mask is not None:
             raise ValueError("attention is either causal or has a mask; a causal mask is one with nothing above its diagonal")
@@ -126,10 +80,10 @@ class Ops:
         # torch's is_causal aligns the first query with the first key, which is right only for T = S.
         if causal and 1 < queries < keys:
             if softcap is None and dropout == 0.0 and self._flash_serves(q, k, v) and not torch.compiler.is_compiling():
-                return _LaterQueries.apply(q, k, v, self, scale)
+                return _LaterQueries.apply(q, k, v, self, scale).to(dtype)
             mask = torch.ones(1, queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         if softcap is not None:
-            return _SoftCapped.apply(q, k, v, mask, self, causal and queries == keys, scale, softcap)
+            return _SoftCapped.apply(q, k, v, mask, self, causal and queries == keys, scale, softcap).to(dtype)
         if mask is not None and grouped and q.device.type != "cpu":
             # On a GPU the one kernel that takes a mask and stores no scores does not take grouped heads.
             k, v, grouped = *(t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v)), False
@@ -144,7 +98,7 @@ class Ops:
                 scale=scale,
                 enable_gqa=grouped,
             )
-        return y.transpose(1, 2)
+        return y.transpose(1, 2).to(dtype)
 
     @torch.no_grad()
     def attention_block(
@@ -165,11 +119,10 @@ class Ops:
         calls attention_block_backward. By flash attention's kernel where it serves (also in place of cuDNN's), else, and for the
         backends unfused and local, and with a softcap or mask, in plain PyTorch.
         """
-        if softcap is not None or mask is not None:
+        if softcap is not None or mask is not None or not self._flash_serves(q, k, v):
             return reference.attention_block(q, k, v, causal, scale, softcap, mask)
-        if self._flash_serves(q, k, v):
-            return _flash_forward(q, k, v, causal, scale)
-        return reference.attention_block(q, k, v, causal, scale)
+        o, lse = _flash_forward(*(self.operand(t) for t in (q, k, v)), causal, scale)
+        return o.to(q.dtype), lse
 
     @torch.no_grad()
     def attention_block_backward(
@@ -190,11 +143,10 @@ class Ops:
 
         With those, each weight is exp(score - lse) whichever block it stands in, so the blocks' dq add up (Liu et al. 2023, section 3).
         """
-        if softcap is not None or mask is not None:
+        if softcap is not None or mask is not None or not self._flash_serves(q, k, v):
             return reference.attention_block_backward(do, q, k, v, o, lse, causal, scale, softcap, mask)
-        if self._flash_serves(q, k, v):
-            return _flash_backward(do, q, k, v, o, lse, causal, scale)
-        return reference.attention_block_backward(do, q, k, v, o, lse, causal, scale)
+        gradients = _flash_backward(*(self.operand(t) for t in (do, q, k, v, o)), lse, causal, scale)
+        return tuple(gradient.to(q.dtype) for gradient in gradients)
 
     def attention_merge_(self, o: torch.Tensor, lse: torch.Tensor, block_o: torch.Tensor, block_lse: torch.Tensor) -> None:
         """Fold one more block into o [B, T, A, D], in the dtype of lse, and lse [B, A, T], both in place.
@@ -208,7 +160,7 @@ class Ops:
 
     def _flash_serves(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Whether torch's own flash kernel may be called for these, as attention_block does."""
-        if _ATTENTION[self.attention_backend] is SDPBackend.MATH or any(t.stride(-1) != 1 for t in (q, k, v)):
+        if _BACKENDS[self.attention_backend] is SDPBackend.MATH or any(t.stride(-1) != 1 for t in (q, k, v)):
             return False
         if q.device.type == "cpu":
             return hasattr(torch.ops.aten, _CPU_FLASH) and q.is_floating_point()
@@ -219,72 +171,13 @@ class Ops:
         params = SDPAParams(*(t.transpose(1, 2) for t in (q, k, v)), None, 0.0, False, q.shape[2] != k.shape[2])
         return can_use_flash_attention(params)
 
-    @torch.no_grad()
-    def sgd_(
-        self,
-        masters: torch.Tensor,
-        momentum: torch.Tensor,
-        grads: torch.Tensor,
-        weights: torch.Tensor,
-        *,
-        lr: float,
-        momentum_factor: float,
-        weight_decay: float,
-        grad_scale: torch.Tensor,
-        skip: torch.Tensor,
-    ) -> None:
-        """One update by SGD with momentum and coupled weight decay, as torch.optim.SGD; buffers, grad_scale and skip as for adamw_."""
-        step = momentum_factor * momentum + grads * grad_scale + weight_decay * masters
-        updated = masters - lr * step
-        torch.where(skip, weights, updated.to(weights.dtype), out=weights)
-        torch.where(skip, momentum, step, out=momentum)
-        if weights.data_ptr() != masters.data_ptr():
-            torch.where(skip, masters, updated, out=masters)
 
-    @torch.no_grad()
-    def adamw_(
-        self,
-        masters: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
-        grads: torch.Tensor,
-        weights: torch.Tensor,
-        *,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        step: torch.Tensor,
-        grad_scale: torch.Tensor,
-        skip: torch.Tensor,
-    ) -> None:
-        """One AdamW update in place of four flat buffers: masters, exp_avg, exp_avg_sq (fp32) and weights (the working dtype).
-
-        weights becomes a rounded copy of masters, and may be masters itself. grads (fp32) is read as grads * grad_scale. step (0-d)
-        counts this update, from 1; grad_scale (0-d fp32) and skip (0-d bool) live on the device too: the host waits for none of
-        them. Where skip is true nothing changes, whatever the gradients hold. Same arithmetic as torch.optim.AdamW (Loshchilov and
-        Hutter 2019).
-        """
-        _check_flat(masters, exp_avg, exp_avg_sq, grads, weights)
-        # In fp64, as torch.optim computes them on the host: 1 - 0.999**t in fp32 has lost three digits at t = 1.
-        t = step.to(torch.float64)
-        implementation = {"torch": reference, "native": native, "triton": triton_adamw}[self.kernels]
-        implementation.adamw_(
-            masters,
-            exp_avg,
-            exp_avg_sq,
-            grads,
-            weights,
-            step_size=(lr / (1 - beta1**t)).float(),
-            root_correction=(1 - beta2**t).sqrt().float(),
-            grad_scale=grad_scale.float(),
-            skip=skip.bool(),
-            lr_decay=1 - lr * weight_decay,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-        )
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raises ValueError, naming the flag and the remedy, for a backend that there is not, or not on this device."""
+    if backend not in _BACKENDS:
+        raise ValueError(f"--attention-backend {backend} is not one of {', '.join(_BACKENDS)}")
+    if backend == "fused" and device.type != "cuda":
+        raise ValueError(f"--attention-backend fused is cuDNN's and the device is {device.type}; use --attention-backend auto")
 
 
 class _LaterQueries(torch.autograd.Function):
@@ -331,71 +224,9 @@ class _SoftCapped(torch.autograd.Function):
         return *ctx.ops.attention_block_backward(do, q, k, v, o, lse, mask=mask, **ctx.rule), None, None, None, None, None
 
 
-def choose(kernels: str, device: torch.device, dtype: torch.dtype, attention_backend: str = "auto") -> Ops:
-    """The ops for --kernels {auto, torch, triton, native} on `device` with activations of `dtype`.
-
-    auto: native on a CPU, triton on a GPU, each where it can serve, else torch, and the log says why.
-    Raises ValueError, naming the flag and the remedy, where an implementation or backend asked for by name cannot serve.
-    """
-    _check_attention_backend(attention_backend, device)
-    if kernels not in ("auto", "torch", *_OBSTACLES):
-        raise ValueError(f"--kernels {kernels} is not one of auto, torch, {', '.join(_OBSTACLES)}")
-    if kernels == "torch":
-        return Ops("torch", attention_backend)
-    wanted = kernels if kernels != "auto" else "native" if device.type == "cpu" else "triton"
-    obstacle = _OBSTACLES[wanted](device, dtype)
-    if obstacle is None:
-        return Ops(wanted, attention_backend)
-    if kernels != "auto":
-        raise ValueError(f"--kernels {kernels}: {obstacle}, or use --kernels auto")
-    get_logger().info(f"kernels: PyTorch in place of {wanted}: {obstacle}")
-    return Ops("torch", attention_backend)
-
-
-def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the native kernels cannot serve, and what to do about it; None where they can."""
-    if device.type != "cpu":
-        return f"the native kernels run on the CPU and the device is {device.type}; use --kernels triton"
-    if not native.AVAILABLE:
-        return "trivium._native is not built; install a C++17 compiler and run `pip install --no-deps --no-build-isolation -e .`"
-    if dtype not in native.DTYPES:
-        return f"the native kernels have float32 and bfloat16, not {dtype}; use --bf16"
-    return None
-
-
-def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton cannot serve, and what to do about it; None where it can."""
-    if triton_rms_norm is None:
-        return "triton cannot be imported; install triton>=3.6"
-    if device.type == "cpu" and not triton_rms_norm.INTERPRETED:
-        return "Triton has no CPU target; set TRITON_INTERPRET=1 (slow, for tests)"
-    if device.type == "cuda" and triton_rms_norm.INTERPRETED:
-        return "TRITON_INTERPRET=1 would run the kernels on the CPU; unset it"
-    return None
-
-
-_OBSTACLES = {"triton": _triton_obstacle, "native": _native_obstacle}
-
-
-def _check_attention_backend(backend: str, device: torch.device) -> None:
-    if backend not in _ATTENTION:
-        raise ValueError(f"--attention-backend {backend} is not one of {', '.join(_ATTENTION)}")
-    if backend == "fused" and device.type != "cuda":
-        raise ValueError(f"--attention-backend fused is cuDNN's and the device is {device.type}; use --attention-backend auto")
-
-
 def _restricted_to(backend: str) -> AbstractContextManager:
-    kernel = _ATTENTION[backend]
+    kernel = _BACKENDS[backend]
     return nullcontext() if kernel is None else sdpa_kernel(kernel)
-
-
-def _check_flat(masters: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, grads: torch.Tensor, weights: torch.Tensor) -> None:
-    """The kernels go by address: what has gaps, or ends early, they would write past."""
-    for name, buffer in {"masters": masters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grads": grads, "weights": weights}.items():
-        if buffer.shape != (masters.numel(),) or not buffer.is_contiguous():
-            raise ValueError(f"adamw_ takes flat buffers of one size; masters has {masters.numel()} elements, {name} is {tuple(buffer.shape)}")
-        if buffer.dtype != torch.float32 and name != "weights":
-            raise ValueError(f"adamw_ keeps its state in float32; {name} is {buffer.dtype}")
 
 
 def _flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:

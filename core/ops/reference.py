@@ -1,4 +1,6 @@
-"""Every op in plain PyTorch: what the kernels are tested against, and what runs where there is none. Only ops may import this."""
+"""Every op in plain PyTorch: what the kernels are tested against, and what runs where there is none. Only this package may import it."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,14 +64,68 @@ def _pairs(x: torch.Tensor, half: int, interleaved: bool) -> tuple[torch.Tensor,
     return x[..., :half], x[..., half : 2 * half]
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up (Shazeer 2020)."""
-    return F.silu(gate) * up
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """See Ops.layer_norm."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def geglu(gate: torch.Tensor, up: torch.Tensor, approximate: str) -> torch.Tensor:
-    """gelu(gate) * up (Shazeer 2020)."""
-    return F.gelu(gate, approximate=approximate) * up
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_erf": F.gelu,
+    "squared_relu": lambda x: F.relu(x).square(),
+}
+
+
+def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """f(x), elementwise."""
+    return _ACTIVATIONS[kind](x)
+
+
+def gated_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """f(gate) * up for x [..., 2F], gate before up."""
+    gate, up = x.chunk(2, dim=-1)
+    return _ACTIVATIONS[kind](gate) * up
+
+
+def cross_entropy_statistics(logits: torch.Tensor, column: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See Ops.cross_entropy_statistics."""
+    highest, rest, target = (torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(3))
+    if real == 0:
+        return highest.fill_(-torch.inf), rest, target
+    for rows in _in_cache(logits):
+        x, here = logits[rows, :real].float(), (column[rows] >= 0).unsqueeze(1)
+        place = column[rows].clamp(min=0).unsqueeze(1)
+        torch.amax(x, dim=1, out=highest[rows])
+        target[rows] = torch.where(here, x.gather(1, place), 0.0).squeeze(1)
+        terms = torch.exp(x - highest[rows].unsqueeze(1))
+        rest[rows] = terms.scatter(1, place, torch.where(here, 0.0, terms.gather(1, place))).sum(dim=1)
+    return highest, rest, target
+
+
+def cross_entropy_gradient_(
+    logits: torch.Tensor, column: torch.Tensor, highest: torch.Tensor, scale: torch.Tensor, target_gradient: torch.Tensor, real: int
+) -> None:
+    """See Ops.cross_entropy_gradient_."""
+    for rows in _in_cache(logits):
+        counts, place = (scale[rows] != 0).unsqueeze(1), column[rows].clamp(min=0).unsqueeze(1)
+        if real:
+            x = torch.exp(logits[rows, :real].float() - highest[rows].unsqueeze(1)) * scale[rows].unsqueeze(1)
+            x.scatter_(1, place, torch.where((column[rows] >= 0).unsqueeze(1), target_gradient[rows].unsqueeze(1), x.gather(1, place)))
+            logits[rows, :real] = torch.where(counts, x, 0.0).to(logits.dtype)
+        logits[rows, real:] = 0
+
+
+def _in_cache(logits: torch.Tensor) -> list[slice]:
+    """Rows whose few elementwise passes stay in a CPU's cache; on a device all at once."""
+    n, columns = logits.shape
+    step = max(1, 2 * _CPU_CHUNK // max(columns, 1)) if logits.device.type == "cpu" else max(n, 1)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """See Ops.squared_norm."""
+    return torch.stack(torch._foreach_norm(list(tensors))).double().square().sum()
 
 
 def attention_block(
