@@ -1,10 +1,10 @@
 """The only door to kernels: every fused op of a model and its optimizer, each on the implementation that this run chose."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from . import native, reference
 from .attention import AttentionOps
@@ -21,10 +21,13 @@ OPS = {
     "layer_norm": ("native",),
     "rope": ("native",),
     "activation": ("native",),
+    "few_rows": ("native",),
     "cross_entropy": ("native",),
     "grad_norm": ("native",),
     "adamw": ("native", "triton"),
 }
+
+FEW_ROWS = 32  # up to which our own product is faster than the library's
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,11 @@ class Ops(AttentionOps):
     widens: bool = False  # see AttentionOps
     overrides: tuple[tuple[str, str], ...] = ()
 
-    @cached_property
-    def implementations(self) -> dict[str, str]:
-        """What each op runs on."""
-        return {op: self.kernels if self.kernels in others else "torch" for op, others in OPS.items()} | dict(self.overrides)
+    implementations: dict[str, str] = field(init=False, compare=False, repr=False)  # what each op runs on
+
+    def __post_init__(self):
+        chosen = {op: self.kernels if self.kernels in others else "torch" for op, others in OPS.items()}
+        object.__setattr__(self, "implementations", chosen | dict(self.overrides))
 
     def describe(self) -> str:
         """One line for the log: what each op runs on."""
@@ -113,6 +117,16 @@ class Ops(AttentionOps):
     def squared_relu(self, x: torch.Tensor) -> torch.Tensor:
         """max(x, 0)^2 (So et al. 2021)."""
         return self._implementation("activation").activation(x, "squared_relu")
+
+    @torch.no_grad()
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x W^T for x [..., I] and weight [O, I] of one dtype, which is that of the result.
+
+        Of few rows, as when one token follows another, on the few_rows kernel where there is one: then reading the weight is all there is.
+        """
+        if self._runs_on("few_rows") == "native" and x.numel() <= FEW_ROWS * x.shape[-1]:
+            return native.few_rows_product(x, weight)
+        return F.linear(self.operand(x), self.operand(weight)).to(x.dtype)
 
     @torch.no_grad()
     def cross_entropy_statistics(self, logits: torch.Tensor, column: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

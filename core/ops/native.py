@@ -190,6 +190,15 @@ def _strides(x: torch.Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
+def few_rows_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T for x [..., I] of few rows and weight [O, I]; sums in fp32."""
+    x, weight = x.contiguous(), weight.contiguous()
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    if y.numel():
+        _kernel("few_rows_product", x, weight)(*_addresses(x, weight, y), y.numel() // weight.shape[0], *weight.shape, torch.get_num_threads())
+    return y
+
+
 def cross_entropy_statistics(logits: torch.Tensor, column: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See Ops.cross_entropy_statistics."""
     highest, rest, target = (torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(3))

@@ -8,7 +8,6 @@ With sequence parallel, x outside of the layers is cut over the same axis by tok
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import comm, rng
@@ -77,7 +76,7 @@ class _ColumnParallel(torch.autograd.Function):
     def forward(ctx, x, weight, sink, sharding, ops):
         ctx.save_for_backward(x, weight)
         ctx.sink, ctx.sharding, ctx.ops = sink, sharding, ops
-        return _product(comm.start_gather_tokens(x, sharding.tp)() if sharding.sequence_parallel else x, weight, ops)
+        return ops.product(comm.start_gather_tokens(x, sharding.tp)() if sharding.sequence_parallel else x, weight)
 
     @staticmethod
     def backward(ctx, dy):
@@ -103,7 +102,7 @@ class _RowParallel(torch.autograd.Function):
     def forward(ctx, x, weight, sink, sharding, ops):
         ctx.save_for_backward(x, weight)
         ctx.sink, ctx.sharding, ctx.ops = sink, sharding, ops
-        y = _product(x, weight, ops)
+        y = ops.product(x, weight)
         return comm.start_reduce_tokens(y, sharding.tp)() if sharding.sequence_parallel else comm.all_reduce(y, sharding.tp)
 
     @staticmethod
@@ -115,11 +114,6 @@ class _RowParallel(torch.autograd.Function):
         wide = ops.operand(dy)
         dx = _input_gradient(wide, weight, x.dtype, ops)
         return dx, _weight_gradient(ctx.sink, weight, wide, lambda: x, ops), None, None, None
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, ops: Ops) -> torch.Tensor:
-    """x W^T in the dtype of x."""
-    return F.linear(ops.operand(x), ops.operand(weight)).to(x.dtype)
 
 
 def _input_gradient(dy: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, ops: Ops) -> torch.Tensor:

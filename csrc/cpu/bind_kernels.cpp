@@ -10,6 +10,7 @@
 #include "activation.h"
 #include "adamw.h"
 #include "cross_entropy.h"
+#include "few_rows.h"
 #include "memory.h"
 #include "norm.h"
 #include "rope.h"
@@ -102,6 +103,15 @@ void bind_cross_entropy(py::module_& m, const std::string& suffix, const py::cal
           release);
 }
 
+template <class T>
+void bind_few_rows(py::module_& m, const std::string& suffix, const py::call_guard<py::gil_scoped_release>& release) {
+    m.def(("few_rows_product" + suffix).c_str(),
+          [](uintptr_t x, uintptr_t w, uintptr_t y, int64_t rows, int64_t outputs, int64_t inputs, int threads) {
+              few_rows_product<T>(at<T>(x), at<T>(w), at<T>(y), rows, outputs, inputs, threads);
+          },
+          release);
+}
+
 // The factors that the caller holds as tensors come by address; `skip` (one byte, 0 or 1) leaves everything as it is.
 template <class T>
 void bind_adamw(py::module_& m, const std::string& suffix, const py::call_guard<py::gil_scoped_release>& release) {
@@ -131,6 +141,7 @@ void bind_all(py::module_& m, const std::string& suffix) {
     bind_activation_kernels<T>(m, suffix, release);
     bind_rope<T>(m, suffix, release);
     bind_cross_entropy<T>(m, suffix, release);
+    bind_few_rows<T>(m, suffix, release);
     bind_adamw<T>(m, suffix, release);
 }
 

@@ -9,6 +9,7 @@
 #include "cpu/activation.h"
 #include "cpu/adamw.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/few_rows.h"
 #include "cpu/memory.h"
 #include "cpu/norm.h"
 #include "cpu/rope.h"
@@ -109,6 +110,16 @@ void cross_entropies(int64_t rows, int64_t columns, int64_t padded, int64_t stri
 }
 
 template <class T>
+void products(int64_t rows, int64_t outputs, int64_t inputs) {
+    const auto x = some<T>(rows * inputs), w = some<T>(outputs * inputs);
+    auto y = std::vector<T>(static_cast<size_t>(rows * outputs));
+    few_rows_product<T>(x.data(), w.data(), y.data(), rows, outputs, inputs, THREADS);
+    float last = 0.0f;
+    for (int64_t j = 0; rows > 0 && j < inputs; ++j) last += get(&x[(rows - 1) * inputs + j]) * get(&w[(outputs - 1) * inputs + j]);
+    expect(rows == 0 || std::fabs(last - get(&y.back())) <= 0.01f * inputs, "the last product is wrong");
+}
+
+template <class T>
 void updates(int64_t size) {
     auto masters = some<float>(size), exp_avg = some<float>(size), exp_avg_sq = some<float>(size), before = masters;
     const auto grads = some<float>(size);
@@ -127,6 +138,8 @@ void all() {
         for (const int64_t rows : {0, 1, 2, 5, 70}) {
             norms<T>(rows, columns);
             activations<T>(rows, columns);
+            products<T>(rows, 7, columns);
+            products<T>(rows, 300, columns);
             cross_entropies<T>(rows, columns, columns, columns);
             cross_entropies<T>(rows, columns, columns + 3, columns + 5);
             cross_entropies<T>(rows, 0, columns, columns);

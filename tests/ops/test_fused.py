@@ -251,6 +251,19 @@ def test_statistics_of_a_slice_without_the_label_or_without_columns(kernels):
 
 
 @KERNELS
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 33], ids="{} rows".format)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 7), (9, 16), (100, 33), (70, 1023)], ids=str)
+def test_products_of_few_rows_match_float64(kernels, dtype, rows, outputs, inputs):
+    """fp32 sums of at most 1,023 products, rounded once; past 32 rows it is the library's product."""
+    x, weight = torch.randn(1, rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+    expected, terms = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    y = Ops(kernels).product(x, weight)
+    assert y.dtype == dtype and y.shape == (1, rows, outputs)
+    within(y, expected, UNIT[dtype] * expected.abs() + inputs**0.5 * UNIT[torch.float32] * terms + 1e-30)
+
+
+@KERNELS
 @pytest.mark.parametrize("sizes", [[1], [15], [16, 100], [2047, 2049, 1], [1_000_003]], ids=str)
 def test_the_squared_norm_is_that_of_float64(kernels, sizes):
     """fp32 within 2,048 elements in 16 chains or more, fp64 between: 1e-6. PyTorch's stays in fp32 for longer."""

@@ -298,7 +298,7 @@ def test_the_log_line_names_every_op():
     every = ", ".join(OPS)
     assert Ops("torch", "flash").describe() == f"kernels: {every} torch | attention sdpa (flash)"
     triton = Ops("triton").describe()
-    assert "rms_norm, adamw triton | layer_norm, rope, activation, cross_entropy, grad_norm torch" in triton
+    assert "rms_norm, adamw triton | layer_norm, rope, activation, few_rows, cross_entropy, grad_norm torch" in triton
     assert "16-bit numbers in fp32" in Ops(widens=True).describe()
 
 
