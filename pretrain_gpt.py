@@ -44,6 +44,8 @@ def main(argv: list[str], place: launch.Place) -> None:
         return
     config = checked(request.config, place.world_size)
     device, dtype = launch.choose_device(config.parallel.device, place.local_rank), working_dtype(config.precision)
+    if device.type == "cpu" and (threads := launch.threads_of_a_process()):
+        torch.set_num_threads(threads)
     run_ops = ops.choose(config.parallel.kernels, device, dtype, config.parallel.attention_backend)
     tokenizer = build_tokenizer(**config.data.tokenizer)
     announce(config, request.without_effect, run_ops, device)
@@ -93,7 +95,8 @@ def announce(config: Config, without_effect: tuple[str, ...], run_ops: ops.Ops, 
     log.info(flags.write_config(config).rstrip())
     if without_effect:
         log.info(f"flags without effect here: {' '.join(without_effect)}")
-    log.info(f"device {device}, {working_dtype(config.precision)}; {run_ops.describe()}")
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    log.info(f"device {device}, {working_dtype(config.precision)}{threads}; {run_ops.describe()}")
     parallel = config.parallel
     if parallel.data_parallel_sharding_strategy == "optim_grads_params" and (parallel.overlap_grad_reduce or parallel.overlap_param_gather):
         log.info("--overlap-grad-reduce, --overlap-param-gather: with optim_grads_params PyTorch overlaps both by itself")

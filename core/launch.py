@@ -37,6 +37,21 @@ def read_environment(env: dict[str, str] | None = None) -> Place:
     return Place()
 
 
+def threads_of_a_process(env: dict[str, str] | None = None, cores: int | None = None) -> int | None:
+    """How many threads a process should compute with on a CPU, where that is not what it has: its share of the cores it may run on.
+
+    torchrun gives each of several processes one thread unless OMP_NUM_THREADS is set, whatever number of cores that leaves idle. Any
+    other OMP_NUM_THREADS is the user's word.
+    """
+    env = os.environ if env is None else env
+    cores = len(os.sched_getaffinity(0)) if cores is None and hasattr(os, "sched_getaffinity") else cores or os.cpu_count() or 1
+    share = max(1, cores // int(env.get("LOCAL_WORLD_SIZE", 1)))
+    launchers_default = env.get("OMP_NUM_THREADS") == "1" and "TORCHELASTIC_RUN_ID" in env
+    if "LOCAL_WORLD_SIZE" not in env or ("OMP_NUM_THREADS" in env and not launchers_default):
+        return None
+    return share
+
+
 def plan_mesh(config: Config, place: Place) -> Mesh:
     """The mesh of a validated configuration, without process groups."""
     parallel = config.parallel

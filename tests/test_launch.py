@@ -11,7 +11,7 @@ from runs import ROOT, SMALL, free_port, rows_of, start_step
 import pretrain_gpt
 from trivium import flags
 from trivium.config import ConfigError, resolve
-from trivium.launch import Place, choose_device, first_host, missed_meeting, plan_mesh, read_environment, set_rendezvous
+from trivium.launch import Place, choose_device, first_host, missed_meeting, plan_mesh, read_environment, set_rendezvous, threads_of_a_process
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[003-004]", "SLURM_JOB_ID": "123456"}
 
@@ -21,6 +21,21 @@ def test_torchrun_srun_and_plain_python_are_told_apart():
     assert read_environment(SRUN) == Place(5, 16, 1)
     assert read_environment(SRUN | {"RANK": "0", "WORLD_SIZE": "2"}) == Place(0, 2, 0)  # torchrun inside of srun
     assert read_environment({}) == Place(0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("env", "cores", "threads"),
+    [
+        ({}, 16, None),  # one process by hand: torch's own choice
+        ({"OMP_NUM_THREADS": "4"}, 16, None),
+        ({"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}, 16, 8),  # torchrun's default
+        ({"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "4"}, 16, None),
+        ({"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}, 2, 1),
+        ({"LOCAL_WORLD_SIZE": "4"}, 10, 2),  # another launcher, which leaves every process all cores
+    ],
+)
+def test_processes_share_the_cores_of_their_machine(env, cores, threads):
+    assert threads_of_a_process(env, cores) == threads
 
 
 def test_a_batch_script_is_one_process_whatever_the_job_will_start():

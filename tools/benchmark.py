@@ -1,5 +1,6 @@
 """Speed, measured: runs a suite, prints tables, names the machine, and writes everything as JSON."""
 
+import argparse
 import json
 import os
 import platform
@@ -11,28 +12,49 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from _bench_checkpoint import checkpoint_suite
+from _bench_generate import generate_suite
+from _bench_ops import ops_suite
 from _bench_parallel import parallel_suite
+from _bench_scaling import scaling_suite
+from _bench_train import train_suite
 from _cli import Parser, positive, run
 
-EXAMPLE = "python tools/benchmark.py --suite parallel --out results.json"
-SUITES = {"parallel": parallel_suite, "checkpoint": checkpoint_suite}
+EXAMPLE = "python tools/benchmark.py --suite train,ops --peers --out results.json"
+SUITES = {
+    "train": train_suite,
+    "ops": ops_suite,
+    "scaling": scaling_suite,
+    "generate": generate_suite,
+    "parallel": lambda options: parallel_suite(options.rounds, options.steps),
+    "checkpoint": lambda options: checkpoint_suite(options.rounds, options.steps),
+}
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__, EXAMPLE)
-    parser.add_argument("--suite", nargs="+", choices=(*SUITES, "all"), default=["all"], help="what to measure")
+    parser.add_argument("--suite", nargs="+", type=suites, default=[list(SUITES)], help=f"what to measure: {', '.join(SUITES)} or all")
+    parser.add_argument("--peers", action="store_true", help="measure other engines beside this one, in turn with it")
     parser.add_argument("--rounds", type=positive, default=3, help="how often every candidate is run, in turn with the others")
     parser.add_argument("--steps", type=positive, default=5, help="updates timed in each round, after two that are not")
     parser.add_argument("--out", type=Path, help="JSON file of all results")
     options = parser.parse_args(argv)
-    names = list(SUITES) if "all" in options.suite else options.suite
+    names = dict.fromkeys(name for given in options.suite for name in given)
     results = {"machine": machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     print(" | ".join(f"{key} {value}" for key, value in results["machine"].items()))
     for name in names:
-        results[name] = SUITES[name](options.rounds, options.steps)
+        results[name] = SUITES[name](options)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
         print(f"written to {options.out}")
+
+
+def suites(text: str) -> list[str]:
+    """Names with commas between them, as an argparse type."""
+    names = text.split(",")
+    for name in names:
+        if name not in (*SUITES, "all"):
+            raise argparse.ArgumentTypeError(f"{name!r} is no suite; choose from {', '.join(SUITES)}, all")
+    return list(SUITES) if "all" in names else names
 
 
 def machine() -> dict[str, str | int]:
