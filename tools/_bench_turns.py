@@ -113,13 +113,20 @@ class Turns:
 
 
 def take_turns(
-    candidates: Sequence[Candidate], weights: Path, rounds: int, deadline: float = math.inf, *, probe: bool = True, patience: float = PATIENCE
+    candidates: Sequence[Candidate],
+    weights: Path,
+    rounds: int,
+    deadline: float = math.inf,
+    *,
+    probe: bool = True,
+    patience: float = PATIENCE,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Turns]:
     """One timed update of each candidate, then more in turn, up to `rounds`, of whoever would end before `deadline` (of time.monotonic).
 
     The first candidate that works is the reference: each loss of the others is held against its loss after as many updates on the same
     sequences. With `probe` a candidate that would take longer than BUDGET for an update gets fewer sequences, and fewer turns. Whoever
-    is not ready at the deadline, or `patience` seconds after it, is left out.
+    is not ready at the deadline, or `patience` seconds after it, is left out. between: called in each round.
     """
     with started(candidates, weights, deadline, patience) as workers:
         for number, worker in enumerate(workers):
@@ -134,6 +141,9 @@ def take_turns(
         for worker in compiled:
             worker.turns.first = worker.answer()
         for number in range(rounds):
+            if not any(worker.joins(number) for worker in workers):
+                break
+            between()
             for worker in workers:
                 if worker.joins(number):
                     worker.take_turn()

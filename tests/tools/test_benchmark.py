@@ -191,7 +191,7 @@ def test_a_row_is_made_of_medians_and_the_peak_of_its_precision():
 
 def test_the_file_holds_what_is_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "SHAPES", {"gpt": TINY_LINES["gpt"]})
-    monkeypatch.setattr(train, "matrix_peaks", lambda device: {"fp32": 1e11, "bf16": 1e10})
+    monkeypatch.setattr(train, "matrix_peaks", lambda device, seconds: {"fp32": 1e11, "bf16": 1e10})
     benchmark.main(["--suite", "train", "--rounds", "1", "--steps", "2", "--out", str(tmp_path / "results.json")])
     out, results = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
     assert results["machine"] and results["train"]["peaks"] == {"fp32": 1e11, "bf16": 1e10}
