@@ -52,7 +52,7 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_the_engine_the_kernels_and_the_native_module(wheel):
     _, names = wheel
-    assert {"trivium/__init__.py", "trivium/ops.py", "trivium/kernels/rms_norm.py"} <= set(names)
+    assert {"trivium/__init__.py", "trivium/ops/door.py", "trivium/kernels/rms_norm.py"} <= set(names)
     assert [name for name in names if name.startswith("trivium/_native") and name.endswith(".so")]
     sources = {"trivium/" + path.relative_to(ROOT / "core").as_posix() for path in (ROOT / "core").rglob("*.py")}
     assert sources <= set(names)

@@ -453,11 +453,11 @@ WIDE = " --hidden-size 256 --seq-length 64 --micro-batch-size 4 --num-layers 3 -
     [
         ("", 100, 1 << 24),
         ("", 3000, 1 << 24),
-        ("--final-logit-softcapping 30", 3000, 1 << 24),
-        ("--kernels torch", 3000, 1 << 24),
-        (f"{RECOMPUTE} full", 100, 1 << 24),
-        (f"{RECOMPUTE} full", 3000, 1 << 24),
-        (f"{RECOMPUTE} full", 3000, 50 * 3008),
+        pytest.param("--final-logit-softcapping 30", 3000, 1 << 24, marks=pytest.mark.parity),
+        pytest.param("--kernels torch", 3000, 1 << 24, marks=pytest.mark.parity),
+        pytest.param(f"{RECOMPUTE} full", 100, 1 << 24, marks=pytest.mark.parity),
+        pytest.param(f"{RECOMPUTE} full", 3000, 1 << 24, marks=pytest.mark.parity),
+        pytest.param(f"{RECOMPUTE} full", 3000, 50 * 3008, marks=pytest.mark.parity),
     ],
 )
 def test_no_more_is_live_than_saved_and_working_memory(monkeypatch, precision, widens, how, vocabulary, logits):

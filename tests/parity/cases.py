@@ -125,7 +125,7 @@ CASES = [
     Case(4, f"{TP} 2 {SP} {V2} {SCHEDULE} zb-v --recompute-granularity selective"),
     Case(2, f"{STRATEGY} optim_grads_params --recompute-granularity full"),
     # one process on the native kernels alone, and what torch.compile makes of the layers
-    *(Case(1, "", model, core=True) for model in ("llama", "gpt", "untied", "olmo", "gemma", "neox")),
+    *(Case(1, "", model) for model in ("llama", "gpt", "untied", "olmo", "gemma", "neox")),
     Case(1, "--compile", "gpt", core=True),
     Case(1, "--compile --recompute-granularity full", "llama"),
     Case(2, f"{TP} 2 {SP} --compile", "olmo"),
