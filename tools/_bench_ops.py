@@ -124,6 +124,8 @@ def ops_suite(options: argparse.Namespace) -> dict[str, Any]:
     """Every op in fp32 and bf16 on every implementation, in turn; medians over --rounds and the spread between them."""
     device = launch.choose_device("auto", 0)
     ours = "native" if device.type == "cpu" else "triton"
+    if device.type == "cpu":
+        ops.keep_freed_memory()  # as in training; else most of what is timed are page faults of the outputs
     results: dict[str, Any] = {"limits": limits(device, options.rounds)}
     for dtype in (torch.float32, torch.bfloat16):
         chosen = ops.choose("torch", device, dtype)
