@@ -23,14 +23,6 @@ struct RotateHalves {
     }
 };
 
-TRIVIUM_INLINE float get(const float* p) { return *p; }
-TRIVIUM_INLINE float get(const BFloat16* p) {
-    const uint32_t word = static_cast<uint32_t>(p->bits) << 16;
-    float value;
-    std::memcpy(&value, &word, sizeof value);
-    return value;
-}
-
 // Neighbours in memory: the few families that rotate them do not pay for shuffles in every other.
 template <class T>
 struct RotatePairs {
@@ -38,14 +30,15 @@ struct RotatePairs {
     static TRIVIUM_INLINE void run(const float* cos, const float* sin, float direction, const T* x, T* y, int64_t half) {
         for (int64_t start = 0; start < half; start += L / 2) {
             const int64_t n = std::min<int64_t>(L / 2, half - start);
-            float rotated[L];
+            float pairs[L];
+            store<L>(pairs, load<L>(x + 2 * start, 2 * n));
             for (int64_t j = 0; j < n; ++j) {
                 const float c = cos[start + j], s = sin[start + j] * direction;
-                const float a = get(x + 2 * (start + j)), b = get(x + 2 * (start + j) + 1);
-                rotated[2 * j] = a * c - b * s;
-                rotated[2 * j + 1] = b * c + a * s;
+                const float a = pairs[2 * j], b = pairs[2 * j + 1];
+                pairs[2 * j] = a * c - b * s;
+                pairs[2 * j + 1] = b * c + a * s;
             }
-            store<L>(y + 2 * start, first<L>(load<L>(rotated, 2 * n), 2 * n), 2 * n);
+            store<L>(y + 2 * start, load<L>(pairs), 2 * n);
         }
     }
 };

@@ -291,7 +291,9 @@ def test_the_number_of_threads_changes_no_bit():
             torch.set_num_threads(count)
             leaf, ops = x.clone().requires_grad_(), Ops("native")
             w = weight.clone().requires_grad_()
-            found = [*torch.autograd.grad(ops.swiglu(leaf), leaf, dy), *torch.autograd.grad(ops.layer_norm(leaf, w, None, 1e-5), (leaf, w), x)]
+            found = [*torch.autograd.grad(ops.swiglu(leaf), leaf, dy)]
+            for y in (ops.layer_norm(leaf, w, None, 1e-5), ops.rms_norm(leaf, w, 1e-5)):
+                found += [y.detach(), *torch.autograd.grad(y, (leaf, w), x)]
             results.append([*found, ops.squared_norm([x]), *cross_entropy("native", x, torch.arange(3000) % 200, torch.ones(3000), 200)])
     finally:
         torch.set_num_threads(threads)
@@ -302,6 +304,7 @@ def test_the_number_of_threads_changes_no_bit():
 @NATIVE
 def test_native_refuses_what_it_lacks():
     for call in (
+        lambda: Ops("native").rms_norm(torch.zeros(2, 4, dtype=torch.float16), torch.ones(4), 1e-5),
         lambda: Ops("native").swiglu(torch.zeros(2, 4, dtype=torch.float16)),
         lambda: Ops("native").add_rms_norm(torch.zeros(2, 4), torch.zeros(2, 4).bfloat16(), torch.ones(4), 1e-5),
     ):

@@ -168,27 +168,6 @@ def test_the_weight_gradient_is_the_same_every_time(norm):
     assert torch.equal(first, second)
 
 
-@NATIVE
-def test_native_gives_the_same_bits_on_any_number_of_threads():
-    x, weight = torch.randn(3000, 48, requires_grad=True), torch.randn(48, requires_grad=True)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            y = Ops("native").rms_norm(x, weight, EPS)
-            results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, weight))))
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
-
-
-@NATIVE
-def test_native_refuses_dtypes_it_lacks():
-    with pytest.raises(TypeError, match="float16"):
-        Ops("native").rms_norm(torch.zeros(2, 4, dtype=torch.float16), torch.ones(4), EPS)
-
-
 @NORMS
 def test_compiled_code_needs_no_graph_break_but_for_native_kernels(norm):
     compiled = torch.compile(lambda x, w: Ops(norm).rms_norm(x, w, EPS), backend="eager", fullgraph=norm != "native")
