@@ -4,6 +4,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+# Two tests at a time, each on one thread; more, as JOBS=8, on a machine with more cores.
+JOBS ?= 2
+PYTEST := $(PY) -m pytest -n $(JOBS) --dist worksteal
 CHECKED := core kernels tools tests examples setup.py pretrain_gpt.py
 
 # Threads that wait asleep: on a machine that is busy with other things, spinning ones make a run ten times slower.
@@ -36,10 +39,10 @@ $(VENV)/.peers: $(VENV)/.ready requirements-peers.txt
 	@touch $@
 
 test: $(VENV)/.peers lint  ## ruff and every test that needs neither a GPU nor patience
-	@$(PY) -m pytest -m "not soak and not gpu and not parity"
+	@$(PYTEST) -m "not soak and not gpu and not parity"
 
 parity: $(VENV)/.ready  ## every layout against one process, and the ways to break the engine that this must notice
-	@$(PY) -m pytest -m "not soak and not gpu" tests/parity tests/model/test_families.py tests/model/test_memory.py
+	@$(PYTEST) -m "not soak and not gpu" tests/parity tests/model/test_families.py tests/model/test_memory.py
 
 soak: $(VENV)/.peers  ## the long proofs
 	@$(PY) -m pytest -m soak

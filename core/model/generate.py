@@ -17,7 +17,7 @@ class Sampling:
     top_p: float = 1.0
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: GPT, prompt: torch.Tensor, max_new_tokens: int, sampling: Sampling, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Yield the new tokens int64 [B], one position at a time, that continue prompt int64 [B, T]; the caller stops when it has enough.
 
@@ -30,7 +30,7 @@ def generate(model: GPT, prompt: torch.Tensor, max_new_tokens: int, sampling: Sa
     for _ in range(max_new_tokens):
         if caches[0].length and model.rotates_otherwise(caches[0].length, sequence.shape[1]):
             caches, tokens = model.caches(prompt.shape[0], capacity), sequence  # the keys so far were rotated for a shorter sequence
-        logits = model(tokens, caches=caches)[:, -1, : model.vocab_size].float()
+        logits = model(tokens, caches=caches, last_only=True)[:, -1, : model.vocab_size].float()
         chosen = choose(logits, sampling, generator)
         yield chosen
         tokens = chosen.unsqueeze(1)

@@ -136,11 +136,13 @@ class GPT(nn.Module):
         passage: Passage | None = None,
         caches: list[KVCache] | None = None,
         targets: tuple[torch.Tensor, torch.Tensor] | None = None,
+        last_only: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, T/cp, V/tp], padding columns included, of a stage that predicts; else hidden states [B, T/cp, H], cut by sequence parallel.
 
         x: tokens int64 [B, T/cp] for a stage that embeds; else the hidden states of the stage before. No passage: whole sequences from
         position 0, without dropout. With caches, tokens continue what they hold. targets: labels and weights; what comes back is `loss`.
+        last_only: logits [B, 1, V] of the last token alone.
         """
         if passage is None:
             start = caches[0].length if caches else 0
@@ -156,6 +158,8 @@ class GPT(nn.Module):
             x = self.recompute.layers(blocks, x)
         if not self.predicts:
             return x
+        if last_only:
+            x = x[:, -1:]
         x, head, cap = self.final_norm(x), self.embedding.weight if self.head is None else self.head, self.config.final_logit_softcapping
         if targets is not None:
             return head_loss(x, head, *targets, self.vocab_size, self.sharding, self.ops, softcap=cap)

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
+from ..autograd import apply
+
 try:
     from .. import _native
 except ImportError:  # installed without a compiler
     _native = None
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # and what their kernels end in
 # A module left over from an older build may lack the kernels: as good as none.
 AVAILABLE = hasattr(_native, "norm_forward_fp32") and hasattr(_native, "keep_freed_memory")
 
@@ -25,19 +27,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Raises TypeError on any other dtype.
     """
-    return _Norm.apply(x, None, weight, None, eps, False)
+    return apply(_Norm, x, None, weight, None, eps, False)
 
 
 @torch.compiler.disable
 def add_rms_norm(x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """x + branch and its RMSNorm."""
-    return _Norm.apply(x, branch, weight, None, eps, False)
+    return apply(_Norm, x, branch, weight, None, eps, False)
 
 
 @torch.compiler.disable
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     """LayerNorm over the last dim of x [..., H]; dtypes as for rms_norm."""
-    return _Norm.apply(x, None, weight, bias, eps, True)
+    return apply(_Norm, x, None, weight, bias, eps, True)
 
 
 @torch.compiler.disable
@@ -45,7 +47,7 @@ def add_layer_norm(
     x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + branch and its LayerNorm."""
-    return _Norm.apply(x, branch, weight, bias, eps, True)
+    return apply(_Norm, x, branch, weight, bias, eps, True)
 
 
 class _Norm(torch.autograd.Function):
@@ -84,13 +86,13 @@ class _Norm(torch.autograd.Function):
 @torch.compiler.disable
 def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
     """f(x) for a kind of silu, gelu_tanh, gelu_erf, squared_relu; fp32 or bf16."""
-    return _Activation.apply(x, kind, False)
+    return apply(_Activation, x, kind, False)
 
 
 @torch.compiler.disable
 def gated_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
     """f(gate) * up for x [..., 2F], gate before up; [..., F]."""
-    return _Activation.apply(x, kind, True)
+    return apply(_Activation, x, kind, True)
 
 
 class _Activation(torch.autograd.Function):
@@ -125,7 +127,7 @@ class _Activation(torch.autograd.Function):
 @torch.compiler.disable
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """See Ops.rope; the angles stay fp32."""
-    return _Rope.apply(x, cos, sin, interleaved)
+    return apply(_Rope, x, cos, sin, interleaved)
 
 
 class _Rope(torch.autograd.Function):
@@ -147,7 +149,7 @@ def split_heads(
     heads: torch.Tensor, sizes: tuple[int, int, int], cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See Ops.split_heads. The heads of q and k are rotated where they stand."""
-    return _SplitHeads.apply(heads, sizes, cos, sin, interleaved)
+    return apply(_SplitHeads, heads, sizes, cos, sin, interleaved)
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -245,11 +247,11 @@ def keep_freed_memory() -> bool:
 
 def _kernel(name: str, *tensors: torch.Tensor):
     """The kernel for the dtype that all of these have."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
-        found = ", ".join(sorted(map(str, dtypes)))
+    dtype = tensors[0].dtype
+    if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
+        found = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
         raise TypeError(f"the native {name.partition('_')[0]} kernels take tensors of one dtype, float32 or bfloat16; got {found}")
-    return getattr(_native, f"{name}_{'fp32' if tensors[0].dtype == torch.float32 else 'bf16'}")
+    return getattr(_native, f"{name}_{DTYPES[dtype]}")
 
 
 def _kind(name: str):

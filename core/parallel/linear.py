@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import comm, rng
+from ..autograd import apply
 from ..gradients import Sink, current, sink_of, use
 from ..layout import Layout, Rows
 from ..ops import Ops
@@ -60,13 +61,13 @@ class RowParallelLinear(nn.Module):
 @torch.compiler.disable
 def column_parallel(x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops) -> torch.Tensor:
     """x W^T for a weight [O/tp, H] that is cut by rows: see ColumnParallelLinear."""
-    return _ColumnParallel.apply(x, current(weight), sink_of(weight), sharding, ops)
+    return apply(_ColumnParallel, x, current(weight), sink_of(weight), sharding, ops)
 
 
 @torch.compiler.disable
 def row_parallel(x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops) -> torch.Tensor:
     """x W^T, summed over tp, for a weight [O, I/tp] that is cut by columns: see RowParallelLinear."""
-    return _RowParallel.apply(x, current(weight), sink_of(weight), sharding, ops)
+    return apply(_RowParallel, x, current(weight), sink_of(weight), sharding, ops)
 
 
 class _ColumnParallel(torch.autograd.Function):

@@ -112,7 +112,9 @@ def test_cache_gives_the_logits_of_the_whole_sequence(config):
         whole, caches = model(tokens), model.caches(2, 20)
         parts = [model(tokens[:, :7], caches=caches), model(tokens[:, 7:12], caches=caches)]
         parts += [model(tokens[:, i : i + 1], caches=caches) for i in range(12, 20)]
+        last = model(tokens, last_only=True)
     assert (torch.cat(parts, dim=1) - whole).abs().max() <= 1e-5 * whole.abs().max()
+    assert last.shape[1] == 1 and (last - whole[:, -1:]).abs().max() <= 1e-5 * whole.abs().max()
 
 
 def test_initial_weights_have_the_spread_they_should():

@@ -252,7 +252,7 @@ def test_statistics_of_a_slice_without_the_label_or_without_columns(kernels):
 
 @KERNELS
 @DTYPES
-@pytest.mark.parametrize("rows", [1, 2, 3, 16, 33], ids="{} rows".format)
+@pytest.mark.parametrize("rows", [1, 2, 16, 19, 33], ids="{} rows".format)
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 7), (9, 16), (100, 33), (70, 1023)], ids=str)
 def test_products_of_few_rows_match_float64(kernels, dtype, rows, outputs, inputs):
     """fp32 sums of at most 1,023 products, rounded once; past 32 rows it is the library's product."""
