@@ -1,13 +1,13 @@
 """The data of all parity runs, and the runs of one process that they are held against."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from runs import write_data
 
-from parity.cases import Case
+from parity.cases import CASES, Case
 from parity.harness import MODELS, RUN, Measured, measure
 from trivium.ops import native
 
@@ -44,15 +44,15 @@ def reference(run) -> Callable[..., Measured]:
     return reference_of
 
 
-@pytest.fixture(scope="session")
-def table() -> Iterator[dict[str, tuple[Case, dict[str, float]]]]:
-    """The worst difference of every case by kind, in units of its tolerance; PARITY_TABLE=file writes them as a table at the end."""
-    found: dict[str, tuple[Case, dict[str, float]]] = {}
-    yield found
-    if (path := os.environ.get("PARITY_TABLE")) and found:
-        lines = ["| model | processes | layout | loss | grad norm | gradients | updates |", "|---|---|---|---|---|---|---|"]
-        for case, worst in found.values():
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """PARITY_TABLE=file: what test_layout_matches_one_process recorded of each case, as a table in the order of the cases."""
+    if not (path := os.environ.get("PARITY_TABLE")):
+        return
+    found = {name: worst for report in terminalreporter.getreports("passed") for name, worst in report.user_properties}
+    lines = ["| model | processes | layout | loss | grad norm | gradients | updates |", "|---|---|---|---|---|---|---|"]
+    for case in CASES:
+        if (worst := found.get(str(case))) is not None:
             flags = case.flags.replace("|", "\\|") or "(data parallel)"
             numbers = (worst["losses"] * 1e-5, worst["norms"] * 1e-5, worst["gradient"] * 1e-5, worst["update"] * 1e-4)
             lines.append(f"| {case.model} | {case.ranks} | `{flags}` | " + " | ".join(f"{number:.1e}" for number in numbers) + " |")
-        Path(path).write_text("\n".join(lines) + "\n")
+    Path(path).write_text("\n".join(lines) + "\n")

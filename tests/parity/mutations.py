@@ -69,7 +69,7 @@ MUTATIONS = {
         linear._ColumnParallel.backward, "comm.start_all_reduce(dx, tp)", "comm.Pending(dx)", Case(2, f"{TP} 2", "untied")
     ),
     "gathered gradient in the wrong order": Mutation(comm.start_gather_tokens, "pending.wait()", "pending.wait().flip(0)", Case(2, f"{TP} 2 {SP}")),
-    "sum of a row-parallel layer left out": Mutation(linear._RowParallel.forward, "comm.all_reduce(y, tp)", "y", Case(2, f"{TP} 2")),
+    "sum of a row-parallel layer left out": Mutation(linear._RowParallel.forward, "comm.all_reduce(y, sharding.tp)", "y", Case(2, f"{TP} 2")),
     "bias added on every tp rank": Mutation(
         linear.RowParallelLinear.forward, "y + use(self.bias)", "y + self.sharding.tp.size * use(self.bias)", Case(2, f"{TP} 2", "gpt")
     ),
