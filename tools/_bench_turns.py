@@ -22,6 +22,7 @@ from trivium.config import Config, resolve
 Build = Callable[[Config, Path, torch.device], Callable[[], float]]
 
 BUDGET = 12.0  # seconds an update may take; a candidate that needs longer gets fewer sequences
+REFERENCE_BUDGET = 2.0  # times that for the reference, whose losses of the whole batch everyone is held against
 PROBED = 1.0  # seconds spent on updates of one sequence to tell
 SLOW_ROUNDS = 1  # of a candidate with fewer sequences
 PROBE_LIMIT = 45.0  # seconds a probe may take; what is slower yet is left out
@@ -130,7 +131,7 @@ def take_turns(
     """
     with started(candidates, weights, deadline, patience) as workers:
         for number, worker in enumerate(workers):
-            worker.choose_batch(probe, late=number >= ALWAYS)
+            worker.choose_batch(probe, BUDGET if number else REFERENCE_BUDGET * BUDGET, late=number >= ALWAYS)
         compiled = [worker for worker in workers if worker.candidate.probe]
         for number, worker in enumerate(workers):
             if worker not in compiled:
@@ -184,13 +185,13 @@ class Worker:
     def full(self) -> bool:
         return self.turns.batch == self.turns.config.batch.global_batch_size
 
-    def choose_batch(self, probe: bool, late: bool) -> None:
+    def choose_batch(self, probe: bool, budget: float, late: bool) -> None:
         whole, one = self.turns.config.batch.global_batch_size, 0.0
         if probe:
             self.send("probe", late=late)
             one = self.answer(PROBE_LIMIT)
         if one is not None:
-            self.turns.batch = whole if one * whole <= BUDGET else max(1, int(BUDGET / one))
+            self.turns.batch = whole if one * whole <= budget else max(1, int(budget / one))
 
     def joins(self, number: int) -> bool:
         """Whether there is a turn for it in a round: in the first for everyone."""
