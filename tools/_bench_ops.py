@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from _bench_limits import PEAK_SECONDS, copy_speed, matrix_peaks, synchronize
 
 from trivium import launch, ops
 from trivium.mesh import Axis
@@ -126,7 +127,7 @@ def ops_suite(options: argparse.Namespace) -> dict[str, Any]:
     ours = "native" if device.type == "cpu" else "triton"
     if device.type == "cpu":
         ops.keep_freed_memory()  # as in training; else most of what is timed are page faults of the outputs
-    results: dict[str, Any] = {"limits": limits(device, options.rounds)}
+    results: dict[str, Any] = {"limits": limits(device)}
     for dtype in (torch.float32, torch.bfloat16):
         chosen = ops.choose("torch", device, dtype)
         available = ops.choose("auto", device, dtype)
@@ -195,32 +196,18 @@ def partial_run(problem: Problem, one: Ops, part: str, *, compiled: bool = False
 
 
 def seconds_of(run: Callable[[], Any], count: int, device: torch.device) -> float:
-    synchronize(device)
+    synchronize(device.type)
     start = time.perf_counter()
     for _ in range(count):
         run()
-    synchronize(device)
+    synchronize(device.type)
     return time.perf_counter() - start
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def limits(device: torch.device, rounds: int) -> dict[str, float]:
-    """What this machine reaches at the most: bytes read and written by a copy, and products of a square of 2,048 (8,192 on a device)."""
-    size, edge = (1 << 26, 2048) if device.type == "cpu" else (1 << 29, 8192)
-    source = torch.rand(size, device=device)
-    target = torch.empty_like(source)
-    found = {"copy GB/s": 2 * source.nbytes / best(lambda: target.copy_(source), rounds, device) / 1e9}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
-        found[f"{str(dtype).removeprefix('torch.')} GFLOP/s"] = 2 * edge**3 / best(lambda a=a, b=b: a @ b.t(), rounds, device) / 1e9
+def limits(device: torch.device) -> dict[str, float]:
+    """What this machine reaches at the most: bytes read and written by a copy, and matrix products, under the names of the table."""
+    found = {"copy GB/s": copy_speed(device) / 1e9}
+    words = {"fp32": "float32", "bf16": "bfloat16"}
+    found |= {f"{words[name]} GFLOP/s": rate / 1e9 for name, rate in matrix_peaks(device.type, PEAK_SECONDS).items()}
     print(" | ".join(f"{name} {value:.0f}" for name, value in found.items()))
     return found
-
-
-def best(run: Callable[[], Any], rounds: int, device: torch.device) -> float:
-    run()
-    return min(seconds_of(run, 1, device) for _ in range(max(3, rounds)))

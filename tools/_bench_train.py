@@ -10,6 +10,7 @@ from typing import Any
 
 import _bench_peers as peers
 import torch
+from _bench_limits import CUBE, PEAK_SECONDS, Peaks, matrix_peaks
 from _bench_turns import Candidate, Turns, take_turns
 
 from trivium.config import Config
@@ -28,14 +29,10 @@ LARGER = "--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-lengt
 LARGER_FFN = {"gpt": "", "llama": "--ffn-hidden-size 2048"}
 BF16 = "--bf16"
 
-CUBE = {"cpu": 2048, "cuda": 8192}
-PEAK_SECONDS = 1.5
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # of a loss, relative; measured 2e-6 and 1.4e-3 over 12 updates, and 3e-2 where a layer is left out
 TIME_LIMIT = 260.0  # seconds for the suite
 VERDICTS = {True: "", False: "  DISAGREES: does not compute the same", None: "  NOT CHECKED: the reference had no time for its batch"}
 SHARE_OF_GPT = 0.72  # of them: it has twice the candidates, two of them compiled
-
-Peaks = dict[str, float]  # FLOP/s of a matrix product, by number format
 
 
 def train_suite(options: argparse.Namespace) -> dict[str, Any]:
@@ -178,26 +175,3 @@ def verdict(rows: dict[str, dict[str, Any]]) -> str:
     wrong = [name for name, found in rows.items() if found.get("agrees") is False]
     limits = " and ".join(f"{limit:g} in {name}" for name, limit in TOLERANCE.items())
     return f"{', '.join(wrong)} beyond {limits}" if wrong else f"all that were checked within {limits}"
-
-
-def matrix_peaks(device: str, seconds: float) -> Peaks:
-    """The best of several products of two squares, as a linear layer forms them, in each number format."""
-    return {name: matrix_peak(device, dtype, seconds) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
-
-
-def matrix_peak(device: str, dtype: torch.dtype, seconds: float) -> float:
-    """A large square where a small one says that it will be done in time."""
-    best = 0.0
-    for size in (CUBE[device] // 4, CUBE[device]):
-        if best and 2 * size**3 / best > PEAK_SECONDS / 3:
-            break
-        x, weight = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        end, rate = time.perf_counter() + seconds, 0.0
-        while time.perf_counter() < end:
-            start = time.perf_counter()
-            torch.mm(x, weight.t())
-            if device == "cuda":
-                torch.cuda.synchronize()
-            rate = max(rate, 2 * size**3 / (time.perf_counter() - start))
-        best = rate
-    return best

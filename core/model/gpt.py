@@ -142,7 +142,7 @@ class GPT(nn.Module):
 
         x: tokens int64 [B, T/cp] for a stage that embeds; else the hidden states of the stage before. No passage: whole sequences from
         position 0, without dropout. With caches, tokens continue what they hold. targets: labels and weights; what comes back is `loss`.
-        last_only: logits [B, 1, V] of the last token alone.
+        last_only: logits [B, 1, V/tp] of the last token alone, where this rank holds the whole sequence.
         """
         if passage is None:
             start = caches[0].length if caches else 0
