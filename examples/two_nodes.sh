@@ -55,7 +55,9 @@ for k in 0 1; do
 done
 echo "two nodes: ${nodes[*]}"
 echo "to cut the cable: ip -n ${nodes[1]} link set cable down"
-echo "to lose what it carries: ip -n ${nodes[1]} neighbour replace ${addresses[0]} lladdr 02:00:00:00:00:01 dev cable nud permanent"
+# Lost both ways: were it one way alone, the first node to give up could still tell the other by closing its connections.
+lose() { echo "ip -n ${nodes[$1]} neighbour replace ${addresses[$2]} lladdr 02:00:00:00:00:01 dev cable nud permanent"; }
+echo "to lose what it carries: $(lose 0 1); $(lose 1 0)"
 
 # Gloo would take the address that the host name stands for, which is the same one on both nodes, and reaches neither.
 export GLOO_SOCKET_IFNAME=cable

@@ -88,7 +88,7 @@ def fail_network(script: subprocess.Popen, way: str) -> None:
         if re.search(r"iteration +3/", line):
             break
     assert command, f"the script told no way {way}, or ended early"
-    subprocess.run(command.split(), check=True, env={"PATH": PATH})
+    subprocess.run(["sh", "-ec", command], check=True, env={"PATH": PATH})
 
 
 FAILURES = [
