@@ -34,6 +34,9 @@ from trivium.train.report import Reporter
 from trivium.train.resume import RunState, load_problems
 from trivium.validate import validate
 
+# Seconds, more than rank 0 may be behind on a busy machine: a launcher ends all ranks as soon as one has left, and so ends this wait too.
+LAST_TO_LEAVE = 60.0
+
 
 def main(argv: list[str], place: launch.Place) -> None:
     """One run, from the command line to the last checkpoint."""
@@ -167,8 +170,8 @@ def cli(argv: list[str]) -> int:
     try:
         main(argv, place)
     except ConfigError as error:
-        if place.rank > 0:  # every rank finds the same, rank 0 tells it; a launcher ends all ranks as soon as one has left
-            time.sleep(3)
+        if place.rank > 0:  # every rank finds the same, and rank 0 tells it
+            time.sleep(LAST_TO_LEAVE)
             return 2
         return fail(place, str(error), 2)
     except ValueError as error:

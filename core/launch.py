@@ -114,7 +114,10 @@ def first_host(nodelist: str) -> str:
 
 
 def choose_device(requested: str, local_rank: int) -> torch.device:
-    """The device of this process for `--device {auto,cpu,cuda}`; a ROCm build of torch answers to cuda as well."""
+    """The device of this process for `--device {auto,cpu,cuda}`; a ROCm build of torch answers to cuda as well.
+
+    Raises ConfigError where there is none for any process, ValueError, which names the flag, where there is none for this one.
+    """
     available = torch.cuda.is_available()
     if requested == "cpu" or (requested == "auto" and not available):
         return torch.device("cpu")
@@ -122,6 +125,6 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
         raise ConfigError(["--device cuda, but torch sees no CUDA or ROCm device here; use --device cpu, or a torch built for your accelerator"])
     if local_rank >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ConfigError([f"local rank {local_rank} has no device of its own; start at most {count} processes on this node"])
+        raise ValueError(f"--device {requested}: local rank {local_rank} has no device of its own; start at most {count} processes on this node")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -94,6 +94,17 @@ def test_a_device_that_is_not_there_is_an_error_with_a_remedy():
         choose_device("cuda", 0)
 
 
+def test_a_process_without_a_device_of_its_own_tells_it_itself(monkeypatch, capfd):
+    """The first ranks have one: they cannot tell, and wait for this one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert pretrain_gpt.cli(f"{SMALL} --mock-data --device auto".split()) == 2
+    said = "[rank 2] pretrain_gpt.py: --device auto: local rank 2 has no device of its own; start at most 2 processes on this node\n"
+    assert capfd.readouterr().err == said
+
+
 def test_a_reader_that_goes_away_does_not_end_the_program():
     command = f"{sys.executable} {ROOT}/pretrain_gpt.py --list-presets | head -1"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
@@ -138,6 +149,7 @@ def task_of_step(monkeypatch):
 def test_an_impossible_number_of_tasks_is_refused_before_any_of_them_meets_another(task_of_step, monkeypatch, capfd, task, said):
     """Each task alone: the others never come, and none is waited for. The first one tells."""
     task_of_step(task, 3)
+    monkeypatch.setattr(pretrain_gpt, "LAST_TO_LEAVE", 0.0)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: pytest.fail("a group was made"))
     assert pretrain_gpt.cli(IMPOSSIBLE) == 2
     assert capfd.readouterr().err == said
