@@ -117,6 +117,15 @@ class ModelConfig:
         return self.swiglu or self.geglu
 
     @property
+    def activation(self) -> str:
+        """What Ops calls the function of the feed-forward layer."""
+        if self.swiglu:
+            return "silu"
+        if self.squared_relu:
+            return "squared_relu"
+        return "gelu_erf" if self.exact_gelu else "gelu_tanh"
+
+    @property
     def norms_per_layer(self) -> int:
         """Of the hidden states."""
         return 4 if self.norm_placement == "both" else 2

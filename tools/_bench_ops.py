@@ -72,9 +72,9 @@ def problems(device: torch.device, dtype: torch.dtype) -> list[Problem]:
         Problem(
             "rope of packed q, k, v", "rope", lambda o: o.split_heads(heads * 1, (a, k, k), cos, sin), (heads,), (4 * heads.nbytes, 3 * heads.nbytes)
         ),
-        Problem("swiglu", "activation", lambda o: o.swiglu(gated), (gated,), (3 * wide.nbytes, 5 * wide.nbytes)),
-        Problem("geglu", "activation", lambda o: o.geglu(gated), (gated,), (3 * wide.nbytes, 5 * wide.nbytes)),
-        Problem("gelu", "activation", lambda o: o.gelu(wide), (wide,), (2 * wide.nbytes, 3 * wide.nbytes)),
+        Problem("swiglu", "activation", lambda o: o.gated_activation(gated, "silu"), (gated,), (3 * wide.nbytes, 5 * wide.nbytes)),
+        Problem("geglu", "activation", lambda o: o.gated_activation(gated, "gelu_tanh"), (gated,), (3 * wide.nbytes, 5 * wide.nbytes)),
+        Problem("gelu", "activation", lambda o: o.activation(wide, "gelu_tanh"), (wide,), (2 * wide.nbytes, 3 * wide.nbytes)),
         *losses(device, dtype, v),
         *flat(device, dtype),
     ]

@@ -8,7 +8,7 @@ from torch import nn
 from .. import rng
 from ..config import ModelConfig
 from ..layout import Rows
-from ..ops import AttentionRule, Ops
+from ..ops import AttentionRule, BlockStep, Ops
 from ..parallel import context
 from ..parallel.linear import ColumnParallelLinear, RowParallelLinear
 from ..parallel.sharding import Sharding
@@ -18,9 +18,13 @@ from .rotary import Angles
 
 
 class KVCache:
-    """Keys and values of one layer, [B, S, K, D] with room for `capacity` positions, filled from the left."""
+    """Keys and values of one layer, [B, S, K, D] with room for `capacity` positions, filled from the left.
 
-    def __init__(self, batch: int, capacity: int, heads: int, head_size: int, dtype: torch.dtype, device: torch.device):
+    step: what passes one more token through the layer in one call, where there is such a thing.
+    """
+
+    def __init__(self, batch: int, capacity: int, heads: int, head_size: int, dtype: torch.dtype, device: torch.device, step: BlockStep | None):
+        self.step = step
         self.keys, self.values = (torch.empty(batch, capacity, heads, head_size, dtype=dtype, device=device) for _ in range(2))
         self.length = 0
 
@@ -30,6 +34,12 @@ class KVCache:
         self.keys[:, start : self.length] = keys
         self.values[:, start : self.length] = values
         return self.keys[:, : self.length], self.values[:, : self.length]
+
+    def take_step(self, x: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+        """The layer's output for one more token, x [B, 1, H], by `step`."""
+        y = self.step(x, *(angles or (None, None)), self.keys, self.values, self.length)
+        self.length += 1
+        return y
 
 
 class Attention(nn.Module):

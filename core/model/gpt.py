@@ -1,7 +1,7 @@
 """The GPT: embedding, blocks, final norm and head, whole or one pipeline stage of it, the same code for every layout."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from .. import rng
 from ..config import ModelConfig
 from ..gradients import use
 from ..layout import Layout
-from ..ops import Ops
+from ..ops import BlockShape, BlockStep, Ops
 from ..parallel.embedding import VocabParallelEmbedding
 from ..parallel.linear import column_parallel
 from ..parallel.loss import head_loss
@@ -68,6 +68,29 @@ class Block(nn.Module):
         attended, normalized = (x + branch, self.mlp_norm(x)) if self.parallel_residual else self.mlp_norm.add(x, branch)
         branch = self.mlp_post_norm(self.mlp(normalized))
         return attended + rng.dropout(branch, self.dropout, passage.stream, f"{self.name}.mlp")
+
+    def step(self, sequences: int) -> BlockStep | None:
+        """What does the same for one more token of each of some sequences in one call, where there is such a thing."""
+        attention, mlp, config = self.attention, self.mlp, self.attention.config
+        if attention.sharding.tp.size > 1 or config.apply_layernorm_1p:
+            return None
+        shape = BlockShape(
+            hidden=config.hidden_size,
+            ffn=config.ffn_hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_kv_heads,
+            size=config.head_size,
+            **asdict(attention.rule),
+            eps=config.norm_epsilon,
+            interleaved=config.rotary_interleaved,
+            norm_of_projection=config.qk_layernorm_width == "projection",
+            gated=config.gated,
+            parallel_residual=config.parallel_residual,
+            activation=config.activation,
+        )
+        before, between = (self.attention_norm, attention.qkv, attention.q_norm, attention.k_norm, attention.out), self.attention_post_norm
+        parts = (*before, between, self.mlp_norm, mlp.up, mlp.down, self.mlp_post_norm)
+        return attention.ops.block_step(shape, [getattr(part, kind, None) for part in parts for kind in ("weight", "bias")], sequences)
 
 
 class GPT(nn.Module):
@@ -144,18 +167,19 @@ class GPT(nn.Module):
         position 0, without dropout. With caches, tokens continue what they hold. targets: labels and weights; what comes back is `loss`.
         last_only: logits [B, 1, V/tp] of the last token alone, where this rank holds the whole sequence.
         """
+        steps = caches and passage is None and x.shape[1] == 1 and not torch.is_grad_enabled()
         if passage is None:
             start = caches[0].length if caches else 0
             passage = Passage(torch.arange(start, start + x.shape[1], device=x.device), length=start + x.shape[1])
         if self.embedding is not None:
             x = self._embed(x, passage)
         angles = self._angles(passage)
-        blocks = [partial(block, angles=angles[block.windowed], passage=passage) for block in self.layers]
         if caches:
-            for block, cache in zip(blocks, caches, strict=True):
-                x = block(x, cache=cache)
+            for block, cache in zip(self.layers, caches, strict=True):
+                turned = angles[block.windowed]
+                x = cache.take_step(x, turned) if steps and cache.step is not None else block(x, turned, passage, cache)
         else:
-            x = self.recompute.layers(blocks, x)
+            x = self.recompute.layers([partial(block, angles=angles[block.windowed], passage=passage) for block in self.layers], x)
         if not self.predicts:
             return x
         if last_only:
@@ -181,7 +205,7 @@ class GPT(nn.Module):
     def caches(self, batch: int, capacity: int) -> list[KVCache]:
         """An empty key-value cache per layer."""
         weight, heads = self.embedding.weight, self.config.num_kv_heads
-        return [KVCache(batch, capacity, heads, self.config.head_size, weight.dtype, weight.device) for _ in self.layers]
+        return [KVCache(batch, capacity, heads, self.config.head_size, weight.dtype, weight.device, layer.step(batch)) for layer in self.layers]
 
     def _angles(self, passage: Passage) -> tuple[Angles | None, Angles | None]:
         """Of layers without a window, and of those with one."""

@@ -22,13 +22,5 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(f"{name}.down", width, config.hidden_size, sharding, ops, bias=bias, init=rng.Init(seed, residual_std))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.up(x)
-        return self.down(self._activation(x))
-
-    def _activation(self, x: torch.Tensor) -> torch.Tensor:
-        config, ops = self.config, self.ops
-        if config.swiglu:
-            return ops.swiglu(x)
-        if config.geglu:
-            return ops.geglu(x, exact=config.exact_gelu)
-        return ops.squared_relu(x) if config.squared_relu else ops.gelu(x, exact=config.exact_gelu)
+        activation = self.ops.gated_activation if self.config.gated else self.ops.activation
+        return self.down(activation(self.up(x), self.config.activation))

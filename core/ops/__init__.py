@@ -2,7 +2,7 @@
 
 from .attention import AttentionRule
 from .door import OPS, Ops
-from .native import keep_freed_memory
+from .native import BlockShape, BlockStep, keep_freed_memory
 from .selection import choose
 
-__all__ = ["OPS", "AttentionRule", "Ops", "choose", "keep_freed_memory"]
+__all__ = ["OPS", "AttentionRule", "BlockShape", "BlockStep", "Ops", "choose", "keep_freed_memory"]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from . import native, reference
 from .attention import AttentionOps
+from .native import BlockShape, BlockStep
 
 try:
     from ..kernels import adamw as triton_adamw
@@ -22,12 +23,14 @@ OPS = {
     "rope": ("native",),
     "activation": ("native",),
     "few_rows": ("native",),
+    "block_step": ("native",),
     "cross_entropy": ("native",),
     "grad_norm": ("native",),
     "adamw": ("native", "triton"),
 }
 
 FEW_ROWS = 32  # up to which our own product is faster than the library's
+STEP_IS_MADE_OF = ("rms_norm", "layer_norm", "rope", "activation", "few_rows")  # by the same kernels, or not at all
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,10 @@ class Ops(AttentionOps):
 
     def __post_init__(self):
         chosen = {op: self.kernels if self.kernels in others else "torch" for op, others in OPS.items()}
-        object.__setattr__(self, "implementations", chosen | dict(self.overrides))
+        chosen |= dict(self.overrides)
+        if self.attention_backend != "auto" or any(chosen[op] != "native" for op in STEP_IS_MADE_OF):
+            chosen["block_step"] = "torch"
+        object.__setattr__(self, "implementations", chosen)
 
     def describe(self) -> str:
         """One line for the log: what each op runs on."""
@@ -102,21 +108,17 @@ class Ops(AttentionOps):
         q, k, v = heads.split(sizes, dim=2)
         return self.rope(q, cos, sin, interleaved), self.rope(k, cos, sin, interleaved), v
 
-    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up for x [..., 2F], gate before up: [..., F] (Shazeer 2020)."""
-        return self._implementation("activation").gated_activation(x, "silu")
+    def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """f(x) for a kind of silu, gelu_tanh, gelu_erf, squared_relu.
 
-    def geglu(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """gelu(gate) * up for x [..., 2F], gate before up: [..., F] (Shazeer 2020)."""
-        return self._implementation("activation").gated_activation(x, "gelu_erf" if exact else "gelu_tanh")
+        GELU by its tanh approximation, as GPT-2 and Megatron's fused kernel have it, or by the error function (Hendrycks and Gimpel 2016);
+        squared ReLU is max(x, 0)^2 (So et al. 2021).
+        """
+        return self._implementation("activation").activation(x, kind)
 
-    def gelu(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """GELU by its tanh approximation, as GPT-2 and Megatron's fused kernel have it, or `exact` (Hendrycks and Gimpel 2016)."""
-        return self._implementation("activation").activation(x, "gelu_erf" if exact else "gelu_tanh")
-
-    def squared_relu(self, x: torch.Tensor) -> torch.Tensor:
-        """max(x, 0)^2 (So et al. 2021)."""
-        return self._implementation("activation").activation(x, "squared_relu")
+    def gated_activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """f(gate) * up for x [..., 2F], gate before up: [..., F]; SwiGLU with silu, GEGLU with either GELU (Shazeer 2020)."""
+        return self._implementation("activation").gated_activation(x, kind)
 
     @torch.no_grad()
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -127,6 +129,16 @@ class Ops(AttentionOps):
         if self._runs_on("few_rows") == "native" and x.numel() <= FEW_ROWS * x.shape[-1]:
             return native.few_rows_product(x, weight)
         return F.linear(self.operand(x), self.operand(weight)).to(x.dtype)
+
+    def block_step(self, shape: BlockShape, weights: Sequence[torch.Tensor | None], sequences: int) -> BlockStep | None:
+        """What passes one more token of each of some sequences through a block in one call, without a gradient. None: op by op.
+
+        weights: weight and bias, or None, of the block's attention_norm, qkv, q_norm, k_norm, out, attention_post_norm, mlp_norm, up, down,
+        mlp_post_norm, in this order; a norm with a bias is a LayerNorm.
+        """
+        if self._runs_on("block_step") != "native" or sequences > FEW_ROWS or not BlockStep.takes(weights):
+            return None
+        return BlockStep(shape, weights)
 
     @torch.no_grad()
     def cross_entropy_statistics(self, logits: torch.Tensor, column: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

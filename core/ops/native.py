@@ -1,6 +1,7 @@
 """The native CPU kernels as torch functions. Only this package may import it."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -13,7 +14,7 @@ except ImportError:  # installed without a compiler
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # and what their kernels end in
 # A module left over from an older build may lack the kernels: as good as none.
-AVAILABLE = hasattr(_native, "norm_forward_fp32") and hasattr(_native, "keep_freed_memory")
+AVAILABLE = hasattr(_native, "norm_forward_fp32") and hasattr(_native, "block_step_fp32")
 
 
 def simd() -> str:
@@ -199,6 +200,67 @@ def few_rows_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if y.numel():
         _kernel("few_rows_product", x, weight)(*_addresses(x, weight, y), y.numel() // weight.shape[0], *weight.shape, torch.get_num_threads())
     return y
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """A block's shape, and what it does between its weights.
+
+    hidden, ffn: widths. size: of a head. window: how many tokens a query sees, its own among them. softcap c: scores become
+    c tanh(score / c). norm_of_projection: q_norm and k_norm go over all heads together. activation: a kind, as for `activation`.
+    """
+
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    size: int
+    window: int | None
+    scale: float | None
+    softcap: float | None
+    eps: float
+    interleaved: bool
+    norm_of_projection: bool
+    gated: bool
+    parallel_residual: bool
+    activation: str
+
+
+class BlockStep:
+    """See Ops.block_step. Of the weights the tensors are kept, not their addresses: what an optimizer or a load puts there is seen."""
+
+    def __init__(self, shape: BlockShape, weights: Sequence[torch.Tensor | None]):
+        values = asdict(shape) | {
+            "window": shape.window or 0,
+            "scale": shape.size**-0.5 if shape.scale is None else shape.scale,
+            "softcap": shape.softcap or 0.0,
+            "activation": _kind(shape.activation),
+        }
+        self._block, self._weights = _native.Block(**values), tuple(weights)
+        self._kernel = _kernel("block_step", *(weight for weight in weights if weight is not None))
+
+    @staticmethod
+    def takes(weights: Sequence[torch.Tensor | None]) -> bool:
+        """Whether all are on the CPU, without gaps and of one dtype that the kernels have."""
+        given = [weight for weight in weights if weight is not None]
+        return all(weight.device.type == "cpu" and weight.is_contiguous() and weight.dtype == given[0].dtype in DTYPES for weight in given)
+
+    def __call__(
+        self, x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor, length: int
+    ) -> torch.Tensor:
+        """The block's output [B, 1, H] for x [B, 1, H]; cos and sin fp32 [1, R/2], or None where heads are not rotated.
+
+        keys, values [B, S, K, D]: the first `length` places are read, and the next one is written. Raises ValueError where there is none.
+        """
+        if length >= keys.shape[1]:
+            raise ValueError(f"a cache of {keys.shape[1]} places is full")
+        x = x.contiguous()
+        y, half = torch.empty_like(x), 0 if cos is None else cos.shape[-1]
+        held = (keys.data_ptr(), values.data_ptr(), keys.shape[1], length)
+        self._kernel(
+            self._block, _addresses(*self._weights), *_addresses(cos, sin), half, *held, *_addresses(x, y), x.shape[0], torch.get_num_threads()
+        )
+        return y
 
 
 def cross_entropy_statistics(logits: torch.Tensor, column: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

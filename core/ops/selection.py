@@ -5,7 +5,7 @@ import torch
 from ..logs import get_logger
 from . import door, native
 from .attention import check_backend
-from .door import OPS, Ops
+from .door import OPS, STEP_IS_MADE_OF, Ops
 
 
 def choose(kernels: str, device: torch.device, dtype: torch.dtype, attention_backend: str = "auto") -> Ops:
@@ -20,7 +20,13 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, attention_bac
     if general not in ("auto", "torch", *_OBSTACLES):
         raise ValueError(f"--kernels {kernels}: {general!r} is not one of auto, torch, {', '.join(_OBSTACLES)}")
     overrides = tuple(_override(kernels, exception, device, dtype) for exception in exceptions)
-    return Ops(_implementation(general, device, dtype), attention_backend, _widens(device, dtype), overrides)
+    ops = Ops(_implementation(general, device, dtype), attention_backend, _widens(device, dtype), overrides)
+    if ("block_step", "native") in overrides and ops.implementations["block_step"] != "native":
+        raise ValueError(
+            f"--kernels {kernels}: block_step=native is made of native {', '.join(STEP_IS_MADE_OF)} and --attention-backend auto; "
+            "choose those, or leave block_step=native out"
+        )
+    return ops
 
 
 def _implementation(kernels: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -9,6 +9,7 @@
 
 #include "activation.h"
 #include "adamw.h"
+#include "block_step.h"
 #include "cross_entropy.h"
 #include "few_rows.h"
 #include "memory.h"
@@ -112,6 +113,30 @@ void bind_few_rows(py::module_& m, const std::string& suffix, const py::call_gua
           release);
 }
 
+// addresses: weight and bias of every norm and layer of the block, in the order of BlockWeights.
+template <class T>
+BlockWeights<T> weights_at(const std::array<uintptr_t, 20>& a) {
+    BlockWeights<T> w;
+    auto address = a.begin();
+    for (Affine<T>* const affine : {&w.attention_norm, &w.qkv, &w.q_norm, &w.k_norm, &w.out, &w.attention_post_norm, &w.mlp_norm, &w.up, &w.down,
+                                    &w.mlp_post_norm}) {
+        affine->weight = at<T>(*address++);
+        affine->bias = at<T>(*address++);
+    }
+    return w;
+}
+
+template <class T>
+void bind_block_step(py::module_& m, const std::string& suffix, const py::call_guard<py::gil_scoped_release>& release) {
+    m.def(("block_step" + suffix).c_str(),
+          [](const Block& block, const std::array<uintptr_t, 20>& addresses, uintptr_t cos, uintptr_t sin, int64_t half, uintptr_t keys, uintptr_t values,
+             int64_t capacity, int64_t length, uintptr_t x, uintptr_t y, int64_t rows, int threads) {
+              block_step<T>(block, weights_at<T>(addresses), {at<float>(cos), at<float>(sin), half}, {at<T>(keys), at<T>(values), capacity, length},
+                            at<T>(x), at<T>(y), rows, threads);
+          },
+          release);
+}
+
 // The factors that the caller holds as tensors come by address; `skip` (one byte, 0 or 1) leaves everything as it is.
 template <class T>
 void bind_adamw(py::module_& m, const std::string& suffix, const py::call_guard<py::gil_scoped_release>& release) {
@@ -142,6 +167,7 @@ void bind_all(py::module_& m, const std::string& suffix) {
     bind_rope<T>(m, suffix, release);
     bind_cross_entropy<T>(m, suffix, release);
     bind_few_rows<T>(m, suffix, release);
+    bind_block_step<T>(m, suffix, release);
     bind_adamw<T>(m, suffix, release);
 }
 
@@ -161,6 +187,15 @@ void bind_kernels(py::module_& m) {
         .value("gelu_tanh", ActivationKind::gelu_tanh)
         .value("gelu_erf", ActivationKind::gelu_erf)
         .value("squared_relu", ActivationKind::squared_relu);
+    py::class_<Block>(m, "Block")
+        .def(py::init([](int64_t hidden, int64_t ffn, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, float scale, float softcap, float eps,
+                         bool interleaved, bool norm_of_projection, bool gated, bool parallel_residual, ActivationKind activation) {
+                 return Block{hidden, ffn, heads, kv_heads, size, window, scale, softcap, eps, interleaved, norm_of_projection, gated, parallel_residual,
+                              activation};
+             }),
+             py::kw_only(), py::arg("hidden"), py::arg("ffn"), py::arg("heads"), py::arg("kv_heads"), py::arg("size"), py::arg("window"),
+             py::arg("scale"), py::arg("softcap"), py::arg("eps"), py::arg("interleaved"), py::arg("norm_of_projection"), py::arg("gated"),
+             py::arg("parallel_residual"), py::arg("activation"));
     bind_all<float>(m, "_fp32");
     bind_all<BFloat16>(m, "_bf16");
     m.def("squared_norm", [](uintptr_t x, int64_t size, int threads) { return squared_norm(at<float>(x), size, threads); },

@@ -8,6 +8,7 @@
 
 #include "cpu/activation.h"
 #include "cpu/adamw.h"
+#include "cpu/block_step.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/few_rows.h"
 #include "cpu/memory.h"
@@ -119,6 +120,30 @@ void products(int64_t rows, int64_t outputs, int64_t inputs) {
     expect(rows == 0 || std::fabs(last - get(&y.back())) <= 0.01f * inputs, "the last product is wrong");
 }
 
+// The last token that the cache has room for; then every norm, bias and cap, then none of them.
+template <class T>
+void block_steps(int64_t rows, int64_t width, int64_t past, int64_t window) {
+    const int64_t heads = 4, kv_heads = 2, ffn = width + 3, half = width / 2, packed = (heads + 2 * kv_heads) * width, queries = heads * width;
+    const auto x = some<T>(rows * width), wide = some<T>(2 * ffn), narrow = some<T>(width), qkv = some<T>(packed * width), qkv_bias = some<T>(packed),
+               out = some<T>(width * queries), up = some<T>(2 * ffn * width), down = some<T>(width * ffn), whole = some<T>(queries),
+               whole_keys = some<T>(kv_heads * width);
+    const auto cos = some<float>(half), sin = some<float>(half);
+    auto keys = some<T>(rows * (past + 1) * kv_heads * width), values = keys;
+    auto y = std::vector<T>(static_cast<size_t>(rows * width));
+    const KeyValues<T> cache{keys.data(), values.data(), past + 1, past};
+    const Affine<T> norm{narrow.data(), narrow.data()}, none{nullptr, nullptr};
+    Block block{width, ffn, heads, kv_heads, width, window, 0.5f, 2.0f, 1e-5f, true, false, true, false, ActivationKind::silu};
+    block_step<T>(block, {norm, {qkv.data(), qkv_bias.data()}, norm, norm, {out.data(), narrow.data()}, norm, norm, {up.data(), wide.data()},
+                          {down.data(), narrow.data()}, norm},
+                  {cos.data(), sin.data(), half}, cache, x.data(), y.data(), rows, THREADS);
+    expect(rows == 0 || get(&y.back()) != 0.0f, "the last output was not written");
+    block = {width, ffn, heads, kv_heads, width, window, 0.5f, 0.0f, 1e-5f, false, true, false, true, ActivationKind::gelu_erf};
+    block_step<T>(block, {none, {qkv.data(), nullptr}, {whole.data(), nullptr}, {whole_keys.data(), nullptr}, {out.data(), nullptr}, none, none,
+                          {up.data(), nullptr}, {down.data(), nullptr}, none},
+                  {nullptr, nullptr, 0}, cache, x.data(), y.data(), rows, THREADS);
+    expect(rows == 0 || get(&y.back()) != 0.0f, "the last output of the plain block was not written");
+}
+
 template <class T>
 void updates(int64_t size) {
     auto masters = some<float>(size), exp_avg = some<float>(size), exp_avg_sq = some<float>(size), before = masters;
@@ -148,6 +173,12 @@ void all() {
         rotations<T>(2, 3, 5, 2 * half, half);
         rotations<T>(1, 7, 1, 2 * half + 3, half);
     }
+    for (const int64_t width : {1, 7, 16, 33, 40})
+        for (const int64_t rows : {1, 3})
+            for (const int64_t past : {0, 1, 6, 40}) {
+                block_steps<T>(rows, width, past, 0);
+                block_steps<T>(rows, width, past, 5);
+            }
     for (const int64_t size : {0, 1, 15, 16, 17, 2047, 2049, 70000}) updates<T>(size);
 }
 

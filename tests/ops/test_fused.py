@@ -42,14 +42,6 @@ ACTIVATIONS = {
 }
 
 
-def plain_op(ops, kind):
-    return {"gelu_tanh": ops.gelu, "gelu_erf": lambda x: ops.gelu(x, exact=True), "squared_relu": ops.squared_relu}[kind]
-
-
-def gated_op(ops, kind):
-    return {"silu": ops.swiglu, "gelu_tanh": ops.geglu, "gelu_erf": lambda x: ops.geglu(x, exact=True)}[kind]
-
-
 # The fits of exp and of the normal distribution are good to 2e-7 of 1, that is 4 roundings of fp32, of a value or slope that is at most
 # |x| + 1; the result is rounded once more in the dtype, PyTorch's own steps in between as well.
 def bound_of(x, dy, dtype, roundings=4):
@@ -64,7 +56,7 @@ def test_activations_match_float64(kernels, dtype, kind):
     if kind == "squared_relu":
         x = x.detach().clamp(-100, 100).requires_grad_()
     dy, wide = torch.randn(x.shape).to(dtype), x.detach().double().requires_grad_()
-    y, expected = plain_op(Ops(kernels), kind)(x), ACTIVATIONS[kind](wide)
+    y, expected = Ops(kernels).activation(x, kind), ACTIVATIONS[kind](wide)
     (dx,), (wanted,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, wide, dy.double())
     scale = 100 if kind == "squared_relu" else 1
     within(y, expected.detach(), scale * bound_of(wide.detach(), torch.ones(()), dtype))
@@ -79,7 +71,7 @@ def test_gated_activations_match_float64(kernels, dtype, columns, kind):
     gate = hostile(3 * columns, dtype)[: 3 * columns].view(3, columns)
     x = torch.cat([gate, torch.randn(3, columns).to(dtype)], dim=1).requires_grad_()
     dy, wide = torch.randn(3, columns).to(dtype), x.detach().double().requires_grad_()
-    y = gated_op(Ops(kernels), kind)(x)
+    y = Ops(kernels).gated_activation(x, kind)
     expected = ACTIVATIONS[kind](wide[:, :columns]) * wide[:, columns:]
     (dx,), (wanted,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, wide, dy.double())
     g, u, d = wide.detach()[:, :columns], wide.detach()[:, columns:], dy.double()
@@ -291,7 +283,7 @@ def test_the_number_of_threads_changes_no_bit():
             torch.set_num_threads(count)
             leaf, ops = x.clone().requires_grad_(), Ops("native")
             w = weight.clone().requires_grad_()
-            found = [*torch.autograd.grad(ops.swiglu(leaf), leaf, dy)]
+            found = [*torch.autograd.grad(ops.gated_activation(leaf, "silu"), leaf, dy)]
             for y in (ops.layer_norm(leaf, w, None, 1e-5), ops.rms_norm(leaf, w, 1e-5)):
                 found += [y.detach(), *torch.autograd.grad(y, (leaf, w), x)]
             results.append([*found, ops.squared_norm([x]), *cross_entropy("native", x, torch.arange(3000) % 200, torch.ones(3000), 200)])
@@ -305,7 +297,7 @@ def test_the_number_of_threads_changes_no_bit():
 def test_native_refuses_what_it_lacks():
     for call in (
         lambda: Ops("native").rms_norm(torch.zeros(2, 4, dtype=torch.float16), torch.ones(4), 1e-5),
-        lambda: Ops("native").swiglu(torch.zeros(2, 4, dtype=torch.float16)),
+        lambda: Ops("native").activation(torch.zeros(2, 4, dtype=torch.float16), "silu"),
         lambda: Ops("native").add_rms_norm(torch.zeros(2, 4), torch.zeros(2, 4).bfloat16(), torch.ones(4), 1e-5),
     ):
         with pytest.raises(TypeError, match="float32 or bfloat16"):

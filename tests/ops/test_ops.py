@@ -61,9 +61,9 @@ def _seed():
 def test_activations_match_float64(dtype):
     x = torch.randn(4, 65)
     o = Ops()
-    check(o.swiglu, [torch.randn(4, 130)], 8, dtype, lambda v: v[:, :65] * torch.sigmoid(v[:, :65]) * v[:, 65:])
-    check(o.gelu, [x], 8, dtype, lambda v: 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))))
-    check(o.squared_relu, [x], 8, dtype, lambda v: v.clamp_min(0) ** 2)
+    check(lambda v: o.gated_activation(v, "silu"), [torch.randn(4, 130)], 8, dtype, lambda v: v[:, :65] * torch.sigmoid(v[:, :65]) * v[:, 65:])
+    check(lambda v: o.activation(v, "gelu_tanh"), [x], 8, dtype, lambda v: 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))))
+    check(lambda v: o.activation(v, "squared_relu"), [x], 8, dtype, lambda v: v.clamp_min(0) ** 2)
 
 
 # Over 64 columns the sums of the mean and variance round like sqrt(64) = 8 single roundings, in fp32 at least.
@@ -298,14 +298,14 @@ def test_the_log_line_names_every_op():
     every = ", ".join(OPS)
     assert Ops("torch", "flash").describe() == f"kernels: {every} torch | attention sdpa (flash)"
     triton = Ops("triton").describe()
-    assert "rms_norm, adamw triton | layer_norm, rope, activation, few_rows, cross_entropy, grad_norm torch" in triton
+    assert "rms_norm, adamw triton | layer_norm, rope, activation, few_rows, block_step, cross_entropy, grad_norm torch" in triton
     assert "16-bit numbers in fp32" in Ops(widens=True).describe()
 
 
 @NATIVE
 def test_single_ops_can_be_chosen():
     ops = choose("native,rope=torch,adamw=torch", CPU, torch.float32)
-    assert {op for op, one in ops.implementations.items() if one == "torch"} == {"rope", "adamw"}
+    assert {op for op, one in ops.implementations.items() if one == "torch"} == {"rope", "adamw", "block_step"}, "a step has all of its ops native"
     assert choose("torch,rope=native", CPU, torch.float32).implementations["rope"] == "native"
 
 
@@ -321,6 +321,16 @@ def test_single_ops_can_be_chosen():
 def test_a_choice_that_there_is_not_is_an_error(kernels, problem):
     with pytest.raises(ValueError, match=re.escape(f"--kernels {kernels}: {problem}")):
         choose(kernels, CPU, torch.float32)
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    ("kernels", "backend"),
+    [("torch,block_step=native", "auto"), ("auto,block_step=native,rope=torch", "auto"), ("native,block_step=native", "flash")],
+)
+def test_a_step_whose_parts_are_not_native_is_an_error_where_it_is_asked_for(kernels, backend):
+    with pytest.raises(ValueError, match=f"--kernels {kernels}: block_step=native is made of native rms_norm.*leave block_step=native out"):
+        choose(kernels, CPU, torch.float32, backend)
 
 
 def test_a_choice_for_one_op_that_cannot_serve_is_an_error(monkeypatch):

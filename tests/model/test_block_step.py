@@ -1,0 +1,193 @@
+"""A block's step, one native call, against the same block op by op in float64 and plain PyTorch."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trivium.config import ModelConfig
+from trivium.mesh import Axis
+from trivium.model.generate import Sampling, generate
+from trivium.model.gpt import GPT, Block, Passage
+from trivium.model.recompute import Recompute
+from trivium.model.rotary import Rotary
+from trivium.ops import Ops, native
+from trivium.parallel.sharding import Sharding
+
+pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without a compiler")
+
+# Odd sizes: of no vector a multiple.
+LLAMA = ModelConfig(
+    num_layers=2, hidden_size=27, ffn_hidden_size=37, num_attention_heads=6, kv_channels=10, group_query_attention=True, num_query_groups=2,
+    max_position_embeddings=64, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, disable_bias_linear=True,
+    untie_embeddings_and_output_weights=True, attention_dropout=0.0, hidden_dropout=0.0, init_method_std=0.3,
+)  # fmt: skip
+GPT2 = replace(
+    LLAMA, group_query_attention=False, kv_channels=8, position_embedding_type="learned_absolute", normalization="LayerNorm", swiglu=False,
+    disable_bias_linear=False,
+)  # fmt: skip
+BLOCKS = {
+    "llama": LLAMA,
+    "gpt2": GPT2,
+    "one key-value head, whole vectors": replace(LLAMA, num_query_groups=1, hidden_size=64, kv_channels=64, ffn_hidden_size=128),
+    "neox": replace(GPT2, position_embedding_type="rope", rotary_percent=0.5, parallel_residual=True, exact_gelu=True),
+    "qwen3": replace(LLAMA, qk_layernorm=True, add_qkv_bias=True, rotary_interleaved=True),
+    "olmo2": replace(LLAMA, qk_layernorm=True, qk_layernorm_width="projection", norm_placement="post"),
+    "gemma2": replace(LLAMA, norm_placement="both", swiglu=False, geglu=True, attn_logit_softcapping=2.0, softmax_scale=0.5, window_size="4,0"),
+    "layer norms": replace(GPT2, qk_layernorm=True, norm_placement="both", squared_relu=True, add_attn_out_bias=True),
+    "post, parallel": replace(GPT2, norm_placement="post", parallel_residual=True, window_size="0,0"),
+}  # fmt: skip
+PAST, NEW = 6, 5
+
+
+def block_of(config: ModelConfig, dtype: torch.dtype, ops: Ops, sharding: Sharding | None = None) -> Block:
+    """With norms and biases that would hide no swap; values as bf16 holds them."""
+    block = Block(0, config, sharding or Sharding(), ops, 1, Recompute()).eval()
+    noise = torch.Generator().manual_seed(1)
+    for p in block.parameters():
+        if p.dim() == 1:
+            p.data += 0.3 * torch.randn(p.shape, generator=noise)
+        p.data = p.data.bfloat16().to(dtype)
+    return block
+
+
+@torch.no_grad()
+def outputs(block: Block, config: ModelConfig, x: torch.Tensor, steps: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the last NEW tokens of x, one at a time, and what the cache holds then."""
+    weight = block.attention.qkv.weight
+    cache = GPT(replace(config, num_layers=1), 8, ops=block.attention.ops, seed=1).place(x.device, weight.dtype).caches(len(x), PAST + NEW)[0]
+    cache.step = block.step(len(x)) if steps else None
+    rotary, parts, start = Rotary(config) if config.position_embedding_type == "rope" else None, [], 0
+    for end in range(PAST, PAST + NEW + 1):
+        positions = torch.arange(start, end)
+        angles = rotary and rotary(positions, end)
+        if steps and start:
+            parts.append(cache.take_step(x[:, start:end], angles))
+        else:
+            parts.append(block(x[:, start:end], angles, Passage(positions), cache))
+        start = end
+    assert cache.length == PAST + NEW
+    return torch.cat(parts[1:], dim=1), torch.stack((cache.keys, cache.values))
+
+
+def inputs(config: ModelConfig, sequences: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(sequences, PAST + NEW, config.hidden_size, generator=torch.Generator().manual_seed(2))
+    return x.bfloat16().to(dtype)
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 32])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_step_in_fp32_is_that_of_float64(name, sequences):
+    """Sums over at most 128 terms, some ten roundings one after another: 1e-5 of the largest number; measured 1.5e-6."""
+    config = BLOCKS[name]
+    block, exact = block_of(config, torch.float32, Ops("native")), block_of(config, torch.float64, Ops())
+    assert block.step(sequences) is not None and exact.step(sequences) is None
+    for found, expected in zip(
+        outputs(block, config, inputs(config, sequences, torch.float32), True),
+        outputs(exact, config, inputs(config, sequences, torch.float64), False),
+        strict=True,
+    ):
+        assert (found.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("sequences", [1, 5])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_step_in_bf16_rounds_where_the_block_does(name, sequences):
+    """Bit by bit, but where attention, in fp32 in both and summed in another order, comes to lie on the other side of a rounding."""
+    config = BLOCKS[name]
+    block, x = block_of(config, torch.bfloat16, Ops("native", widens=True)), inputs(config, sequences, torch.bfloat16)
+    for found, expected in zip(outputs(block, config, x, True), outputs(block, config, x, False), strict=True):
+        assert found.dtype == torch.bfloat16 and expected.abs().max() > 0
+        assert (found != expected).float().mean() <= 0.02
+
+
+@pytest.mark.parametrize("scale", [0.0, 40.0, -40.0])
+def test_scores_that_decide_everything_or_nothing(scale):
+    """Scores of up to 1,300 in size: a rounding of one, 6e-5, is in the weights as it is."""
+    config = replace(LLAMA, softmax_scale=scale)
+    found = outputs(block_of(config, torch.float32, Ops("native")), config, inputs(config, 2, torch.float32), True)[0]
+    expected = outputs(block_of(config, torch.float64, Ops()), config, inputs(config, 2, torch.float64), False)[0]
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-41, 1e-22, 1e15])
+def test_hidden_states_of_any_size(size):
+    """Zeros, subnormals, squares below and far above what the weights are."""
+    config = LLAMA
+    block, exact = block_of(config, torch.float32, Ops("native")), block_of(config, torch.float64, Ops())
+    x = size * inputs(config, 2, torch.float32)
+    found, expected = outputs(block, config, x, True)[0], outputs(exact, config, x.double(), False)[0]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_number_of_threads_changes_no_bit():
+    config = replace(LLAMA, hidden_size=300, ffn_hidden_size=700)
+    block, x, threads, results = block_of(config, torch.float32, Ops("native")), inputs(config, 3, torch.float32), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(torch.cat([t.flatten() for t in outputs(block, config, x, True)]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_a_step_sees_new_weights_and_does_not_write_past_the_cache():
+    block = block_of(LLAMA, torch.float32, Ops("native"))
+    step, x = block.step(1), inputs(LLAMA, 1, torch.float32)[:, :1]
+    angles, (keys, values) = Rotary(LLAMA)(torch.arange(1), 1), torch.zeros(2, 1, 1, 2, 10)
+    with torch.no_grad():
+        before = step(x, *angles, keys, values, 0)
+        for p in block.parameters():
+            p.data = 2 * p.data  # another place, as an optimizer's buffers are
+        after = step(x, *angles, keys, values, 0)
+        assert not torch.equal(before, after)
+        assert (after - block(x, angles, Passage(torch.arange(1)))).abs().max() <= 1e-5 * after.abs().max()
+    with pytest.raises(ValueError, match="a cache of 1 places is full"):
+        step(x, *angles, keys, values, 1)
+
+
+@pytest.mark.parametrize(
+    "reason", ["1p", "tensor parallel", "float64", "float16", "two dtypes", "gaps", "sequences", "--kernels torch", "rope", "backend", "itself"]
+)
+def test_where_there_is_no_step(reason):
+    """Then the block goes op by op."""
+    kernels = {"--kernels torch": Ops(), "rope": Ops("native", overrides=(("rope", "torch"),)), "backend": Ops("native", "unfused")}
+    kernels["itself"] = Ops("native", overrides=(("block_step", "torch"),))
+    config = replace(LLAMA, ffn_hidden_size=36, apply_layernorm_1p=reason == "1p")
+    sharding = Sharding(tp=Axis("tp", 2, 0)) if reason == "tensor parallel" else None
+    dtype = {"float64": torch.float64, "float16": torch.float16}.get(reason, torch.float32)
+    block = block_of(config, dtype, kernels.get(reason, Ops("native")), sharding)
+    if reason == "two dtypes":
+        block.mlp_norm.weight.data = block.mlp_norm.weight.data.bfloat16()
+    if reason == "gaps":
+        block.mlp.up.weight.data = block.mlp.up.weight.data.t().contiguous().t()
+    assert block.step(33 if reason == "sequences" else 32) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_takes_steps_and_a_gradient_goes_op_by_op(dtype, monkeypatch):
+    taken, honest = [], native.BlockStep.__call__
+    monkeypatch.setattr(native.BlockStep, "__call__", lambda self, *args: (taken.append(1), honest(self, *args))[1])
+    model = GPT(LLAMA, 50, ops=Ops("native"), seed=1).place(torch.device("cpu"), dtype)
+    prompt = torch.tensor([[1, 2, 3]])
+    tokens = list(generate(model, prompt, 4, Sampling(temperature=0), torch.Generator()))
+    assert len(tokens) == 4 and len(taken) == 3 * LLAMA.num_layers, "all but the prompt's own"
+    caches = model.caches(1, 2)
+    model(prompt[:, :1], caches=caches).float().sum().backward()
+    assert len(taken) == 3 * LLAMA.num_layers and model.layers[0].mlp.up.weight.grad.abs().sum() > 0
+
+
+def test_every_wrong_weight_is_seen():
+    """Each of the weights changed in turn changes the step's output as it does the block's: none is left out, or taken for another."""
+    config = replace(BLOCKS["layer norms"], parallel_residual=False)
+    block, x = block_of(config, torch.float32, Ops("native")), inputs(config, 2, torch.float32)
+    first = outputs(block, config, x, True)[0]
+    for name, p in block.named_parameters():
+        changed = copy.deepcopy(block)
+        changed.get_parameter(name).data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
+        found, expected = outputs(changed, config, x, True)[0], outputs(changed, config, x, False)[0]
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+        # A bias on all keys moves every score of a query alike.
+        assert "k_norm.bias" in name or not torch.allclose(found, first, atol=1e-4), name
