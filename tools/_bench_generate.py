@@ -1,9 +1,12 @@
 """The generate suite: new tokens per second from a Llama with a key-value cache, beside transformers on the same weights."""
 
 import argparse
+import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +28,23 @@ Generate = Callable[[torch.Tensor], torch.Tensor]  # prompt [B, T] to the new to
 
 
 def generate_suite(options: argparse.Namespace) -> dict[str, Any]:
-    """Greedy continuations of the same prompts, `rounds` of each engine in turn; in fp32 the tokens must be the same."""
+    """Greedy continuations of the same prompts, `rounds` of each engine in turn; in fp32 the tokens must be the same.
+
+    In a process of its own whose waiting threads do as they do by default, as in tools/generate.py: it has the cores to itself.
+    """
+    policy = os.environ.pop("OMP_WAIT_POLICY", None)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            results = pool.submit(measure, options).result()
+    finally:
+        if policy is not None:
+            os.environ["OMP_WAIT_POLICY"] = policy
+    report(results)
+    return results
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The results of every dtype and batch, or why an engine was left out."""
     config, device = resolve(flags.parse(LLAMA.split()).config, 1), launch.choose_device("auto", 0)
     results: dict[str, Any] = {}
     for dtype, word in DTYPES.items():
@@ -34,13 +53,15 @@ def generate_suite(options: argparse.Namespace) -> dict[str, Any]:
         for batch in BATCHES:
             prompt = torch.randint(config.data.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(batch)).to(device)
             results[f"{word}, batch {batch}"] = compare(engines, prompt, options.rounds)
-    report(results)
     return results
 
 
 def build_engines(config: Config, device: torch.device, dtype: torch.dtype, with_peers: bool) -> tuple[dict[str, Generate], dict[str, str]]:
-    """Trivium, and transformers where it is installed; else the reason."""
-    engines: dict[str, Generate] = {"Trivium": trivium(config, device, dtype)}
+    """Trivium, also without a block's step in one call where it has that, and transformers where it is installed; else the reason."""
+    kernels = ops.choose("auto", device, dtype)
+    engines: dict[str, Generate] = {"Trivium": trivium(config, device, dtype, kernels)}
+    if kernels.implementations["block_step"] == "native":
+        engines["Trivium, op by op"] = trivium(config, device, dtype, ops.choose("auto,block_step=torch", device, dtype))
     if with_peers:
         try:
             engines["transformers"] = transformers(config, device, dtype)
@@ -49,8 +70,7 @@ def build_engines(config: Config, device: torch.device, dtype: torch.dtype, with
     return engines, {}
 
 
-def trivium(config: Config, device: torch.device, dtype: torch.dtype) -> Generate:
-    kernels = ops.choose("auto", device, dtype)
+def trivium(config: Config, device: torch.device, dtype: torch.dtype, kernels: ops.Ops) -> Generate:
     model = GPT(config.model, peers.vocabulary(config), ops=kernels, seed=config.batch.seed).place(device, dtype).eval()
 
     def new_tokens(prompt: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,9 @@ import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
-# Before torch starts any thread: waiting threads sleep, so that several processes can share the cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch starts any thread: waiting threads sleep, so that several processes can share the cores. Those started here inherit it.
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from _bench_checkpoint import checkpoint_suite

@@ -88,8 +88,8 @@ class Block(nn.Module):
             parallel_residual=config.parallel_residual,
             activation=config.activation,
         )
-        before, between = (self.attention_norm, attention.qkv, attention.q_norm, attention.k_norm, attention.out), self.attention_post_norm
-        parts = (*before, between, self.mlp_norm, mlp.up, mlp.down, self.mlp_post_norm)
+        attends = (self.attention_norm, attention.qkv, attention.q_norm, attention.k_norm, attention.out, self.attention_post_norm)
+        parts = (*attends, self.mlp_norm, mlp.up, mlp.down, self.mlp_post_norm)
         return attention.ops.block_step(shape, [getattr(part, kind, None) for part in parts for kind in ("weight", "bias")], sequences)
 
 
