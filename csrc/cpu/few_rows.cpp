@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t ELEMENTS_PER_TASK = 1 << 16;
 // Rows of w at a time: enough chains of additions to keep the units busy, few enough for the registers.
 constexpr int64_t FOR_ONE = 8, FOR_MORE = 6;
+constexpr int64_t LINE = 64, AHEAD = 24 << 10;  // bytes: of a cache line, and how far ahead of the reading w is asked for
 
 // The 2L numbers from p on: those at even places, and those at odd ones. bf16 is so widened in two instructions, where in order it takes
 // five; a sum of products does not mind, if both factors come like that.
@@ -47,11 +48,19 @@ TRIVIUM_INLINE const float* widened(const BFloat16* x, float* memory, int64_t ro
     return memory - rows * inputs;
 }
 
-// Of one row of x, the products with COUNT rows of w.
+// Asks for what lies AHEAD of `count` numbers from p on: rows are short, and the processor's own foresight begins anew at each of them.
+template <class T>
+TRIVIUM_INLINE void prefetch(const T* p, int64_t count) {
+    const char* const place = reinterpret_cast<const char*>(p) + AHEAD;
+    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += LINE) __builtin_prefetch(place + i);
+}
+
+// Of one row of x, the products with COUNT rows of w, which lie one behind the other: at j, j * COUNT numbers of them have been read.
 template <int L, int COUNT>
 TRIVIUM_INLINE void one_row(const float* x, const float* w, float* y, int64_t inputs) {
     Floats<L> total[COUNT] = {};
     each_vector<L>(inputs, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+        prefetch(w + j * COUNT, L * COUNT);
         const Floats<L> v = load<L>(x + j, n);
         for (int k = 0; k < COUNT; ++k) total[k] += v * load<L>(w + k * inputs + j, n);
     });
@@ -63,6 +72,7 @@ TRIVIUM_INLINE void one_row(const float* x, const BFloat16* w, BFloat16* y, int6
     Floats<L> total[COUNT] = {};
     int64_t j = 0;
     for (; j + 2 * L <= inputs; j += 2 * L) {
+        prefetch(w + j * COUNT, 2 * L * COUNT);
         const Floats<L> first = load<L>(x + j), second = load<L>(x + j + L);
         for (int k = 0; k < COUNT; ++k) {
             Floats<L> even, odd;
