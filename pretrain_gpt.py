@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -171,7 +172,8 @@ def cli(argv: list[str]) -> int:
         main(argv, place)
     except ConfigError as error:
         if place.rank > 0:  # every rank finds the same, and rank 0 tells it
-            time.sleep(LAST_TO_LEAVE)
+            with suppress(KeyboardInterrupt):
+                time.sleep(LAST_TO_LEAVE)
             return 2
         return fail(place, str(error), 2)
     except ValueError as error:

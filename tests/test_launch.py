@@ -155,6 +155,17 @@ def test_an_impossible_number_of_tasks_is_refused_before_any_of_them_meets_anoth
     assert capfd.readouterr().err == said
 
 
+def test_a_task_that_is_interrupted_while_the_first_one_tells_ends_quietly(task_of_step, monkeypatch, capfd):
+    task_of_step(2, 3)
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain_gpt.time, "sleep", interrupt)
+    assert pretrain_gpt.cli(IMPOSSIBLE) == 2
+    assert capfd.readouterr().err == ""
+
+
 def test_torchrun_with_an_impossible_number_of_processes_ends_with_one_message():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", ROOT / "pretrain_gpt.py", *IMPOSSIBLE]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})

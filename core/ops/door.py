@@ -38,8 +38,9 @@ class Ops(AttentionOps):
     """The ops of a model and its optimizer. `Ops()` is plain PyTorch; `choose` picks by flag, device and dtype.
 
     kernels: torch, triton or native, for every op that has it; others are PyTorch's. overrides: (op, implementation) where one is to
-    differ. Everything but what ends in an underscore is differentiable. Under torch.compile an op on Triton is the PyTorch one, which
-    the compiler fuses with its neighbours where a kernel of our own would be a wall; native ones stay, as they are no slower.
+    differ. Without a gradient are those that end in an underscore, those under no_grad, of which autograd functions are made, and
+    block_step. Under torch.compile an op on Triton is the PyTorch one, which the compiler fuses with its neighbours where a kernel of our
+    own would be a wall; native ones stay, as they are no slower.
     """
 
     kernels: str = "torch"

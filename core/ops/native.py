@@ -237,7 +237,6 @@ class BlockStep:
             "activation": _kind(shape.activation),
         }
         self._block, self._weights = _native.Block(**values), tuple(weights)
-        self._kernel = _kernel("block_step", *(weight for weight in weights if weight is not None))
 
     @staticmethod
     def takes(weights: Sequence[torch.Tensor | None]) -> bool:
@@ -250,16 +249,16 @@ class BlockStep:
     ) -> torch.Tensor:
         """The block's output [B, 1, H] for x [B, 1, H]; cos and sin fp32 [1, R/2], or None where heads are not rotated.
 
-        keys, values [B, S, K, D]: the first `length` places are read, and the next one is written. Raises ValueError where there is none.
+        keys, values [B, S, K, D]: the first `length` places are read, and the next one is written. Raises ValueError where there is none,
+        TypeError where x, keys and values are not of the weights' dtype.
         """
+        kernel = _kernel("block_step", x, keys, values, *(weight for weight in self._weights if weight is not None))
         if length >= keys.shape[1]:
             raise ValueError(f"a cache of {keys.shape[1]} places is full")
         x = x.contiguous()
         y, half = torch.empty_like(x), 0 if cos is None else cos.shape[-1]
         held = (keys.data_ptr(), values.data_ptr(), keys.shape[1], length)
-        self._kernel(
-            self._block, _addresses(*self._weights), *_addresses(cos, sin), half, *held, *_addresses(x, y), x.shape[0], torch.get_num_threads()
-        )
+        kernel(self._block, _addresses(*self._weights), *_addresses(cos, sin), half, *held, *_addresses(x, y), x.shape[0], torch.get_num_threads())
         return y
 
 

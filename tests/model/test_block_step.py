@@ -146,6 +146,9 @@ def test_a_step_sees_new_weights_and_does_not_write_past_the_cache():
         assert (after - block(x, angles, Passage(torch.arange(1)))).abs().max() <= 1e-5 * after.abs().max()
     with pytest.raises(ValueError, match="a cache of 1 places is full"):
         step(x, *angles, keys, values, 1)
+    for tensors in ((x.bfloat16(), keys, values), (x, keys.bfloat16(), values), (x, keys, values.double())):
+        with pytest.raises(TypeError, match="tensors of one dtype"):
+            step(tensors[0], *angles, *tensors[1:], 0)
 
 
 @pytest.mark.parametrize(

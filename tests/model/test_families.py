@@ -4,7 +4,7 @@ import json
 import re
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from trivium.model.families import export_problems
 from trivium.model.generate import Sampling, generate
 from trivium.model.gpt import GPT, Passage
 from trivium.name_map import assemble, their_shapes
-from trivium.ops import Ops
+from trivium.ops import Ops, native
 from trivium.parallel.context import local_tokens, token_positions
 from trivium.train.build import build_stages
 from trivium.train.export import export_weights
@@ -29,8 +29,8 @@ from trivium.train.hf_model import HFModel
 from trivium.validate import validate
 
 
-def loaded(source: HFModel) -> GPT:
-    model = GPT(source.config, source.vocab_size, ops=Ops(), seed=None)
+def loaded(source: HFModel, kernels: str = "torch") -> GPT:
+    model = GPT(source.config, source.vocab_size, ops=Ops(kernels), seed=None)
     source.read_into(piece for parameter in model.parameters() for piece in parameter.param_layout.pieces(parameter.data))
     return model.eval()
 
@@ -128,13 +128,17 @@ def test_logits_under_a_layout_are_those_of_transformers(name, layout, tmp_path)
     assert (logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral", "phi3-longrope", "qwen3-yarn", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.AVAILABLE, reason="no compiler"))])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gemma3", "mistral", "phi3-longrope", "qwen2", "qwen3-yarn", "olmo2", "gpt_neox"])
 @torch.no_grad()
-def test_a_cache_gives_what_the_whole_sequence_gives(name, tmp_path):
+def test_a_cache_gives_what_the_whole_sequence_gives(name, kernels, tmp_path):
+    """Several tokens at a time and single ones, which native takes in one call a block: all but Gemma's."""
     write_peer(name, tmp_path)
-    model, tokens = loaded(HFModel(tmp_path)), tokens_of()
+    model, tokens = loaded(HFModel(tmp_path), kernels), tokens_of()
     whole, caches = model(tokens), model.caches(2, LENGTH)
-    parts = [model(tokens[:, a:b], caches=caches) for a, b in ((0, 11), (11, 12), (12, 20), (20, LENGTH))]
+    assert all((cache.step is not None) == (kernels == "native" and "gemma" not in name) for cache in caches)
+    ends = [0, 11, 12, 13, 20, *range(21, LENGTH + 1)]
+    parts = [model(tokens[:, a:b], caches=caches) for a, b in pairwise(ends)]
     assert (torch.cat(parts, dim=1) - whole).abs().max() <= 1e-5 * max(1.0, whole.abs().max())
 
 
