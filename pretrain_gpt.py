@@ -47,7 +47,10 @@ def main(argv: list[str], place: launch.Place) -> None:
         list_presets()
         return
     config = checked(request.config, place.world_size)
-    device, dtype = launch.choose_device(config.parallel.device, place.local_rank), working_dtype(config.precision)
+    device, dtype = (
+        launch.choose_device(config.parallel.device, place.local_rank),
+        working_dtype(config.precision),
+    )
     if device.type == "cpu" and (threads := launch.threads_of_a_process()):
         torch.set_num_threads(threads)
     run_ops = ops.choose(config.parallel.kernels, device, dtype, config.parallel.attention_backend)
@@ -57,10 +60,14 @@ def main(argv: list[str], place: launch.Place) -> None:
     launch.set_rendezvous(place)
     if config.parallel.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-    if config.parallel.deterministic_mode != torch.are_deterministic_algorithms_enabled():  # to ask costs nothing, to set two seconds of imports
+    if (
+        config.parallel.deterministic_mode != torch.are_deterministic_algorithms_enabled()
+    ):  # to ask costs nothing, to set two seconds of imports
         torch.use_deterministic_algorithms(config.parallel.deterministic_mode)
     backend = config.parallel.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
-    mesh = launch.plan_mesh(config, place).connect(backend, config.parallel.distributed_timeout_minutes)
+    mesh = launch.plan_mesh(config, place).connect(
+        backend, config.parallel.distributed_timeout_minutes
+    )
 
     trainer = build_trainer(config, mesh, device, run_ops, tokenizer.vocab_size, tokenizer.eod)
     state = RunState(trainer, tokenizer.fingerprint)
@@ -68,15 +75,28 @@ def main(argv: list[str], place: launch.Place) -> None:
     num_samples = samples_needed(config, progress, state.data_samples)
     datasets = build_datasets_of(config, tokenizer, num_samples)
     state.read_from(datasets.fingerprint, num_samples)
-    log.info(f" {total_parameters(config.model, tokenizer.vocab_size):,} parameters; training from iteration {progress.iteration}")
+    log.info(
+        f" {total_parameters(config.model, tokenizer.vocab_size):,} parameters; training from iteration {progress.iteration}"
+    )
 
     reporter = Reporter(config, mesh, device, tokenizer.vocab_size, progress.iteration)
-    progress = run(trainer, data_of(config, datasets, tokenizer, mesh, device), state, reporter, progress)
+    progress = run(
+        trainer, data_of(config, datasets, tokenizer, mesh, device), state, reporter, progress
+    )
     picture = reporter.close()
     if picture:
         log.info(f" loss curve: {picture}")
-    if config.checkpoint.save_hf and mesh.rank == 0 and progress.iteration == config.batch.train_iters:
-        checkpoint = open_checkpoint(Path(config.checkpoint.save), ckpt_step=progress.iteration, world=Mesh.plan(1, 0).world, device=device)
+    if (
+        config.checkpoint.save_hf
+        and mesh.rank == 0
+        and progress.iteration == config.batch.train_iters
+    ):
+        checkpoint = open_checkpoint(
+            Path(config.checkpoint.save),
+            ckpt_step=progress.iteration,
+            world=Mesh.plan(1, 0).world,
+            device=device,
+        )
         export_hf(checkpoint, Path(config.checkpoint.save_hf), tokenizer.eod, tokenizer.files)
         log.info(f" Hugging Face export: {config.checkpoint.save_hf}")
     mesh.close()
@@ -93,7 +113,9 @@ def checked(config: Config, world_size: int) -> Config:
     return config
 
 
-def announce(config: Config, without_effect: tuple[str, ...], run_ops: ops.Ops, device: torch.device) -> None:
+def announce(
+    config: Config, without_effect: tuple[str, ...], run_ops: ops.Ops, device: torch.device
+) -> None:
     """What runs, and what the user should know about it."""
     log = logs.get_logger()
     log.info(flags.write_config(config).rstrip())
@@ -102,10 +124,16 @@ def announce(config: Config, without_effect: tuple[str, ...], run_ops: ops.Ops, 
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     log.info(f"device {device}, {working_dtype(config.precision)}{threads}; {run_ops.describe()}")
     parallel = config.parallel
-    if parallel.data_parallel_sharding_strategy == "optim_grads_params" and (parallel.overlap_grad_reduce or parallel.overlap_param_gather):
-        log.info("--overlap-grad-reduce, --overlap-param-gather: with optim_grads_params PyTorch overlaps both by itself")
+    if parallel.data_parallel_sharding_strategy == "optim_grads_params" and (
+        parallel.overlap_grad_reduce or parallel.overlap_param_gather
+    ):
+        log.info(
+            "--overlap-grad-reduce, --overlap-param-gather: with optim_grads_params PyTorch overlaps both by itself"
+        )
     if config.model.attention_dropout > 0:
-        log.info(f"--attention-dropout {config.model.attention_dropout}: its masks depend on the layout; all else is the same under every layout")
+        log.info(
+            f"--attention-dropout {config.model.attention_dropout}: its masks depend on the layout; all else is the same under every layout"
+        )
     if config.logging.eval_iters == 0:
         log.info("--eval-iters 0: no validation")
 
@@ -117,7 +145,12 @@ def samples_needed(config: Config, progress: Progress, ordered: int) -> int:
     """
     batch = config.batch
     planned = batch.train_samples or batch.train_iters * batch.global_batch_size
-    return max(planned, ordered, progress.consumed_samples + (batch.train_iters - progress.iteration) * batch.global_batch_size)
+    return max(
+        planned,
+        ordered,
+        progress.consumed_samples
+        + (batch.train_iters - progress.iteration) * batch.global_batch_size,
+    )
 
 
 def build_datasets_of(config: Config, tokenizer: Tokenizer, num_samples: int) -> Datasets:
@@ -139,7 +172,9 @@ def build_datasets_of(config: Config, tokenizer: Tokenizer, num_samples: int) ->
     )
 
 
-def data_of(config: Config, datasets: Datasets, tokenizer: Tokenizer, mesh: Mesh, device: torch.device) -> Data:
+def data_of(
+    config: Config, datasets: Datasets, tokenizer: Tokenizer, mesh: Mesh, device: torch.device
+) -> Data:
     """The datasets as micro-batches of this rank."""
     batches = partial(
         MicroBatches,
@@ -153,16 +188,24 @@ def data_of(config: Config, datasets: Datasets, tokenizer: Tokenizer, mesh: Mesh
         pin_memory=device.type == "cuda",
     )
     evaluated = config.logging.eval_iters * config.batch.global_batch_size
-    valid, test = (dataset and partial(batches, dataset, end=evaluated) for dataset in (datasets.valid, datasets.test))
+    valid, test = (
+        dataset and partial(batches, dataset, end=evaluated)
+        for dataset in (datasets.valid, datasets.test)
+    )
     return Data(lambda start: batches(datasets.train, start=start), valid, test)
 
 
 def list_presets() -> None:
     """Every preset, with the parameters its shape really has at its published vocabulary."""
     for name, values in PRESETS.items():
-        model, vocabulary = resolve(Config.of(values | {"seq_length": 1024}), 1).model, published_vocabulary(name)
+        model, vocabulary = (
+            resolve(Config.of(values | {"seq_length": 1024}), 1).model,
+            published_vocabulary(name),
+        )
         shape = f"{model.num_layers} layers, {model.hidden_size} wide, {model.num_attention_heads} heads"
-        logs.get_logger().info(f"{name:15} {total_parameters(model, vocabulary):>15,} parameters with a vocabulary of {vocabulary:,}: {shape}")
+        logs.get_logger().info(
+            f"{name:15} {total_parameters(model, vocabulary):>15,} parameters with a vocabulary of {vocabulary:,}: {shape}"
+        )
 
 
 def cli(argv: list[str]) -> int:
@@ -182,7 +225,9 @@ def cli(argv: list[str]) -> int:
             raise
         return fail(place, str(error), 2 if named_flag else 1)
     except OSError as error:
-        return fail(place, f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", 1)
+        return fail(
+            place, f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", 1
+        )
     except CommunicationError as error:
         return fail(place, str(error), 1)
     except RuntimeError as error:
@@ -191,7 +236,9 @@ def cli(argv: list[str]) -> int:
             raise
         return fail(place, problem, 1)
     except KeyboardInterrupt:
-        return fail(place, "interrupted; the same command with --load resumes from the last checkpoint", 130)
+        return fail(
+            place, "interrupted; the same command with --load resumes from the last checkpoint", 130
+        )
     return 0
 
 

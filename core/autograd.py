@@ -14,4 +14,8 @@ class _NoContext:
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(*arguments), or with gradients off its forward alone."""
-    return function.apply(*arguments) if torch.is_grad_enabled() else function.forward(_NoContext(), *arguments)
+    return (
+        function.apply(*arguments)
+        if torch.is_grad_enabled()
+        else function.forward(_NoContext(), *arguments)
+    )

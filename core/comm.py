@@ -17,8 +17,14 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _MEANINGS = (
-    ("by peer|[Bb]roken pipe|remote process exited", "another rank is gone, and its own message says why"),
-    ("[Tt]imed ?out|[Tt]imeout", "a rank hangs or the network is cut; if it is only slow, raise --distributed-timeout-minutes"),
+    (
+        "by peer|[Bb]roken pipe|remote process exited",
+        "another rank is gone, and its own message says why",
+    ),
+    (
+        "[Tt]imed ?out|[Tt]imeout",
+        "a rank hangs or the network is cut; if it is only slow, raise --distributed-timeout-minutes",
+    ),
 )
 
 
@@ -54,7 +60,13 @@ def start_all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum") -> Pendi
     if axis.size == 1:
         return Pending(tensor)
     reduction = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
-    return _start(axis, "all-reduce", tensor, lambda: dist.all_reduce(tensor, op=reduction, group=axis.group, async_op=True), tensor)
+    return _start(
+        axis,
+        "all-reduce",
+        tensor,
+        lambda: dist.all_reduce(tensor, op=reduction, group=axis.group, async_op=True),
+        tensor,
+    )
 
 
 def start_reduce_scatter(tensor: torch.Tensor, axis: Axis) -> Pending:
@@ -65,7 +77,13 @@ def start_reduce_scatter(tensor: torch.Tensor, axis: Axis) -> Pending:
     if axis.size == 1:
         return Pending(tensor)
     own = share(tensor, axis)
-    return _start(axis, "reduce-scatter", own, lambda: _reduce_scatter(own, tensor, group=axis.group, async_op=True), tensor)
+    return _start(
+        axis,
+        "reduce-scatter",
+        own,
+        lambda: _reduce_scatter(own, tensor, group=axis.group, async_op=True),
+        tensor,
+    )
 
 
 def start_all_gather(tensor: torch.Tensor, axis: Axis) -> Pending:
@@ -73,7 +91,13 @@ def start_all_gather(tensor: torch.Tensor, axis: Axis) -> Pending:
     if axis.size == 1:
         return Pending(tensor)
     own = share(tensor, axis)
-    return _start(axis, "all-gather", tensor, lambda: _all_gather(tensor, own, group=axis.group, async_op=True), tensor)
+    return _start(
+        axis,
+        "all-gather",
+        tensor,
+        lambda: _all_gather(tensor, own, group=axis.group, async_op=True),
+        tensor,
+    )
 
 
 def all_to_all(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -81,19 +105,37 @@ def all_to_all(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     if axis.size == 1:
         return x
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    return _start(axis, "all-to-all", y, lambda: dist.all_to_all_single(y, x, group=axis.group, async_op=True), x).wait()
+    return _start(
+        axis,
+        "all-to-all",
+        y,
+        lambda: dist.all_to_all_single(y, x, group=axis.group, async_op=True),
+        x,
+    ).wait()
 
 
 def start_send(tensor: torch.Tensor, axis: Axis, to: int) -> Pending:
     """Send a contiguous `tensor` to rank `to` of `axis`, another than this one."""
     peer = axis.ranks[to]
-    return _start(axis, f"send to rank {peer}", tensor, lambda: dist.isend(tensor, dst=peer, group=axis.group), tensor)
+    return _start(
+        axis,
+        f"send to rank {peer}",
+        tensor,
+        lambda: dist.isend(tensor, dst=peer, group=axis.group),
+        tensor,
+    )
 
 
 def start_receive(buffer: torch.Tensor, axis: Axis, source: int) -> Pending:
     """Receive into `buffer` what rank `source` of `axis` sends."""
     peer = axis.ranks[source]
-    return _start(axis, f"receive from rank {peer}", buffer, lambda: dist.irecv(buffer, src=peer, group=axis.group), buffer)
+    return _start(
+        axis,
+        f"receive from rank {peer}",
+        buffer,
+        lambda: dist.irecv(buffer, src=peer, group=axis.group),
+        buffer,
+    )
 
 
 def share(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -184,7 +226,13 @@ class _ReduceTokens(torch.autograd.Function):
         return start_gather_tokens(grad, ctx.axis)(), None
 
 
-def _start(axis: Axis, operation: str, result: torch.Tensor, begin: Callable[[], dist.Work], *buffers: torch.Tensor) -> Pending:
+def _start(
+    axis: Axis,
+    operation: str,
+    result: torch.Tensor,
+    begin: Callable[[], dist.Work],
+    *buffers: torch.Tensor,
+) -> Pending:
     return Pending(result, axis, operation, guarded(axis, operation, begin), buffers)
 
 
@@ -193,12 +241,19 @@ def guarded(axis: Axis, operation: str, call: Callable):
     try:
         return call()
     except (RuntimeError, ValueError) as error:
-        me, others = axis.ranks[axis.rank], ", ".join(map(str, axis.ranks[:16])) + (", ..." if axis.size > 16 else "")
-        raise CommunicationError(f"rank {me}: {operation} over {axis.name} (ranks {others}) failed: {_explained(str(error))}") from error
+        me, others = (
+            axis.ranks[axis.rank],
+            ", ".join(map(str, axis.ranks[:16])) + (", ..." if axis.size > 16 else ""),
+        )
+        raise CommunicationError(
+            f"rank {me}: {operation} over {axis.name} (ranks {others}) failed: {_explained(str(error))}"
+        ) from error
 
 
 def _explained(said: str) -> str:
     """What the transport said, in one line of at most 300 letters that ends with what it means for the user, where that is known."""
-    said = re.sub(r"\[/\S+:\d+\] ", "", " ".join(said.split())).split(". This is typically")[0]  # gloo's source lines and guesses
+    said = re.sub(r"\[/\S+:\d+\] ", "", " ".join(said.split())).split(". This is typically")[
+        0
+    ]  # gloo's source lines and guesses
     meaning = next((f"; {meaning}" for words, meaning in _MEANINGS if re.search(words, said)), "")
     return said[: 300 - len(meaning)] + meaning

@@ -10,7 +10,11 @@ from typing import Any, get_args
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
 NORM_PLACEMENTS = ("pre", "post", "both")
 # Llama 3.1's rule beside its factor.
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 # Ways to scale rotary frequencies, and the numbers that each needs.
 ROPE_SCALINGS = {
     "default": (),
@@ -20,7 +24,14 @@ ROPE_SCALINGS = {
     "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
 }
 # What yarn and longrope may be given beside them.
-ROPE_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+ROPE_OPTIONS = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
 SHARDING_STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 
 
@@ -33,7 +44,9 @@ class ConfigError(ValueError):
         super().__init__("\n".join([count, *(f"  {problem}" for problem in problems)]))
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None, many: bool = False) -> Any:
+def option(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, many: bool = False
+) -> Any:
     """A field that is also a flag: its default, its sentence, its allowed values, whether it takes several."""
     return field(default=default, metadata={"help": help, "choices": choices, "many": many})
 
@@ -44,49 +57,103 @@ class ModelConfig:
 
     num_layers: int | None = option(None, "Number of transformer layers.")
     hidden_size: int | None = option(None, "Width of the residual stream.")
-    ffn_hidden_size: int | None = option(None, "Width of the feed-forward layer; 4h if not given, int(8h/3/64)*64 with --swiglu or --geglu.")
+    ffn_hidden_size: int | None = option(
+        None,
+        "Width of the feed-forward layer; 4h if not given, int(8h/3/64)*64 with --swiglu or --geglu.",
+    )
     num_attention_heads: int | None = option(None, "Number of query heads.")
     kv_channels: int | None = option(None, "Size of one head; hidden size / heads if not given.")
-    group_query_attention: bool = option(False, "Share each key-value head among several query heads.")
+    group_query_attention: bool = option(
+        False, "Share each key-value head among several query heads."
+    )
     num_query_groups: int = option(1, "Number of key-value heads, with --group-query-attention.")
-    max_position_embeddings: int | None = option(None, "Longest sequence the model accepts; the sequence length if not given.")
-    position_embedding_type: str = option("learned_absolute", "How positions enter the model.", ("learned_absolute", "rope", "none"))
+    max_position_embeddings: int | None = option(
+        None, "Longest sequence the model accepts; the sequence length if not given."
+    )
+    position_embedding_type: str = option(
+        "learned_absolute", "How positions enter the model.", ("learned_absolute", "rope", "none")
+    )
     rotary_base: float = option(10000.0, "Base of the rotary frequencies (theta).")
     rotary_percent: float = option(1.0, "Share of each head's dims that are rotated.")
-    rotary_interleaved: bool = option(False, "Rotate neighbouring dims instead of the two halves of a head.")
-    use_rope_scaling: bool = option(False, "Scale the rotary frequencies as Llama 3.1 does.")
-    rope_scaling_factor: float = option(8.0, "Factor of --use-rope-scaling: 8 for Llama 3.1, 32 for Llama 3.2.")
-    rope_scaling: str | None = option(
-        None, "Another scaling of the rotary frequencies, as JSON in Hugging Face's words: rope_type linear, llama3, yarn or longrope (new)."
+    rotary_interleaved: bool = option(
+        False, "Rotate neighbouring dims instead of the two halves of a head."
     )
-    rotary_base_local: float | None = option(None, "Base of the rotary frequencies in layers with a window, which are not scaled then (new).")
+    use_rope_scaling: bool = option(False, "Scale the rotary frequencies as Llama 3.1 does.")
+    rope_scaling_factor: float = option(
+        8.0, "Factor of --use-rope-scaling: 8 for Llama 3.1, 32 for Llama 3.2."
+    )
+    rope_scaling: str | None = option(
+        None,
+        "Another scaling of the rotary frequencies, as JSON in Hugging Face's words: rope_type linear, llama3, yarn or longrope (new).",
+    )
+    rotary_base_local: float | None = option(
+        None,
+        "Base of the rotary frequencies in layers with a window, which are not scaled then (new).",
+    )
     normalization: str = option("LayerNorm", "Kind of norm.", ("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "Added to the variance inside every norm.")
-    apply_layernorm_1p: bool = option(False, "Store the weight of every norm as its distance from 1.")
-    norm_placement: str = option("pre", "Where a layer's norms stand: before each branch, after it, or both (new).", NORM_PLACEMENTS)
-    parallel_residual: bool = option(False, "Attention and feed-forward layer read the same input: x + attention(x) + mlp(x) (new).")
+    apply_layernorm_1p: bool = option(
+        False, "Store the weight of every norm as its distance from 1."
+    )
+    norm_placement: str = option(
+        "pre",
+        "Where a layer's norms stand: before each branch, after it, or both (new).",
+        NORM_PLACEMENTS,
+    )
+    parallel_residual: bool = option(
+        False,
+        "Attention and feed-forward layer read the same input: x + attention(x) + mlp(x) (new).",
+    )
     swiglu: bool = option(False, "Gated SiLU in the feed-forward layer.")
     geglu: bool = option(False, "Gated GELU in the feed-forward layer (new).")
-    exact_gelu: bool = option(False, "GELU by the error function instead of its tanh approximation (new).")
+    exact_gelu: bool = option(
+        False, "GELU by the error function instead of its tanh approximation (new)."
+    )
     squared_relu: bool = option(False, "Squared ReLU in the feed-forward layer.")
     disable_bias_linear: bool = option(False, "No bias in the linear layers.")
-    add_qkv_bias: bool = option(False, "Bias in the query, key and value projections, even with --disable-bias-linear.")
-    add_attn_out_bias: bool = option(False, "Bias in the output projection of attention, even with --disable-bias-linear (new).")
+    add_qkv_bias: bool = option(
+        False, "Bias in the query, key and value projections, even with --disable-bias-linear."
+    )
+    add_attn_out_bias: bool = option(
+        False, "Bias in the output projection of attention, even with --disable-bias-linear (new)."
+    )
     qk_layernorm: bool = option(False, "Normalize queries and keys, before the rotation.")
-    qk_layernorm_width: str = option("head", "What --qk-layernorm normalizes: each head, or the projection (new).", ("head", "projection"))
-    softmax_scale: float | None = option(None, "Factor of the attention scores; 1 / sqrt(head size) if not given.")
-    attn_logit_softcapping: float | None = option(None, "Keep attention scores in (-c, c) by c tanh(score / c) (new).")
-    final_logit_softcapping: float | None = option(None, "Keep logits in (-c, c) by c tanh(logit / c) (new).")
-    window_size: str | None = option(None, "Attend to a window: W,0 is the token itself and W before it.")
+    qk_layernorm_width: str = option(
+        "head",
+        "What --qk-layernorm normalizes: each head, or the projection (new).",
+        ("head", "projection"),
+    )
+    softmax_scale: float | None = option(
+        None, "Factor of the attention scores; 1 / sqrt(head size) if not given."
+    )
+    attn_logit_softcapping: float | None = option(
+        None, "Keep attention scores in (-c, c) by c tanh(score / c) (new)."
+    )
+    final_logit_softcapping: float | None = option(
+        None, "Keep logits in (-c, c) by c tanh(logit / c) (new)."
+    )
+    window_size: str | None = option(
+        None, "Attend to a window: W,0 is the token itself and W before it."
+    )
     window_attn_skip_freq: str | None = option(
-        None, "Which layers have the window: N, all but every N-th, or a list of 1 (window) and 0 such as [1]*3+[0]; all if not given."
+        None,
+        "Which layers have the window: N, all but every N-th, or a list of 1 (window) and 0 such as [1]*3+[0]; all if not given.",
     )
     scale_embeddings: bool = option(False, "Multiply the embeddings by sqrt(hidden size) (new).")
-    untie_embeddings_and_output_weights: bool = option(False, "Give the output head weights of its own.")
-    make_vocab_size_divisible_by: int = option(128, "Pad the vocabulary to a multiple of this x tensor parallel; it never changes the loss.")
-    init_method_std: float = option(0.02, "Standard deviation of the initial weights; residual projections start at this / sqrt(2 layers).")
+    untie_embeddings_and_output_weights: bool = option(
+        False, "Give the output head weights of its own."
+    )
+    make_vocab_size_divisible_by: int = option(
+        128,
+        "Pad the vocabulary to a multiple of this x tensor parallel; it never changes the loss.",
+    )
+    init_method_std: float = option(
+        0.02,
+        "Standard deviation of the initial weights; residual projections start at this / sqrt(2 layers).",
+    )
     hf_model_type: str | None = option(
-        None, "Family of Hugging Face's that --save-hf exports; if not given, that of --hf-config, or the first that has such a model (new)."
+        None,
+        "Family of Hugging Face's that --save-hf exports; if not given, that of --hf-config, or the first that has such a model (new).",
     )
     attention_dropout: float = option(0.1, "Dropout of the attention probabilities.")
     hidden_dropout: float = option(0.1, "Dropout of the embeddings and of each residual branch.")
@@ -148,14 +215,20 @@ class ModelConfig:
             case (int() as left, 0) if left >= 0:
                 pattern = self.window_attn_skip_freq
             case _:
-                raise ValueError(f"--window-size {self.window_size} is not W,0 with W of at least 0")
+                raise ValueError(
+                    f"--window-size {self.window_size} is not W,0 with W of at least 0"
+                )
         match _value_of(pattern or "1"):
             case int() as period if period > 0:
                 windowed = pattern is None or (layer + 1) % period > 0
-            case list() as layers if len(layers) == self.num_layers and all(item in (0, 1) for item in layers):
+            case list() as layers if len(layers) == self.num_layers and all(
+                item in (0, 1) for item in layers
+            ):
                 windowed = layers[layer] == 1
             case _:
-                expected = f"N, or a 0 or 1 for each of the {self.num_layers} layers such as [1]*3+[0]"
+                expected = (
+                    f"N, or a 0 or 1 for each of the {self.num_layers} layers such as [1]*3+[0]"
+                )
                 raise ValueError(f"--window-attn-skip-freq {pattern} is not {expected}")
         return left + 1 if windowed else None
 
@@ -177,42 +250,98 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, "Stages the layers are cut into.")
     context_parallel_size: int = option(1, "Processes that share each sequence.")
     expert_model_parallel_size: int = option(1, "Processes that share the experts.")
-    sequence_parallel: bool = option(False, "Cut norms and dropout over the tensor-parallel processes by tokens; saves memory.")
+    sequence_parallel: bool = option(
+        False, "Cut norms and dropout over the tensor-parallel processes by tokens; saves memory."
+    )
     pipeline_schedule: str | None = option(
-        None, "Order of the pipeline's work; 1f1b, or interleaved with several chunks, if not given (new).", PIPELINE_SCHEDULES
+        None,
+        "Order of the pipeline's work; 1f1b, or interleaved with several chunks, if not given (new).",
+        PIPELINE_SCHEDULES,
     )
-    num_layers_per_virtual_pipeline_stage: int | None = option(None, "Layers of each model chunk of an interleaved pipeline.")
-    num_virtual_stages_per_pipeline_rank: int | None = option(None, "Model chunks of each process of an interleaved pipeline.")
-    decoder_first_pipeline_num_layers: int | None = option(None, "Layers of the first pipeline process; the others share the rest.")
-    decoder_last_pipeline_num_layers: int | None = option(None, "Layers of the last pipeline process; the others share the rest.")
-    pipeline_model_parallel_layout: str | None = option(None, "What each stage holds, such as 'Et*3|(tt|)*4,t|L': E embedding, t layer, L loss.")
-    account_for_embedding_in_pipeline_split: bool = option(False, "Count the embedding as one layer when layers are shared out.")
-    account_for_loss_in_pipeline_split: bool = option(False, "Count the head and loss as one layer when layers are shared out.")
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "Layers of each model chunk of an interleaved pipeline."
+    )
+    num_virtual_stages_per_pipeline_rank: int | None = option(
+        None, "Model chunks of each process of an interleaved pipeline."
+    )
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "Layers of the first pipeline process; the others share the rest."
+    )
+    decoder_last_pipeline_num_layers: int | None = option(
+        None, "Layers of the last pipeline process; the others share the rest."
+    )
+    pipeline_model_parallel_layout: str | None = option(
+        None, "What each stage holds, such as 'Et*3|(tt|)*4,t|L': E embedding, t layer, L loss."
+    )
+    account_for_embedding_in_pipeline_split: bool = option(
+        False, "Count the embedding as one layer when layers are shared out."
+    )
+    account_for_loss_in_pipeline_split: bool = option(
+        False, "Count the head and loss as one layer when layers are shared out."
+    )
     cp_comm_type: str = option(
-        "p2p", "How keys and values reach the other context-parallel processes: ring, all-gather or all-to-all.", ("p2p", "allgather", "a2a")
+        "p2p",
+        "How keys and values reach the other context-parallel processes: ring, all-gather or all-to-all.",
+        ("p2p", "allgather", "a2a"),
     )
-    use_distributed_optimizer: bool = option(False, "Cut optimizer state over the data-parallel processes (ZeRO-1).")
+    use_distributed_optimizer: bool = option(
+        False, "Cut optimizer state over the data-parallel processes (ZeRO-1)."
+    )
     data_parallel_sharding_strategy: str | None = option(
-        None, "What data-parallel processes share out; optim with --use-distributed-optimizer, else no_shard, if not given.", SHARDING_STRATEGIES
+        None,
+        "What data-parallel processes share out; optim with --use-distributed-optimizer, else no_shard, if not given.",
+        SHARDING_STRATEGIES,
     )
-    num_distributed_optimizer_instances: int = option(1, "Copies of the sharded state: shard within 1/this of data parallel.")
-    overlap_grad_reduce: bool = option(False, "Reduce gradients while the backward pass still runs.")
-    overlap_param_gather: bool = option(False, "Gather updated weights while the next forward pass runs, with --use-distributed-optimizer.")
-    ddp_bucket_size: int | None = option(None, "Elements of a gradient bucket; max(40 million, 1 million x data parallel) if not given.")
+    num_distributed_optimizer_instances: int = option(
+        1, "Copies of the sharded state: shard within 1/this of data parallel."
+    )
+    overlap_grad_reduce: bool = option(
+        False, "Reduce gradients while the backward pass still runs."
+    )
+    overlap_param_gather: bool = option(
+        False,
+        "Gather updated weights while the next forward pass runs, with --use-distributed-optimizer.",
+    )
+    ddp_bucket_size: int | None = option(
+        None,
+        "Elements of a gradient bucket; max(40 million, 1 million x data parallel) if not given.",
+    )
     recompute_granularity: str | None = option(
-        None, "Compute activations again in backward: all of a layer, or its attention.", ("full", "selective")
+        None,
+        "Compute activations again in backward: all of a layer, or its attention.",
+        ("full", "selective"),
     )
-    recompute_method: str = option("uniform", "Groups of --recompute-num-layers layers, or that many of each stage.", ("uniform", "block"))
-    recompute_num_layers: int = option(1, "Layers of a recomputed group (uniform) or recomputed layers of a stage (block).")
-    distributed_backend: str | None = option(None, "Transport; nccl on GPUs and gloo on CPUs if not given.", ("nccl", "gloo"))
-    distributed_timeout_minutes: float = option(10, "Minutes a collective may take before the run ends with an error.")
-    compile: bool = option(False, "Compile the layers with torch.compile; what passes between ranks and into gradients stays outside (new).")
-    deterministic_mode: bool = option(False, "Only deterministic kernels; an operation without one is an error.")
+    recompute_method: str = option(
+        "uniform",
+        "Groups of --recompute-num-layers layers, or that many of each stage.",
+        ("uniform", "block"),
+    )
+    recompute_num_layers: int = option(
+        1, "Layers of a recomputed group (uniform) or recomputed layers of a stage (block)."
+    )
+    distributed_backend: str | None = option(
+        None, "Transport; nccl on GPUs and gloo on CPUs if not given.", ("nccl", "gloo")
+    )
+    distributed_timeout_minutes: float = option(
+        10, "Minutes a collective may take before the run ends with an error."
+    )
+    compile: bool = option(
+        False,
+        "Compile the layers with torch.compile; what passes between ranks and into gradients stays outside (new).",
+    )
+    deterministic_mode: bool = option(
+        False, "Only deterministic kernels; an operation without one is an error."
+    )
     device: str = option("auto", "Where to run (new).", ("auto", "cpu", "cuda"))
     kernels: str = option(
-        "auto", "Implementation of the fused operations: auto, torch, triton or native, and after commas OP=ONE for single ones (new)."
+        "auto",
+        "Implementation of the fused operations: auto, torch, triton or native, and after commas OP=ONE for single ones (new).",
     )
-    attention_backend: str = option("auto", "Which scaled-dot-product attention of PyTorch to use.", ("auto", "flash", "fused", "unfused", "local"))
+    attention_backend: str = option(
+        "auto",
+        "Which scaled-dot-product attention of PyTorch to use.",
+        ("auto", "flash", "fused", "unfused", "local"),
+    )
 
 
 @dataclass(frozen=True)
@@ -221,12 +350,19 @@ class BatchConfig:
 
     seq_length: int | None = option(None, "Tokens of a sample.")
     micro_batch_size: int | None = option(None, "Samples of one forward pass on one process.")
-    global_batch_size: int | None = option(None, "Samples of one update over all processes; micro-batch size x data parallel if not given.")
+    global_batch_size: int | None = option(
+        None,
+        "Samples of one update over all processes; micro-batch size x data parallel if not given.",
+    )
     train_iters: int | None = option(None, "Updates to train for.")
     train_samples: int | None = option(None, "Samples to train for, instead of --train-iters.")
-    exit_interval: int | None = option(None, "Save and exit after an iteration that this number divides.")
+    exit_interval: int | None = option(
+        None, "Save and exit after an iteration that this number divides."
+    )
     exit_duration_in_mins: float | None = option(None, "Save and exit after this many minutes.")
-    exit_signal_handler: bool = option(False, "Save and exit at the end of the step on SIGTERM or SIGUSR1.")
+    exit_signal_handler: bool = option(
+        False, "Save and exit at the end of the step on SIGTERM or SIGUSR1."
+    )
     seed: int = option(1234, "Everything random follows from it.")
 
 
@@ -234,17 +370,35 @@ class BatchConfig:
 class OptimizerConfig:
     """How the weights are updated."""
 
-    optimizer: str = option("adam", "adam and adamw are the same: Adam with decoupled weight decay.", ("adam", "adamw", "sgd"))
+    optimizer: str = option(
+        "adam",
+        "adam and adamw are the same: Adam with decoupled weight decay.",
+        ("adam", "adamw", "sgd"),
+    )
     lr: float | None = option(None, "Highest learning rate.")
     min_lr: float = option(0.0, "Lowest learning rate, also past the end of the decay.")
-    lr_decay_style: str = option("linear", "Shape of the decay.", ("constant", "linear", "cosine", "inverse-square-root", "WSD"))
-    lr_decay_iters: int | None = option(None, "Iterations until the lowest rate, warm-up included; all of them if not given.")
+    lr_decay_style: str = option(
+        "linear",
+        "Shape of the decay.",
+        ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    )
+    lr_decay_iters: int | None = option(
+        None, "Iterations until the lowest rate, warm-up included; all of them if not given."
+    )
     lr_warmup_iters: int = option(0, "Iterations of linear warm-up.")
-    lr_warmup_fraction: float | None = option(None, "Warm-up as a share of the decay iterations, instead of --lr-warmup-iters.")
+    lr_warmup_fraction: float | None = option(
+        None, "Warm-up as a share of the decay iterations, instead of --lr-warmup-iters."
+    )
     lr_warmup_init: float = option(0.0, "Learning rate at the start of the warm-up.")
-    lr_wsd_decay_style: str = option("exponential", "Shape of the last phase of WSD.", ("linear", "cosine", "exponential", "minus_sqrt"))
+    lr_wsd_decay_style: str = option(
+        "exponential",
+        "Shape of the last phase of WSD.",
+        ("linear", "cosine", "exponential", "minus_sqrt"),
+    )
     lr_wsd_decay_iters: int | None = option(None, "Iterations of the last phase of WSD.")
-    weight_decay: float = option(0.01, "Decoupled weight decay; biases and other 1-D tensors are not decayed.")
+    weight_decay: float = option(
+        0.01, "Decoupled weight decay; biases and other 1-D tensors are not decayed."
+    )
     clip_grad: float = option(1.0, "Clip the global gradient norm to this; 0 does not clip.")
     adam_beta1: float = option(0.9, "Decay of the first moment.")
     adam_beta2: float = option(0.999, "Decay of the second moment.")
@@ -256,12 +410,16 @@ class OptimizerConfig:
 class PrecisionConfig:
     """Number formats. fp32 if neither bf16 nor fp16 is asked for."""
 
-    bf16: bool = option(False, "bf16 weights and activations with fp32 masters and fp32 gradient accumulation.")
+    bf16: bool = option(
+        False, "bf16 weights and activations with fp32 masters and fp32 gradient accumulation."
+    )
     fp16: bool = option(False, "fp16 weights and activations with fp32 masters and loss scaling.")
     loss_scale: float | None = option(None, "Constant loss scale for fp16; dynamic if not given.")
     initial_loss_scale: float = option(2.0**32, "First value of the dynamic loss scale.")
     min_loss_scale: float = option(1.0, "Lowest value of the dynamic loss scale.")
-    loss_scale_window: int = option(1000, "Good updates in a row after which the loss scale doubles.")
+    loss_scale_window: int = option(
+        1000, "Good updates in a row after which the loss scale doubles."
+    )
     hysteresis: int = option(2, "Bad updates after which the loss scale is halved.")
 
 
@@ -269,30 +427,60 @@ class PrecisionConfig:
 class DataConfig:
     """What is trained on."""
 
-    data_path: tuple[str, ...] = option((), "Prefixes of .bin/.idx files, or weight prefix pairs.", many=True)
+    data_path: tuple[str, ...] = option(
+        (), "Prefixes of .bin/.idx files, or weight prefix pairs.", many=True
+    )
     split: str = option("969,30,1", "Shares of training, validation and test.")
-    train_data_path: tuple[str, ...] = option((), "Data for training alone, in place of --data-path and --split.", many=True)
+    train_data_path: tuple[str, ...] = option(
+        (), "Data for training alone, in place of --data-path and --split.", many=True
+    )
     valid_data_path: tuple[str, ...] = option((), "Data for validation alone.", many=True)
     test_data_path: tuple[str, ...] = option((), "Data for testing alone.", many=True)
-    data_cache_path: str | None = option(None, "Folder of the index cache; beside the data if not given.")
+    data_cache_path: str | None = option(
+        None, "Folder of the index cache; beside the data if not given."
+    )
     mock_data: bool = option(False, "Train on made-up tokens.")
     num_workers: int = option(2, "Processes that read data, per rank.")
-    dataloader_type: str = option("single", "Samples come in one pass over the order of the run.", ("single",))
+    dataloader_type: str = option(
+        "single", "Samples come in one pass over the order of the run.", ("single",)
+    )
     reset_position_ids: bool = option(False, "Count positions from the start of each document.")
     reset_attention_mask: bool = option(False, "Attention does not cross the end of a document.")
-    eod_mask_loss: bool = option(False, "Leave predictions made from an end-of-document token out of the loss.")
+    eod_mask_loss: bool = option(
+        False, "Leave predictions made from an end-of-document token out of the loss."
+    )
     tokenizer_type: str | None = option(
-        None, "Kind of tokenizer.", ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "GPT2BPETokenizer", "NullTokenizer")
+        None,
+        "Kind of tokenizer.",
+        (
+            "HuggingFaceTokenizer",
+            "SentencePieceTokenizer",
+            "TikTokenizer",
+            "GPT2BPETokenizer",
+            "NullTokenizer",
+        ),
     )
     tokenizer_model: str | None = option(None, "Folder or file of the tokenizer.")
     vocab_file: str | None = option(None, "vocab.json of GPT2BPETokenizer.")
     merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer.")
-    vocab_size: int | None = option(None, "NullTokenizer: ids run from 0 to this - 1, the end of document is this. Others: may only enlarge.")
+    vocab_size: int | None = option(
+        None,
+        "NullTokenizer: ids run from 0 to this - 1, the end of document is this. Others: may only enlarge.",
+    )
 
     @property
     def tokenizer(self) -> dict[str, Any]:
         """The five tokenizer flags, as data.tokenizer.build_tokenizer takes them."""
-        return {name: getattr(self, name) for name in ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")}
+        return {
+            name: getattr(self, name)
+            for name in (
+                "tokenizer_type",
+                "tokenizer_model",
+                "vocab_file",
+                "merge_file",
+                "vocab_size",
+            )
+        }
 
 
 @dataclass(frozen=True)
@@ -301,25 +489,54 @@ class CheckpointConfig:
 
     save: str | None = option(None, "Folder that checkpoints are published in.")
     load: str | None = option(None, "Folder to resume from: that of --save, or one iter_N in it.")
-    async_save: bool = option(False, "Write checkpoints in processes of their own while training goes on.")
-    save_interval: int | None = option(None, "Iterations between checkpoints; the last iteration is saved as well.")
-    non_persistent_save_interval: int | None = option(None, "Iterations between checkpoints that the next one replaces.")
-    save_keep_last: int | None = option(None, "Keep this many of the newest checkpoints and delete older ones (new).")
-    save_retain_interval: int | None = option(None, "Keep the newest checkpoint and those of iterations that this number divides; delete the others.")
-    save_keep_best: int | None = option(None, "Keep the newest checkpoint and this many of the lowest validation loss; delete the others (new).")
+    async_save: bool = option(
+        False, "Write checkpoints in processes of their own while training goes on."
+    )
+    save_interval: int | None = option(
+        None, "Iterations between checkpoints; the last iteration is saved as well."
+    )
+    non_persistent_save_interval: int | None = option(
+        None, "Iterations between checkpoints that the next one replaces."
+    )
+    save_keep_last: int | None = option(
+        None, "Keep this many of the newest checkpoints and delete older ones (new)."
+    )
+    save_retain_interval: int | None = option(
+        None,
+        "Keep the newest checkpoint and those of iterations that this number divides; delete the others.",
+    )
+    save_keep_best: int | None = option(
+        None,
+        "Keep the newest checkpoint and this many of the lowest validation loss; delete the others (new).",
+    )
     ckpt_step: int | None = option(None, "Load this iteration and no other.")
     load_mode: str | None = option(
         None,
         "What --load takes over, by the table in docs/checkpoints.md; continue (everything), or model_only with --finetune, if not given (new).",
-        ("continue", "model_only", "model_data", "model_opt_data", "optimizer_only", "transfer", "transfer_with_lr", "cooldown"),
+        (
+            "continue",
+            "model_only",
+            "model_data",
+            "model_opt_data",
+            "optimizer_only",
+            "transfer",
+            "transfer_with_lr",
+            "cooldown",
+        ),
     )
-    cooldown_iters: int | None = option(None, "Iterations from the loaded checkpoint down to --min-lr, with --load-mode cooldown (new).")
+    cooldown_iters: int | None = option(
+        None,
+        "Iterations from the loaded checkpoint down to --min-lr, with --load-mode cooldown (new).",
+    )
     finetune: bool = option(False, "Load the weights alone and start at iteration 0.")
     no_load_optim: bool = option(False, "Leave the optimizer's moments as they start.")
     exit_on_missing_checkpoint: bool = option(
-        True, "A missing --load is an error; Megatron's way, to start from scratch, is --no-exit-on-missing-checkpoint."
+        True,
+        "A missing --load is an error; Megatron's way, to start from scratch, is --no-exit-on-missing-checkpoint.",
     )
-    save_hf: str | None = option(None, "At the end, export the weights as a Hugging Face folder (new).")
+    save_hf: str | None = option(
+        None, "At the end, export the weights as a Hugging Face folder (new)."
+    )
 
 
 @dataclass(frozen=True)
@@ -331,7 +548,10 @@ class LoggingConfig:
     eval_iters: int = option(100, "Global batches of one evaluation; 0 for none.")
     log_throughput: bool = option(False, "Add tokens/s, TFLOP/s and MFU to the log line.")
     tensorboard_dir: str | None = option(None, "Folder for TensorBoard.")
-    metrics_jsonl: str | None = option(None, "File of one JSON object per iteration; metrics.jsonl under --save if not given (new).")
+    metrics_jsonl: str | None = option(
+        None,
+        "File of one JSON object per iteration; metrics.jsonl under --save if not given (new).",
+    )
 
 
 @dataclass(frozen=True)
@@ -353,7 +573,9 @@ class Config:
         sections = {}
         for section in fields(Config):
             names = {f.name for f in fields(section.type)}
-            sections[section.name] = section.type(**{name: value for name, value in values.items() if name in names})
+            sections[section.name] = section.type(
+                **{name: value for name, value in values.items() if name in names}
+            )
         return Config(**sections)
 
     def sections(self) -> dict[str, dict[str, Any]]:
@@ -362,7 +584,10 @@ class Config:
         for section in fields(self):
             value = getattr(self, section.name)
             items = {f.name: getattr(value, f.name) for f in fields(value)}
-            plain[section.name] = {name: list(item) if isinstance(item, tuple) else item for name, item in items.items()}
+            plain[section.name] = {
+                name: list(item) if isinstance(item, tuple) else item
+                for name, item in items.items()
+            }
         return plain
 
 
@@ -372,7 +597,9 @@ def wrong_types(section: Any) -> list[str]:
     for item in fields(section):
         value, kinds = getattr(section, item.name), get_args(item.type) or (item.type,)
         whole = float in kinds and type(value) is int
-        if not whole and (type(value) not in kinds or (isinstance(value, float) and not isfinite(value))):
+        if not whole and (
+            type(value) not in kinds or (isinstance(value, float) and not isfinite(value))
+        ):
             found.append(f"{item.name} is {value!r}")
     return found
 
@@ -387,21 +614,34 @@ def resolve(config: Config, world_size: int) -> Config:
     data = replace(data, **{name: os.path.abspath(path) for name, path in paths.items() if path})
     h = model.hidden_size
     if h and model.ffn_hidden_size is None:
-        model = replace(model, ffn_hidden_size=int(4 * h * 2 / 3 / 64) * 64 if model.gated else 4 * h)
+        model = replace(
+            model, ffn_hidden_size=int(4 * h * 2 / 3 / 64) * 64 if model.gated else 4 * h
+        )
     if h and model.num_attention_heads and model.kv_channels is None:
         model = replace(model, kv_channels=h // model.num_attention_heads)
     if model.max_position_embeddings is None:
         model = replace(model, max_position_embeddings=batch.seq_length)
     if batch.global_batch_size is None and batch.micro_batch_size:
-        batch = replace(batch, global_batch_size=batch.micro_batch_size * data_parallel_size(config.parallel, world_size))
+        batch = replace(
+            batch,
+            global_batch_size=batch.micro_batch_size
+            * data_parallel_size(config.parallel, world_size),
+        )
     if batch.train_iters is None and batch.train_samples and batch.global_batch_size:
         batch = replace(batch, train_iters=batch.train_samples // batch.global_batch_size)
     if optimizer.lr_decay_iters is None:
         optimizer = replace(optimizer, lr_decay_iters=batch.train_iters)
     parallel = config.parallel
     if parallel.data_parallel_sharding_strategy is None:
-        parallel = replace(parallel, data_parallel_sharding_strategy="optim" if parallel.use_distributed_optimizer else "no_shard")
-    return replace(config, model=model, parallel=parallel, batch=batch, optimizer=optimizer, data=data)
+        parallel = replace(
+            parallel,
+            data_parallel_sharding_strategy="optim"
+            if parallel.use_distributed_optimizer
+            else "no_shard",
+        )
+    return replace(
+        config, model=model, parallel=parallel, batch=batch, optimizer=optimizer, data=data
+    )
 
 
 def _value_of(text: str) -> int | list | tuple | None:
@@ -417,7 +657,11 @@ def _value_of(text: str) -> int | list | tuple | None:
                 return tuple(value(item) for item in items)
             case ast.BinOp(left=left, op=ast.Add(), right=right):
                 return value(left) + value(right)
-            case ast.BinOp(left=ast.List() | ast.BinOp() as left, op=ast.Mult(), right=ast.Constant(value=int() as times)) if times <= 1000:
+            case ast.BinOp(
+                left=ast.List() | ast.BinOp() as left,
+                op=ast.Mult(),
+                right=ast.Constant(value=int() as times),
+            ) if times <= 1000:
                 return value(left) * times
         raise ValueError
 
@@ -431,7 +675,11 @@ def optimizer_shards(parallel: ParallelConfig, world_size: int) -> int:
     """Over how many processes the optimizer's state of each parameter is cut."""
     if parallel.data_parallel_sharding_strategy == "no_shard":
         return 1
-    return data_parallel_size(parallel, world_size) * parallel.context_parallel_size // parallel.num_distributed_optimizer_instances
+    return (
+        data_parallel_size(parallel, world_size)
+        * parallel.context_parallel_size
+        // parallel.num_distributed_optimizer_instances
+    )
 
 
 def key_value_copies(model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -441,5 +689,9 @@ def key_value_copies(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Copies of the model in a world of `world_size`; 1 where the sizes do not divide (validate says so)."""
-    per_model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    per_model = (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
     return max(1, world_size // max(1, per_model))

@@ -140,10 +140,14 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose complaint is a ConfigError instead of an exit."""
 
     def error(self, message: str):
-        raise ConfigError([message.removeprefix("argument ").replace("expected one argument", "needs a value")])
+        raise ConfigError(
+            [message.removeprefix("argument ").replace("expected one argument", "needs a value")]
+        )
 
 
-def parse(argv: list[str], read_hf_config: Callable[[str], dict[str, Any]] | None = None) -> Request:
+def parse(
+    argv: list[str], read_hf_config: Callable[[str], dict[str, Any]] | None = None
+) -> Request:
     """The request behind `argv` (without the program's name). read_hf_config: what --hf-config says, as fields of ours; its ValueError is a problem.
 
     Raises ConfigError with every unknown flag or key (each with the nearest one that exists), refused flag and bad value.
@@ -159,7 +163,9 @@ def parse(argv: list[str], read_hf_config: Callable[[str], dict[str, Any]] | Non
     values: dict[str, Any] = {}
     for layer in layers:
         values |= layer
-    base = _base(values.pop("preset", None), values.pop("hf_config", None), read_hf_config, problems)
+    base = _base(
+        values.pop("preset", None), values.pop("hf_config", None), read_hf_config, problems
+    )
     if problems:
         raise ConfigError(problems)
     if "vocab_size" in base and values.get("tokenizer_type") == "NullTokenizer":
@@ -167,12 +173,21 @@ def parse(argv: list[str], read_hf_config: Callable[[str], dict[str, Any]] | Non
     return Request(Config.of(base | values), tuple(ignored), list_presets)
 
 
-def _base(preset: Any, hf_config: Any, read_hf_config: Callable[[str], dict[str, Any]] | None, problems: list[str]) -> dict[str, Any]:
+def _base(
+    preset: Any,
+    hf_config: Any,
+    read_hf_config: Callable[[str], dict[str, Any]] | None,
+    problems: list[str],
+) -> dict[str, Any]:
     """The values of a named model, which everything else overrides."""
     if preset is not None and hf_config is not None:
-        problems.append(f"--preset {preset} and --hf-config {hf_config} exclude each other; give one")
+        problems.append(
+            f"--preset {preset} and --hf-config {hf_config} exclude each other; give one"
+        )
     elif preset is not None and str(preset) not in PRESETS:
-        problems.append(f"--preset {preset} is unknown{_nearest(str(preset), PRESETS)}; --list-presets shows all")
+        problems.append(
+            f"--preset {preset} is unknown{_nearest(str(preset), PRESETS)}; --list-presets shows all"
+        )
     elif preset is not None:
         return dict(PRESETS[preset])
     elif hf_config is not None and read_hf_config is None:
@@ -208,10 +223,25 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python pretrain_gpt.py --preset tiny --data-path DATA_text_document --tokenizer-type HuggingFaceTokenizer "
         "--tokenizer-model TOKENIZER --seq-length 256 --micro-batch-size 8 --train-iters 100 --lr 1e-3 --save RUN",
     )
-    parser.add_argument("--config", nargs="+", metavar="FILE", help="YAML or JSON files, layered left to right; the command line wins (new).")
-    parser.add_argument("--preset", metavar="NAME", help="A named model shape; see --list-presets (new).")
-    parser.add_argument("--hf-config", metavar="PATH_OR_JSON", help="A model of Hugging Face's: its folder, config.json, or the text of one (new).")
-    parser.add_argument("--list-presets", action="store_true", help="Print every preset with its parameter count, and exit (new).")
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        metavar="FILE",
+        help="YAML or JSON files, layered left to right; the command line wins (new).",
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help="A named model shape; see --list-presets (new)."
+    )
+    parser.add_argument(
+        "--hf-config",
+        metavar="PATH_OR_JSON",
+        help="A model of Hugging Face's: its folder, config.json, or the text of one (new).",
+    )
+    parser.add_argument(
+        "--list-presets",
+        action="store_true",
+        help="Print every preset with its parameter count, and exit (new).",
+    )
     for section in fields(Config):
         group = parser.add_argument_group(section.name, section.type.__doc__)
         for option in fields(section.type):
@@ -221,14 +251,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_flag(group: argparse._ArgumentGroup, option) -> None:
     name, kind, meta = "--" + option.name.replace("_", "-"), _kind(option.type), option.metadata
-    text = meta["help"].replace("%", "%%") + ("" if option.default in (None, (), False) else f" Default: {option.default}.")
+    text = meta["help"].replace("%", "%%") + (
+        "" if option.default in (None, (), False) else f" Default: {option.default}."
+    )
     if kind is bool and option.name.startswith("no_"):
         group.add_argument(name, action="store_true", help=text)
     elif kind is bool:
         group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
     else:
         # Values stay text here: `_convert` checks those of the command line and of YAML alike, and all of them at once.
-        metavar = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else kind.__name__.upper()
+        metavar = (
+            "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else kind.__name__.upper()
+        )
         group.add_argument(name, help=text, metavar=metavar, nargs="+" if meta["many"] else None)
 
 
@@ -241,7 +275,9 @@ def _kind(annotation: Any) -> type:
 
 def _sort_out(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Dashes for underscores, aliases resolved; flags without effect taken out with their values, and named; the unknown and refused are problems."""
-    known = {flag.removeprefix("--") for action in _parser()._actions for flag in action.option_strings}
+    known = {
+        flag.removeprefix("--") for action in _parser()._actions for flag in action.option_strings
+    }
     kept, ignored, problems = [], [], []
     values_to_drop = 0.0  # of the flag before
     for word in argv:
@@ -263,7 +299,9 @@ def _sort_out(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
             values_to_drop = 0 if equals else arity
         else:
             values_to_drop = math.inf
-            problems.append(f"--{name} {_look_up(name, REFUSED) or 'is unknown' + _nearest(name, known, '--')}")
+            problems.append(
+                f"--{name} {_look_up(name, REFUSED) or 'is unknown' + _nearest(name, known, '--')}"
+            )
     return kept, ignored, problems
 
 
@@ -271,7 +309,10 @@ def _look_up(name: str, table: dict[str, Any]) -> Any:
     """The entry of a flag, or of the pattern it falls under; None without one."""
     if name in table:
         return table[name]
-    return next((value for key, value in table.items() if key.endswith("*") and name.startswith(key[:-1])), None)
+    return next(
+        (value for key, value in table.items() if key.endswith("*") and name.startswith(key[:-1])),
+        None,
+    )
 
 
 def _nearest(name: str, known: Any, prefix: str = "") -> str:
@@ -304,7 +345,9 @@ def _flatten(content: Any, source: str, problems: list[str]) -> dict[str, Any]:
     sections = {section.name for section in fields(Config)}
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= (value or {}) if key in sections and isinstance(value, dict | None) else {key: value}
+        flat |= (
+            (value or {}) if key in sections and isinstance(value, dict | None) else {key: value}
+        )
     return _convert_all(flat, source, problems)
 
 
@@ -322,14 +365,25 @@ def _convert_all(given: dict[str, Any], source: str, problems: list[str]) -> dic
                 values[name] = _convert(options[name], value)
             except (TypeError, ValueError, OverflowError):
                 choices, kind = options[name].metadata["choices"], _kind(options[name].type)
-                words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-                expected = f"one of {', '.join(choices)}{_nearest(str(value), choices)}" if choices else words[kind]
+                words = {
+                    int: "a whole number",
+                    float: "a finite number",
+                    bool: "true or false",
+                    str: "text",
+                }
+                expected = (
+                    f"one of {', '.join(choices)}{_nearest(str(value), choices)}"
+                    if choices
+                    else words[kind]
+                )
                 problems.append(f"{source}{key} {value!r} is not {expected}")
         elif flag in ALIASES:
             target, implied = ALIASES[flag]
             values |= {target.replace("-", "_"): implied} if value else {}
         elif _look_up(flag, WITHOUT_EFFECT) is None and value not in (None, False):
-            problems.append(f"{source}{key} {_look_up(flag, REFUSED) or 'is unknown' + _nearest(name, options)}")
+            problems.append(
+                f"{source}{key} {_look_up(flag, REFUSED) or 'is unknown' + _nearest(name, options)}"
+            )
     return values
 
 
@@ -338,7 +392,9 @@ def _convert(option, value: Any) -> Any:
     if value is None:
         return option.default
     if meta["many"]:
-        return tuple(str(item) for item in (value if isinstance(value, list) else str(value).split()))
+        return tuple(
+            str(item) for item in (value if isinstance(value, list) else str(value).split())
+        )
     if kind is bool:
         if not isinstance(value, bool):
             raise TypeError

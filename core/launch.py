@@ -33,7 +33,11 @@ def read_environment(env: dict[str, str] | None = None) -> Place:
     if "RANK" in env and "WORLD_SIZE" in env:
         return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
     if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
-        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
+        return Place(
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_STEP_NUM_TASKS"]),
+            int(env.get("SLURM_LOCALID", 0)),
+        )
     return Place()
 
 
@@ -44,7 +48,11 @@ def threads_of_a_process(env: dict[str, str] | None = None, cores: int | None = 
     other OMP_NUM_THREADS is the user's word.
     """
     env = os.environ if env is None else env
-    cores = len(os.sched_getaffinity(0)) if cores is None and hasattr(os, "sched_getaffinity") else cores or os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0))
+        if cores is None and hasattr(os, "sched_getaffinity")
+        else cores or os.cpu_count() or 1
+    )
     share = max(1, cores // int(env.get("LOCAL_WORLD_SIZE", 1)))
     launchers_default = env.get("OMP_NUM_THREADS") == "1" and "TORCHELASTIC_RUN_ID" in env
     if "LOCAL_WORLD_SIZE" not in env or ("OMP_NUM_THREADS" in env and not launchers_default):
@@ -78,13 +86,19 @@ def set_rendezvous(place: Place, env: dict[str, str] | None = None) -> None:
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
     if place.world_size > 1 and missing and not dist.is_initialized():
-        raise ConfigError([f"WORLD_SIZE is {place.world_size}, but {' and '.join(missing)} not set; start with torchrun, or export them"])
+        raise ConfigError(
+            [
+                f"WORLD_SIZE is {place.world_size}, but {' and '.join(missing)} not set; start with torchrun, or export them"
+            ]
+        )
 
 
 def missed_meeting(error: RuntimeError, place: Place) -> str | None:
     """What to tell the user if `error` is that the processes did not all find each other at the start; None for any other error."""
     said = " ".join(str(error).split()).split(", keys: ")[0]
-    if not isinstance(error, dist.DistStoreError | dist.DistNetworkError) and not said.startswith("Gloo connectFullMesh failed"):
+    if not isinstance(error, dist.DistStoreError | dist.DistNetworkError) and not said.startswith(
+        "Gloo connectFullMesh failed"
+    ):
         return None
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     return (
@@ -122,9 +136,15 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
     if requested == "cpu" or (requested == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise ConfigError(["--device cuda, but torch sees no CUDA or ROCm device here; use --device cpu, or a torch built for your accelerator"])
+        raise ConfigError(
+            [
+                "--device cuda, but torch sees no CUDA or ROCm device here; use --device cpu, or a torch built for your accelerator"
+            ]
+        )
     if local_rank >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ValueError(f"--device {requested}: local rank {local_rank} has no device of its own; start at most {count} processes on this node")
+        raise ValueError(
+            f"--device {requested}: local rank {local_rank} has no device of its own; start at most {count} processes on this node"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -83,7 +83,10 @@ class Layout:
     def whole(name: str, shape: tuple[int, ...], tp: Axis, *, partial: bool = False) -> "Layout":
         """The same full tensor on every rank of `tp`; `partial` where each of them sees only some of the tokens or heads."""
         box = tuple((0, size) for size in shape)
-        return Layout(shape, (Part(name, shape, box, primary=tp.rank == 0, partial=tp if partial else _ALONE),))
+        return Layout(
+            shape,
+            (Part(name, shape, box, primary=tp.rank == 0, partial=tp if partial else _ALONE),),
+        )
 
     @staticmethod
     def rows_cut(parts: dict[str, int | Rows], columns: tuple[int, ...], tp: Axis) -> "Layout":
@@ -112,11 +115,15 @@ class Layout:
         """A vocabulary of `rows` padded to `padded_rows`, cut by rows over `tp`; the padding belongs to no part."""
         local = _share(padded_rows, tp.size, name)
         start, stop = (min(rows, (tp.rank + i) * local) for i in (0, 1))
-        return Layout((local, columns), (Part(name, (rows, columns), ((start, stop), (0, columns))),))
+        return Layout(
+            (local, columns), (Part(name, (rows, columns), ((start, stop), (0, columns))),)
+        )
 
     def tied(self, twins: Axis, uses: int) -> "Layout":
         """This layout for a weight that also serves as the head: counted on the first of its `twins`, used `uses` times on this rank."""
-        parts = tuple(replace(part, primary=part.primary and twins.rank == 0) for part in self.parts)
+        parts = tuple(
+            replace(part, primary=part.primary and twins.rank == 0) for part in self.parts
+        )
         return replace(self, parts=parts, twins=twins, uses=uses)
 
     def pieces(self, memory: torch.Tensor, prefix: str = "", start: int = 0) -> Iterator[Piece]:
@@ -129,7 +136,9 @@ class Layout:
             begin, end = part.range
             first, last = max(begin, start), min(end, start + memory.numel())
             for low, high, box in _boxes(first - begin, last - begin, part.box):
-                held = memory[begin + low - start : begin + high - start].view([b - a for a, b in box])
+                held = memory[begin + low - start : begin + high - start].view(
+                    [b - a for a, b in box]
+                )
                 yield Piece(prefix + part.name, part.shape, box, held, part.primary)
 
 
@@ -147,7 +156,11 @@ def _boxes(start: int, stop: int, box: Box) -> Iterator[tuple[int, int, Box]]:
             yield start, end, ((top + row, top + end // columns), *inner)
         else:
             end, (left, _) = min(stop, (row + 1) * columns), inner[0]
-            yield start, end, ((top + row, top + row + 1), (left + column, left + column + end - start))
+            yield (
+                start,
+                end,
+                ((top + row, top + row + 1), (left + column, left + column + end - start)),
+            )
         start = end
 
 

@@ -43,7 +43,17 @@ class Mesh:
     kv: Axis  # the ranks of tp that hold the same key-value heads, where there are fewer heads than ranks
 
     @staticmethod
-    def plan(world_size: int, rank: int, *, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, shards: int = 1, kv_copies: int = 1) -> "Mesh":
+    def plan(
+        world_size: int,
+        rank: int,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        cp: int = 1,
+        ep: int = 1,
+        shards: int = 1,
+        kv_copies: int = 1,
+    ) -> "Mesh":
         """Place `rank` in a world of `world_size`; no process is asked.
 
         shards: over how many of the dp x cp copies of a parameter its optimizer state is cut. kv_copies: how many ranks of tp hold
@@ -51,14 +61,22 @@ class Mesh:
         """
         per_model = tp * pp * cp
         if world_size % per_model:
-            raise ValueError(f"{world_size} processes are not a multiple of tensor {tp} x pipeline {pp} x context {cp} = {per_model}")
+            raise ValueError(
+                f"{world_size} processes are not a multiple of tensor {tp} x pipeline {pp} x context {cp} = {per_model}"
+            )
         dp = world_size // per_model
         if (dp * cp) % ep:
-            raise ValueError(f"expert parallel {ep} does not divide data {dp} x context {cp} = {dp * cp} ranks")
+            raise ValueError(
+                f"expert parallel {ep} does not divide data {dp} x context {cp} = {dp * cp} ranks"
+            )
         if (dp * cp) % shards:
-            raise ValueError(f"{shards} optimizer shards do not divide data {dp} x context {cp} = {dp * cp} ranks")
+            raise ValueError(
+                f"{shards} optimizer shards do not divide data {dp} x context {cp} = {dp * cp} ranks"
+            )
         if tp % kv_copies:
-            raise ValueError(f"{kv_copies} copies of a key-value head do not divide tensor parallel {tp}")
+            raise ValueError(
+                f"{kv_copies} copies of a key-value head do not divide tensor parallel {tp}"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in a world of {world_size}")
         dense = _Grid({"tp": tp, "cp": cp, "dp": dp, "pp": pp}, rank)
@@ -84,9 +102,15 @@ class Mesh:
 
     def axes(self) -> tuple[Axis, ...]:
         """Every axis, in one order for all ranks."""
-        return tuple(value for value in (getattr(self, field.name) for field in fields(self)) if isinstance(value, Axis))
+        return tuple(
+            value
+            for value in (getattr(self, field.name) for field in fields(self))
+            if isinstance(value, Axis)
+        )
 
-    def connect(self, backend: str, timeout_minutes: float, init_method: str | None = None) -> "Mesh":
+    def connect(
+        self, backend: str, timeout_minutes: float, init_method: str | None = None
+    ) -> "Mesh":
         """The same mesh with its process groups, made in one order on every rank. A world of one makes none.
 
         Axes with the same ranks share a group. `init_method` None: the launcher's environment (MASTER_ADDR, MASTER_PORT).
@@ -96,7 +120,13 @@ class Mesh:
         timeout = timedelta(minutes=timeout_minutes)
         if not dist.is_initialized():
             # No device_id: with it all messages of a rank would share one NCCL queue, and pipeline plans need one per pair of ranks.
-            dist.init_process_group(backend, init_method=init_method, rank=self.rank, world_size=self.world_size, timeout=timeout)
+            dist.init_process_group(
+                backend,
+                init_method=init_method,
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timeout,
+            )
         groups = {self.world.ranks: dist.group.WORLD}
         connected = {}
         for axis in self.axes():
@@ -106,7 +136,11 @@ class Mesh:
                 # Only members make a group: at 4,096 ranks the alternative is thousands of calls on each.
                 # Its name is for NCCL's own messages.
                 groups[axis.ranks] = dist.new_group(
-                    list(axis.ranks), timeout=timeout, backend=backend, use_local_synchronization=True, group_desc=axis.name
+                    list(axis.ranks),
+                    timeout=timeout,
+                    backend=backend,
+                    use_local_synchronization=True,
+                    group_desc=axis.name,
                 )
             connected[self._field_of(axis)] = replace(axis, group=groups[axis.ranks])
         return replace(self, **connected)
@@ -139,7 +173,9 @@ class _Grid:
         ranks = [corner]
         for d in dimensions:
             ranks = [r + i * self.strides[d] for i in range(self.sizes[d]) for r in ranks]
-        return Axis(name, prod(self.sizes[d] for d in dimensions), ranks.index(self.rank), tuple(ranks))
+        return Axis(
+            name, prod(self.sizes[d] for d in dimensions), ranks.index(self.rank), tuple(ranks)
+        )
 
 
 def _block(name: str, axis: Axis, size: int) -> Axis:

@@ -36,7 +36,9 @@ class Place:
                 yield start - first, stop - first, there[::-1] if self.transposed else there
 
 
-def read_piece(piece: Piece, place: Place, read_into: Callable[[str, Box, torch.Tensor], None]) -> None:
+def read_piece(
+    piece: Piece, place: Place, read_into: Callable[[str, Box, torch.Tensor], None]
+) -> None:
     """Fill a piece of ours; `read_into` copies a box of theirs, by name, into a tensor of any dtype and strides."""
     for start, stop, box in place.boxes(piece.box):
         rows = piece.tensor[start:stop]
@@ -48,7 +50,9 @@ def their_shapes(places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
     return {place.name: place.shape for place in places.values()}
 
 
-def assemble(name: str, places: Mapping[str, Place], read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+def assemble(
+    name: str, places: Mapping[str, Place], read: Callable[[str], torch.Tensor]
+) -> torch.Tensor:
     """One of their tensors, in our dtype; `read` gives a whole tensor of ours by name."""
     parts = {ours: place for ours, place in places.items() if place.name == name}
     if len(parts) == 1 and not any(place.transposed for place in parts.values()):

@@ -22,7 +22,11 @@ class LossScaler:
     def __init__(self, precision: PrecisionConfig, device: torch.device):
         self.dynamic = precision.fp16 and precision.loss_scale is None
         first = precision.initial_loss_scale if self.dynamic else precision.loss_scale or 1.0
-        self.window, self.patience, self.lowest = precision.loss_scale_window, precision.hysteresis, precision.min_loss_scale
+        self.window, self.patience, self.lowest = (
+            precision.loss_scale_window,
+            precision.hysteresis,
+            precision.min_loss_scale,
+        )
         self.scale = torch.tensor(first, dtype=torch.float32, device=device)
         self.good_updates = torch.tensor(0, dtype=torch.int64, device=device)
         self.bad_updates_left = torch.tensor(self.patience, dtype=torch.int64, device=device)
@@ -35,9 +39,17 @@ class LossScaler:
         left = torch.where(overflow, self.bad_updates_left - 1, self.bad_updates_left)
         good = torch.where(overflow, 0, self.good_updates + 1)
         grow = good >= self.window
-        shrunk = torch.where(overflow & (left <= 0), (self.scale * 0.5).clamp(min=self.lowest), self.scale)
-        after = (torch.where(grow, self.scale * 2, shrunk), torch.where(grow, 0, good), torch.where(grow, self.patience, left))
-        self.scale, self.good_updates, self.bad_updates_left = (torch.where(empty, old, new) for old, new in zip(before, after, strict=True))
+        shrunk = torch.where(
+            overflow & (left <= 0), (self.scale * 0.5).clamp(min=self.lowest), self.scale
+        )
+        after = (
+            torch.where(grow, self.scale * 2, shrunk),
+            torch.where(grow, 0, good),
+            torch.where(grow, self.patience, left),
+        )
+        self.scale, self.good_updates, self.bad_updates_left = (
+            torch.where(empty, old, new) for old, new in zip(before, after, strict=True)
+        )
 
     def state(self) -> dict[str, float | int]:
         """Plain numbers for a checkpoint."""

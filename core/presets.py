@@ -27,13 +27,26 @@ _GPT2 = {
 }
 
 
-def _shape(layers: int, hidden: int, ffn: int, heads: int, groups: int | None = None, **more: Any) -> dict[str, Any]:
-    shape = {"num_layers": layers, "hidden_size": hidden, "ffn_hidden_size": ffn, "num_attention_heads": heads, "kv_channels": hidden // heads}
+def _shape(
+    layers: int, hidden: int, ffn: int, heads: int, groups: int | None = None, **more: Any
+) -> dict[str, Any]:
+    shape = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "ffn_hidden_size": ffn,
+        "num_attention_heads": heads,
+        "kv_channels": hidden // heads,
+    }
     grouped = {} if groups is None else {"group_query_attention": True, "num_query_groups": groups}
     return shape | grouped | more
 
 
-_LLAMA31 = {"rotary_base": 500000.0, "use_rope_scaling": True, "rope_scaling_factor": 8.0, "max_position_embeddings": 131072}
+_LLAMA31 = {
+    "rotary_base": 500000.0,
+    "use_rope_scaling": True,
+    "rope_scaling_factor": 8.0,
+    "max_position_embeddings": 131072,
+}
 _LLAMA32 = _LLAMA31 | {"rope_scaling_factor": 32.0}
 _LLAMA3_TIED = _LLAMA32 | {"untie_embeddings_and_output_weights": False}
 
@@ -48,11 +61,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-355m": _GPT2 | _shape(24, 1024, 4096, 16),
     "gpt2-774m": _GPT2 | _shape(36, 1280, 5120, 20),
     "gpt2-1.5b": _GPT2 | _shape(48, 1600, 6400, 25),
-    "llama2-7b": _LLAMA | _shape(32, 4096, 11008, 32, rotary_base=10000.0, max_position_embeddings=4096),
-    "llama2-13b": _LLAMA | _shape(40, 5120, 13824, 40, rotary_base=10000.0, max_position_embeddings=4096),
-    "llama2-70b": _LLAMA | _shape(80, 8192, 28672, 64, 8, rotary_base=10000.0, max_position_embeddings=4096),
-    "llama3-8b": _LLAMA | _shape(32, 4096, 14336, 32, 8, rotary_base=500000.0, max_position_embeddings=8192),
-    "llama3-70b": _LLAMA | _shape(80, 8192, 28672, 64, 8, rotary_base=500000.0, max_position_embeddings=8192),
+    "llama2-7b": _LLAMA
+    | _shape(32, 4096, 11008, 32, rotary_base=10000.0, max_position_embeddings=4096),
+    "llama2-13b": _LLAMA
+    | _shape(40, 5120, 13824, 40, rotary_base=10000.0, max_position_embeddings=4096),
+    "llama2-70b": _LLAMA
+    | _shape(80, 8192, 28672, 64, 8, rotary_base=10000.0, max_position_embeddings=4096),
+    "llama3-8b": _LLAMA
+    | _shape(32, 4096, 14336, 32, 8, rotary_base=500000.0, max_position_embeddings=8192),
+    "llama3-70b": _LLAMA
+    | _shape(80, 8192, 28672, 64, 8, rotary_base=500000.0, max_position_embeddings=8192),
     "llama3.1-8b": _LLAMA | _shape(32, 4096, 14336, 32, 8) | _LLAMA31,
     "llama3.1-70b": _LLAMA | _shape(80, 8192, 28672, 64, 8) | _LLAMA31,
     "llama3.1-405b": _LLAMA | _shape(126, 16384, 53248, 128, 8) | _LLAMA31,

@@ -56,11 +56,17 @@ def normal_rows(seed: int, name: str, start: int, stop: int, columns: int) -> np
     Philox 4x64 (Salmon et al. 2011) keyed by a hash of (seed, name), its counter given by the row, turned normal by Box and
     Muller (1958): a fixed number of words per row, so that any row can be drawn alone.
     """
-    key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
+    key = int.from_bytes(
+        hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little"
+    )
     blocks = -(-columns // 8)  # a counter value gives 4 words of 64 bits, each of them two normals
-    words = np.random.Philox(key=key, counter=start * blocks).random_raw((stop - start) * blocks * 4)
+    words = np.random.Philox(key=key, counter=start * blocks).random_raw(
+        (stop - start) * blocks * 4
+    )
     halves = words.view(np.uint32).reshape(-1, 2)
-    radius = np.sqrt(np.float32(-2) * np.log(((halves[:, 0] >> 8) + 1).astype(np.float32) * np.float32(2**-24)))
+    radius = np.sqrt(
+        np.float32(-2) * np.log(((halves[:, 0] >> 8) + 1).astype(np.float32) * np.float32(2**-24))
+    )
     angle = (halves[:, 1] >> 8).astype(np.float32) * np.float32(2**-24 * 2 * np.pi)
     normals = np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=1)
     return normals.reshape(stop - start, blocks * 8)[:, :columns]
@@ -74,11 +80,24 @@ class DropoutStream:
     positions: torch.Tensor  # int32 [T]: the place in the whole sequence of each token of this rank
 
     @staticmethod
-    def of(seed: int, iteration: int, samples: torch.Tensor, positions: torch.Tensor) -> "DropoutStream":
+    def of(
+        seed: int, iteration: int, samples: torch.Tensor, positions: torch.Tensor
+    ) -> "DropoutStream":
         """samples: int64 [B] on the host, the global positions of the micro-batch's samples. positions: int [T] on the device."""
-        words = [splitmix64(splitmix64(seed * 0x9E3779B97F4A7C15 + iteration) ^ int(sample)) for sample in samples]
-        halves = torch.tensor([[_signed(word & 0xFFFFFFFF) for word in words], [_signed(word >> 32) for word in words]], dtype=torch.int32)
-        return DropoutStream(halves.unsqueeze(-1).to(positions.device, non_blocking=True), positions.to(torch.int32))
+        words = [
+            splitmix64(splitmix64(seed * 0x9E3779B97F4A7C15 + iteration) ^ int(sample))
+            for sample in samples
+        ]
+        halves = torch.tensor(
+            [
+                [_signed(word & 0xFFFFFFFF) for word in words],
+                [_signed(word >> 32) for word in words],
+            ],
+            dtype=torch.int32,
+        )
+        return DropoutStream(
+            halves.unsqueeze(-1).to(positions.device, non_blocking=True), positions.to(torch.int32)
+        )
 
     def keep(self, shape: torch.Size, p: float, site: str) -> torch.Tensor:
         """The mask bool [B, T, H] of the elements that stay at `site` (such as `layers.3.attention`), each with probability 1 - p.
@@ -87,9 +106,14 @@ class DropoutStream:
         device, under recompute, and for any cut of the tokens.
         """
         low, high = self.keys
-        mix = splitmix64(int.from_bytes(hashlib.blake2b(site.encode(), digest_size=8).digest(), "little"))
+        mix = splitmix64(
+            int.from_bytes(hashlib.blake2b(site.encode(), digest_size=8).digest(), "little")
+        )
         width = shape[-1]
-        places = (self.positions.unsqueeze(1) * width + torch.arange(width, dtype=torch.int32, device=low.device)).flatten()
+        places = (
+            self.positions.unsqueeze(1) * width
+            + torch.arange(width, dtype=torch.int32, device=low.device)
+        ).flatten()
         x = places ^ _hash32_(low ^ _signed(mix & 0xFFFFFFFF))
         x = _hash32_(_hash32_(x) ^ (high ^ _signed(mix >> 32)))
         threshold = min(2**31 - 1, int(-(2**31) + p * 2**32))
@@ -104,9 +128,16 @@ def dropout(x: torch.Tensor, p: float, stream: DropoutStream | None, site: str) 
     return torch.where(stream.keep(x.shape, p, site), x * (1.0 / (1.0 - p)), 0.0)
 
 
-def attention_dropout_seed(seed: int, iteration: int, micro_batch: int, chunk: int, rank: int) -> int:
+def attention_dropout_seed(
+    seed: int, iteration: int, micro_batch: int, chunk: int, rank: int
+) -> int:
     """A 32-bit seed for torch's own generator, which attention dropout draws from: reproducible, but dependent on the layout."""
-    return splitmix64(splitmix64(splitmix64(seed) ^ (iteration << 32 | micro_batch)) ^ (chunk << 32 | rank)) & 0xFFFFFFFF
+    return (
+        splitmix64(
+            splitmix64(splitmix64(seed) ^ (iteration << 32 | micro_batch)) ^ (chunk << 32 | rank)
+        )
+        & 0xFFFFFFFF
+    )
 
 
 def splitmix64(x: int) -> int:

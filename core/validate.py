@@ -4,13 +4,32 @@ import os
 from collections.abc import Iterator
 from math import lcm
 
-from .config import ROPE_OPTIONS, ROPE_SCALINGS, BatchConfig, CheckpointConfig, Config, DataConfig, ModelConfig, data_parallel_size
+from .config import (
+    ROPE_OPTIONS,
+    ROPE_SCALINGS,
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    data_parallel_size,
+)
 from .pipeline.choose import placement_of, specs_of
 
 
 def validate(config: Config, world_size: int) -> list[str]:
     """All problems of a resolved configuration on `world_size` processes; empty where there are none."""
-    checks = (_missing, _model, _parallel, _batch, _optimizer, _precision, _data, _checkpoint, _logging)
+    checks = (
+        _missing,
+        _model,
+        _parallel,
+        _batch,
+        _optimizer,
+        _precision,
+        _data,
+        _checkpoint,
+        _logging,
+    )
     return [problem for check in checks for problem in check(config, world_size)]
 
 
@@ -38,27 +57,50 @@ def model_problems(model: ModelConfig) -> list[str]:
 
 def _model(config: Config, world_size: int) -> Iterator[str]:
     model, length = config.model, config.batch.seq_length
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_query_groups", "make_vocab_size_divisible_by")
+    names = (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "kv_channels",
+        "num_query_groups",
+        "make_vocab_size_divisible_by",
+    )
     yield from _positive(model, *names, "rotary_base", "rope_scaling_factor", "init_method_std")
     if model.norm_epsilon < 0:
         yield f"--norm-epsilon {model.norm_epsilon} must not be negative"
     heads = model.num_attention_heads
-    if model.hidden_size and heads and heads > 0 and model.hidden_size % heads and model.hidden_size // heads == model.kv_channels:
+    if (
+        model.hidden_size
+        and heads
+        and heads > 0
+        and model.hidden_size % heads
+        and model.hidden_size // heads == model.kv_channels
+    ):
         near = _nearest_multiples(model.hidden_size, heads)
         yield f"--hidden-size {model.hidden_size} is not a multiple of --num-attention-heads {heads}; use {near}, or set --kv-channels"
-    if model.group_query_attention and heads and model.num_query_groups > 0 and heads % model.num_query_groups:
+    if (
+        model.group_query_attention
+        and heads
+        and model.num_query_groups > 0
+        and heads % model.num_query_groups
+    ):
         divisors = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
         yield f"--num-query-groups {model.num_query_groups} does not divide --num-attention-heads {heads}; use one of {divisors}"
     if model.num_query_groups > 1 and not model.group_query_attention:
         yield f"--num-query-groups {model.num_query_groups} needs --group-query-attention"
-    activations = [_flag(name) for name in ("swiglu", "geglu", "squared_relu") if getattr(model, name)]
+    activations = [
+        _flag(name) for name in ("swiglu", "geglu", "squared_relu") if getattr(model, name)
+    ]
     if len(activations) > 1:
         yield f"{' and '.join(activations)} exclude each other; give one"
     if model.exact_gelu and (model.swiglu or model.squared_relu):
         yield f"--exact-gelu has no GELU to act on with {activations[0]}; leave one out"
     if model.qk_layernorm_width == "projection" and not model.qk_layernorm:
         yield "--qk-layernorm-width projection needs --qk-layernorm"
-    if model.qk_layernorm_width == "projection" and (model.normalization != "RMSNorm" or model.apply_layernorm_1p):
+    if model.qk_layernorm_width == "projection" and (
+        model.normalization != "RMSNorm" or model.apply_layernorm_1p
+    ):
         yield "--qk-layernorm-width projection is an RMSNorm with a plain weight; give --normalization RMSNorm without --apply-layernorm-1p"
     if model.parallel_residual and model.norm_placement == "post":
         yield "--parallel-residual needs the norms before the branches; give --norm-placement pre or both"
@@ -75,7 +117,9 @@ def _model(config: Config, world_size: int) -> Iterator[str]:
 
 def _attention(model: ModelConfig) -> Iterator[str]:
     """Scores and windows."""
-    yield from _positive(model, "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping")
+    yield from _positive(
+        model, "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping"
+    )
     if model.attn_logit_softcapping and model.attention_dropout > 0:
         cap = f"--attn-logit-softcapping {model.attn_logit_softcapping}"
         yield f"{cap} has no attention dropout; give --attention-dropout 0, not {model.attention_dropout}"
@@ -115,7 +159,10 @@ def _rope_scaling(model: ModelConfig, pairs: int) -> Iterator[str]:
     try:
         rule = dict(model.rope_rule)
     except (ValueError, TypeError):
-        yield f"--rope-scaling {model.rope_scaling} is no JSON object such as " + '{"rope_type":"linear","factor":2.0}'
+        yield (
+            f"--rope-scaling {model.rope_scaling} is no JSON object such as "
+            + '{"rope_type":"linear","factor":2.0}'
+        )
         return
     kind = rule.get("rope_type")
     if kind not in ROPE_SCALINGS:
@@ -146,9 +193,17 @@ def _is_positive(value: object) -> bool:
 def _parallel(config: Config, world_size: int) -> Iterator[str]:
     parallel = config.parallel
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    yield from _positive(parallel, *sizes, "num_distributed_optimizer_instances", "ddp_bucket_size", "recompute_num_layers")
+    yield from _positive(
+        parallel,
+        *sizes,
+        "num_distributed_optimizer_instances",
+        "ddp_bucket_size",
+        "recompute_num_layers",
+    )
     counts = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
-    yield from _positive(parallel, *counts, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    yield from _positive(
+        parallel, *counts, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
+    )
     if parallel.expert_model_parallel_size != 1:
         yield f"--expert-model-parallel-size {parallel.expert_model_parallel_size}: there are no experts in this version; use 1"
     if parallel.distributed_timeout_minutes <= 0:
@@ -156,7 +211,10 @@ def _parallel(config: Config, world_size: int) -> Iterator[str]:
     if parallel.device == "cpu" and parallel.distributed_backend == "nccl":
         yield "--distributed-backend nccl cannot carry --device cpu; use gloo"
     numbers = [getattr(parallel, name) for name in (*sizes, *counts)]
-    if any(number is not None and number < 1 for number in numbers) or parallel.num_distributed_optimizer_instances < 1:
+    if (
+        any(number is not None and number < 1 for number in numbers)
+        or parallel.num_distributed_optimizer_instances < 1
+    ):
         return
     tp, pp, cp = numbers[:3]
     if world_size % (tp * pp * cp):
@@ -210,7 +268,10 @@ def _pipeline(config: Config) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    if placement.num_stages > 1 and parallel.data_parallel_sharding_strategy == "optim_grads_params":
+    if (
+        placement.num_stages > 1
+        and parallel.data_parallel_sharding_strategy == "optim_grads_params"
+    ):
         stages = f"a pipeline of {placement.num_stages} stages"
         yield f"--data-parallel-sharding-strategy optim_grads_params cannot be combined with {stages}; use optim_grads"
     if placement.schedule in ("zb-h1", "zb-v") and parallel.recompute_granularity == "full":
@@ -220,7 +281,10 @@ def _pipeline(config: Config) -> Iterator[str]:
 def _sharding(config: Config, world_size: int) -> Iterator[str]:
     """Data parallel: what is cut over its processes."""
     parallel, strategy = config.parallel, config.parallel.data_parallel_sharding_strategy
-    copies, instances = data_parallel_size(parallel, world_size) * parallel.context_parallel_size, parallel.num_distributed_optimizer_instances
+    copies, instances = (
+        data_parallel_size(parallel, world_size) * parallel.context_parallel_size,
+        parallel.num_distributed_optimizer_instances,
+    )
     if parallel.use_distributed_optimizer and strategy == "no_shard":
         yield "--use-distributed-optimizer and --data-parallel-sharding-strategy no_shard exclude each other; give one"
     if instances > 1 and strategy == "no_shard":
@@ -233,9 +297,21 @@ def _sharding(config: Config, world_size: int) -> Iterator[str]:
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:
     batch: BatchConfig = config.batch
-    yield from _positive(batch, "seq_length", "micro_batch_size", "global_batch_size", "train_samples", "exit_interval", "exit_duration_in_mins")
+    yield from _positive(
+        batch,
+        "seq_length",
+        "micro_batch_size",
+        "global_batch_size",
+        "train_samples",
+        "exit_interval",
+        "exit_duration_in_mins",
+    )
     if batch.train_iters is not None and batch.train_iters <= 0:
-        given = f"--train-samples {batch.train_samples} is less than one batch:" if batch.train_samples else f"--train-iters {batch.train_iters}:"
+        given = (
+            f"--train-samples {batch.train_samples} is less than one batch:"
+            if batch.train_samples
+            else f"--train-iters {batch.train_iters}:"
+        )
         yield f"{given} there must be at least 1 iteration"
     micro, total = batch.micro_batch_size, batch.global_batch_size
     if micro and total and micro > 0 and total > 0:
@@ -244,7 +320,12 @@ def _batch(config: Config, world_size: int) -> Iterator[str]:
             near = _nearest_multiples(total, micro * dp)
             unit = f"--micro-batch-size {micro} x data parallel {dp} = {micro * dp}"
             yield f"--global-batch-size {total} is not a multiple of {unit}; nearest that work: {near}"
-    if batch.train_samples and batch.train_iters and total and batch.train_iters != batch.train_samples // total:
+    if (
+        batch.train_samples
+        and batch.train_iters
+        and total
+        and batch.train_iters != batch.train_samples // total
+    ):
         yield f"--train-samples {batch.train_samples} and --train-iters {batch.train_iters} are both given; give one"
     if not 0 <= batch.seed < 2**32:
         yield f"--seed {batch.seed} is not in [0, 2^32)"
@@ -286,13 +367,32 @@ def _precision(config: Config, world_size: int) -> Iterator[str]:
         yield "--bf16 and --fp16 exclude each other; give one"
     if precision.loss_scale is not None and not precision.fp16:
         yield f"--loss-scale {precision.loss_scale} needs --fp16"
-    yield from _positive(precision, "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+    yield from _positive(
+        precision,
+        "loss_scale",
+        "initial_loss_scale",
+        "min_loss_scale",
+        "loss_scale_window",
+        "hysteresis",
+    )
 
 
 def _data(config: Config, world_size: int) -> Iterator[str]:
     data = config.data
-    per_split = [name for name in ("train_data_path", "valid_data_path", "test_data_path") if getattr(data, name)]
-    sources = [f for f, given in (("--data-path", data.data_path), ("--mock-data", data.mock_data), ("--train-data-path", per_split)) if given]
+    per_split = [
+        name
+        for name in ("train_data_path", "valid_data_path", "test_data_path")
+        if getattr(data, name)
+    ]
+    sources = [
+        f
+        for f, given in (
+            ("--data-path", data.data_path),
+            ("--mock-data", data.mock_data),
+            ("--train-data-path", per_split),
+        )
+        if given
+    ]
     if not sources:
         yield "no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data"
     if len(sources) > 1:
@@ -310,7 +410,9 @@ def _data(config: Config, world_size: int) -> Iterator[str]:
 def _prefixes(name: str, items: tuple[str, ...]) -> Iterator[str]:
     """Both files of every prefix must be there; a number may be a weight."""
     for item in items:
-        missing = [item + suffix for suffix in (".idx", ".bin") if not os.path.exists(item + suffix)]
+        missing = [
+            item + suffix for suffix in (".idx", ".bin") if not os.path.exists(item + suffix)
+        ]
         if missing and not _is_number(item):
             yield f"{_flag(name)} {item}: no file {' and no file '.join(missing)}; give the path without .bin or .idx"
 
@@ -359,7 +461,13 @@ def _checkpoint(config: Config, world_size: int) -> Iterator[str]:
     for name in ("save", "load", "save_hf"):
         if getattr(checkpoint, name) == "":
             yield f"{_flag(name)} is empty; name a folder, or leave it out"
-    for name in ("save_interval", "non_persistent_save_interval", "save_keep_last", "save_retain_interval", "save_keep_best"):
+    for name in (
+        "save_interval",
+        "non_persistent_save_interval",
+        "save_keep_last",
+        "save_retain_interval",
+        "save_keep_best",
+    ):
         yield from _positive(checkpoint, name)
         if getattr(checkpoint, name) and not checkpoint.save:
             yield f"{_flag(name)} {getattr(checkpoint, name)} needs --save FOLDER"
@@ -377,7 +485,11 @@ def _checkpoint(config: Config, world_size: int) -> Iterator[str]:
 
 def _best(config: Config) -> Iterator[str]:
     """Every checkpoint that competes needs a loss that was measured at its iteration."""
-    count, saved, evaluated = config.checkpoint.save_keep_best, config.checkpoint.save_interval, config.logging.eval_interval
+    count, saved, evaluated = (
+        config.checkpoint.save_keep_best,
+        config.checkpoint.save_interval,
+        config.logging.eval_interval,
+    )
     if not count:
         return
     if config.logging.eval_iters <= 0:
@@ -393,7 +505,11 @@ def _best(config: Config) -> Iterator[str]:
 
 def _validates(data: DataConfig) -> bool:
     shares = [share.strip() for share in data.split.split(",")]
-    split_off = not data.train_data_path and len(shares) > 1 and (not _is_number(shares[1]) or float(shares[1]) > 0)
+    split_off = (
+        not data.train_data_path
+        and len(shares) > 1
+        and (not _is_number(shares[1]) or float(shares[1]) > 0)
+    )
     return bool(data.valid_data_path) or split_off
 
 
@@ -416,15 +532,28 @@ def _loading(checkpoint: CheckpointConfig) -> Iterator[str]:
         yield "--load-mode cooldown needs --cooldown-iters N"
     if mode != "cooldown" and checkpoint.cooldown_iters is not None:
         yield f"--cooldown-iters {checkpoint.cooldown_iters} needs --load-mode cooldown"
-    begins = f"--load-mode {mode}" if mode not in (None, "continue") else "--finetune" if checkpoint.finetune else None
-    if begins and checkpoint.load and checkpoint.save and os.path.realpath(checkpoint.load) == os.path.realpath(checkpoint.save):
+    begins = (
+        f"--load-mode {mode}"
+        if mode not in (None, "continue")
+        else "--finetune"
+        if checkpoint.finetune
+        else None
+    )
+    if (
+        begins
+        and checkpoint.load
+        and checkpoint.save
+        and os.path.realpath(checkpoint.load) == os.path.realpath(checkpoint.save)
+    ):
         yield f"{begins}: --load and --save are both {checkpoint.save}; given again, it would begin from its own checkpoints; give another --save"
 
 
 def _logging(config: Config, world_size: int) -> Iterator[str]:
     yield from _writable("tensorboard_dir", config.logging.tensorboard_dir)
     if config.logging.metrics_jsonl:
-        yield from _writable("metrics_jsonl", os.path.dirname(os.path.abspath(config.logging.metrics_jsonl)))
+        yield from _writable(
+            "metrics_jsonl", os.path.dirname(os.path.abspath(config.logging.metrics_jsonl))
+        )
     yield from _positive(config.logging, "log_interval", "eval_interval")
     if config.logging.eval_iters < 0:
         yield f"--eval-iters {config.logging.eval_iters} must not be negative"

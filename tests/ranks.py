@@ -53,7 +53,9 @@ class Ranks:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close()
-                raise failure or RankError(f"ranks {sorted(waiting.values())} did not answer within {timeout:.0f} s")
+                raise failure or RankError(
+                    f"ranks {sorted(waiting.values())} did not answer within {timeout:.0f} s"
+                )
             for pipe in sorted(ready, key=waiting.get):
                 rank = waiting.pop(pipe)
                 results[rank], error = _receive(pipe, rank)
@@ -100,7 +102,10 @@ def _start_worker():
 def _receive(pipe: Connection, rank: int):
     try:
         value, error, text = pickle.loads(pipe.recv_bytes())
-    except (EOFError, ConnectionError):  # its end of the pipe is closed, so `_release` will find it too
+    except (
+        EOFError,
+        ConnectionError,
+    ):  # its end of the pipe is closed, so `_release` will find it too
         return None, RankError(f"rank {rank} died")
     if text is None:
         return value, None
@@ -130,14 +135,24 @@ def _serve(pipe: Connection) -> None:
             return
 
 
-def _answer(rank: int, n: int, store: str, timeout: float, axes: dict[str, int], call: bytes) -> tuple[bool, bytes]:
+def _answer(
+    rank: int, n: int, store: str, timeout: float, axes: dict[str, int], call: bytes
+) -> tuple[bool, bytes]:
     """Whether the case failed on this rank, and (value, exception, traceback) for the parent."""
     try:
         function, args = pickle.loads(call)
         mesh = Mesh.plan(n, rank, **axes)
         if n > 1:
-            dist.init_process_group("gloo", store=dist.FileStore(store, n), rank=rank, world_size=n, timeout=timedelta(seconds=timeout))
-        return False, pickle.dumps((function(mesh.connect("gloo", timeout / 60), *args), None, None))
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, n),
+                rank=rank,
+                world_size=n,
+                timeout=timedelta(seconds=timeout),
+            )
+        return False, pickle.dumps(
+            (function(mesh.connect("gloo", timeout / 60), *args), None, None)
+        )
     except BaseException as error:
         return True, pickle.dumps((None, _sendable(error), traceback.format_exc()))
 

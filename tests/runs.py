@@ -28,12 +28,28 @@ SMALL = (
 )
 LLAMA = " --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --group-query-attention --num-query-groups 2"
 LLAMA += " --untie-embeddings-and-output-weights"
-TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
-SP, ZERO1, STRATEGY = "--sequence-parallel", "--use-distributed-optimizer", "--data-parallel-sharding-strategy"
+TP, PP, CP = (
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--context-parallel-size",
+)
+SP, ZERO1, STRATEGY = (
+    "--sequence-parallel",
+    "--use-distributed-optimizer",
+    "--data-parallel-sharding-strategy",
+)
 INSTANCES, SCHEDULE = "--num-distributed-optimizer-instances", "--pipeline-schedule"
 CHUNKS, RECOMPUTE = "--num-virtual-stages-per-pipeline-rank", "--recompute-granularity"
 NO_DROPOUT = " --attention-dropout 0 --hidden-dropout 0"
-EXACT = ("iteration", "consumed_samples", "consumed_tokens", "lm_loss", "grad_norm", "learning_rate", "skipped")
+EXACT = (
+    "iteration",
+    "consumed_samples",
+    "consumed_tokens",
+    "lm_loss",
+    "grad_norm",
+    "learning_rate",
+    "skipped",
+)
 
 
 def write_data(prefix: Path, documents: int = 60, seed: int = 0, vocab_size: int = 96) -> Path:
@@ -41,8 +57,14 @@ def write_data(prefix: Path, documents: int = 60, seed: int = 0, vocab_size: int
     random = np.random.RandomState(seed)
     with IndexedDatasetWriter(str(prefix), np.uint16) as writer:
         for _ in range(documents):
-            length, start, stride = random.randint(1, 90), random.randint(vocab_size), random.randint(1, 4)
-            writer.add_document(np.append((start + stride * np.arange(length)) % vocab_size, vocab_size))
+            length, start, stride = (
+                random.randint(1, 90),
+                random.randint(vocab_size),
+                random.randint(1, 4),
+            )
+            writer.add_document(
+                np.append((start + stride * np.arange(length)) % vocab_size, vocab_size)
+            )
     return prefix
 
 
@@ -65,11 +87,18 @@ def tool(name: str, *arguments) -> subprocess.CompletedProcess:
     """tools/NAME.py as a command, but in this process: torch takes seconds to import."""
     command, out, error = [f"{name}.py", *map(str, arguments)], io.StringIO(), io.StringIO()
     path = mock.patch.object(sys, "path", [str(ROOT / "tools"), *sys.path])
-    with path, mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(error):
+    with (
+        path,
+        mock.patch.object(sys, "argv", command),
+        redirect_stdout(out),
+        redirect_stderr(error),
+    ):
         try:
             runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
         except SystemExit as end:
-            return subprocess.CompletedProcess(command, end.code or 0, out.getvalue(), error.getvalue())
+            return subprocess.CompletedProcess(
+                command, end.code or 0, out.getvalue(), error.getvalue()
+            )
     return subprocess.CompletedProcess(command, 0, out.getvalue(), error.getvalue())
 
 
@@ -82,9 +111,18 @@ def free_port() -> str:
 def start_step(arguments: str, stderr: int = subprocess.PIPE) -> list[subprocess.Popen]:
     """Two processes as srun starts them, without torchrun: the variables are all there is. Their stdout is a pipe."""
     command = [sys.executable, ROOT / "pretrain_gpt.py", *arguments.split()]
-    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    step = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_JOB_ID": "1",
+        "MASTER_PORT": free_port(),
+        "OMP_NUM_THREADS": "1",
+    }
     tasks = [os.environ | step | {"SLURM_PROCID": task, "SLURM_LOCALID": task} for task in "01"]
-    return [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True) for environment in tasks]
+    return [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        for environment in tasks
+    ]
 
 
 def _train_on_rank(mesh: Mesh, arguments: str) -> None:

@@ -44,7 +44,11 @@ def plain(mesh: Mesh) -> dict[str, torch.Tensor]:
     """Every form that is not differentiable. What is started is waited for only once all are under way."""
     axis, n = mesh.tp, mesh.tp.size
     found = {op: all_reduce(given(mesh.rank, 2, 3), axis, op) for op in ("sum", "max", "min")}
-    summed, scattered, gathered = given(mesh.rank, 2, 3), given(mesh.rank, 2 * n, 3), torch.full((2 * n, 3), torch.nan)
+    summed, scattered, gathered = (
+        given(mesh.rank, 2, 3),
+        given(mesh.rank, 2 * n, 3),
+        torch.full((2 * n, 3), torch.nan),
+    )
     share(gathered, axis).copy_(given(mesh.rank, 2, 3))
     cut, whole = given(mesh.rank, 2, 2, 3), given(mesh.rank, 2, 2 * n, 3)
     pending = {
@@ -53,12 +57,23 @@ def plain(mesh: Mesh) -> dict[str, torch.Tensor]:
         "reduce-scatter": start_reduce_scatter(scattered, axis),
         "all-gather": start_all_gather(gathered, axis),
     }
-    waiting = {"gather tokens": start_gather_tokens(cut, axis), "reduce tokens": start_reduce_tokens(whole.clone(), axis)}
-    found |= {name: p.wait() for name, p in pending.items()} | {name: wait() for name, wait in waiting.items()}
+    waiting = {
+        "gather tokens": start_gather_tokens(cut, axis),
+        "reduce tokens": start_reduce_tokens(whole.clone(), axis),
+    }
+    found |= {name: p.wait() for name, p in pending.items()} | {
+        name: wait() for name, wait in waiting.items()
+    }
     found["all-to-all"] = all_to_all(given(mesh.rank, n, 2, 3), axis)
-    found["all-to-all of a transposed tensor"] = all_to_all(given(mesh.rank, 3, 2, n).transpose(0, 2), axis)
+    found["all-to-all of a transposed tensor"] = all_to_all(
+        given(mesh.rank, 3, 2, n).transpose(0, 2), axis
+    )
     # In place, where it says so: nothing is allocated for a bucket of gradients or weights.
-    assert found["started sum"] is summed and found["all-gather"] is gathered and torch.equal(cut, given(mesh.rank, 2, 2, 3))
+    assert (
+        found["started sum"] is summed
+        and found["all-gather"] is gathered
+        and torch.equal(cut, given(mesh.rank, 2, 2, 3))
+    )
     assert found["reduce-scatter"].data_ptr() == share(scattered, axis).data_ptr()
     assert all(p.wait() is found[name] for name, p in pending.items()), "waiting again"
     assert all(p.work is None and not p.buffers for p in pending.values()), "buffers are kept alive"
@@ -72,21 +87,36 @@ def test_every_collective_gives_what_it_says(n):
     tokens = sum(given(r, 2, 2 * n, 3) for r in ranks)
     small = torch.stack([given(r, 2, 3) for r in ranks])
     for rank, found in enumerate(run_ranks(n, plain, tp=n)):
-        assert torch.equal(found["sum"], small.sum(0)) and torch.equal(found["started sum"], small.sum(0))
-        assert torch.equal(found["max"], small.amax(0)) and torch.equal(found["started max"], small.amax(0))
+        assert torch.equal(found["sum"], small.sum(0)) and torch.equal(
+            found["started sum"], small.sum(0)
+        )
+        assert torch.equal(found["max"], small.amax(0)) and torch.equal(
+            found["started max"], small.amax(0)
+        )
         assert torch.equal(found["min"], small.amin(0))
         assert torch.equal(found["reduce-scatter"], total[2 * rank : 2 * rank + 2])
         assert torch.equal(found["all-gather"], small.flatten(0, 1))
-        assert torch.equal(found["all-to-all"], torch.stack([given(r, n, 2, 3)[rank] for r in ranks]))
-        assert torch.equal(found["all-to-all of a transposed tensor"], torch.stack([given(r, 3, 2, n).transpose(0, 2)[rank] for r in ranks]))
-        assert torch.equal(found["gather tokens"], torch.cat([given(r, 2, 2, 3) for r in ranks], dim=1))
+        assert torch.equal(
+            found["all-to-all"], torch.stack([given(r, n, 2, 3)[rank] for r in ranks])
+        )
+        assert torch.equal(
+            found["all-to-all of a transposed tensor"],
+            torch.stack([given(r, 3, 2, n).transpose(0, 2)[rank] for r in ranks]),
+        )
+        assert torch.equal(
+            found["gather tokens"], torch.cat([given(r, 2, 2, 3) for r in ranks], dim=1)
+        )
         assert torch.equal(found["reduce tokens"], tokens[:, 2 * rank : 2 * rank + 2])
 
 
 def messages(mesh: Mesh) -> list[torch.Tensor]:
     """Two to every other rank and two from each, all started before the first is waited for: those of a pair arrive in the order they were sent."""
     others = [rank for rank in range(mesh.tp.size) if rank != mesh.tp.rank]
-    sends = [start_send(given(10 * mesh.rank + other + 100 * i, 4), mesh.tp, other) for i in range(2) for other in others]
+    sends = [
+        start_send(given(10 * mesh.rank + other + 100 * i, 4), mesh.tp, other)
+        for i in range(2)
+        for other in others
+    ]
     receives = [start_receive(torch.empty(4), mesh.tp, other) for i in range(2) for other in others]
     received = [pending.wait() for pending in receives]
     for pending in sends:
@@ -97,7 +127,12 @@ def messages(mesh: Mesh) -> list[torch.Tensor]:
 @pytest.mark.parametrize("n", [2, 3])
 def test_messages_arrive_in_their_order(n):
     for rank, received in enumerate(run_ranks(n, messages, tp=n)):
-        expected = [given(10 * other + rank + 100 * i, 4) for i in range(2) for other in range(n) if other != rank]
+        expected = [
+            given(10 * other + rank + 100 * i, 4)
+            for i in range(2)
+            for other in range(n)
+            if other != rank
+        ]
         assert len(received) == 2 * (n - 1) and all(map(torch.equal, received, expected))
 
 
@@ -162,7 +197,9 @@ def test_differentiable_forms_and_their_gradients(n, batch, name):
 def test_over_an_axis_of_one_nothing_happens(name):
     """Whatever the other axes are."""
     for rank, found in enumerate(run_ranks(2, through, name, 2, pp=2)):
-        assert torch.equal(found["y"], found["x"]) and torch.equal(found["grad"], given(100 + rank, *found["y"].shape))
+        assert torch.equal(found["y"], found["x"]) and torch.equal(
+            found["grad"], given(100 + rank, *found["y"].shape)
+        )
 
 
 @pytest.mark.parametrize("name", ["copy_to", "reduce_from", "gather_tokens", "reduce_tokens"])
@@ -182,13 +219,22 @@ def test_at_size_one_every_other_form_does_too():
 def gradient_of_a_shared_output(mesh: Mesh, name: str) -> torch.Tensor:
     """Both branches of a residual get one gradient tensor: what is summed over ranks must be a copy of it."""
     x = torch.ones(1, 2, 3, requires_grad=True)
-    branch, skip = (x.repeat(1, 2, 1) if name == twice else x for twice in ("reduce_tokens", "gather_tokens"))
-    total = getattr(comm, name)(branch, mesh.tp) + skip  # backward takes the branch first: it came last
-    (total * torch.ones_like(total)).sum().backward()  # the product makes the gradient one in memory; that of a sum alone is a number
+    branch, skip = (
+        x.repeat(1, 2, 1) if name == twice else x for twice in ("reduce_tokens", "gather_tokens")
+    )
+    total = (
+        getattr(comm, name)(branch, mesh.tp) + skip
+    )  # backward takes the branch first: it came last
+    (
+        total * torch.ones_like(total)
+    ).sum().backward()  # the product makes the gradient one in memory; that of a sum alone is a number
     return x.grad
 
 
-@pytest.mark.parametrize(("name", "branch"), [("copy_to", 2), ("reduce_from", 1), ("gather_tokens", 2), ("reduce_tokens", 2)])
+@pytest.mark.parametrize(
+    ("name", "branch"),
+    [("copy_to", 2), ("reduce_from", 1), ("gather_tokens", 2), ("reduce_tokens", 2)],
+)
 def test_the_gradient_of_a_residual_is_left_alone(name, branch):
     skip = 2 if name == "gather_tokens" else 1
     for gradient in run_ranks(2, gradient_of_a_shared_output, name, tp=2):
@@ -216,7 +262,12 @@ def alone(mesh: Mesh) -> list[str]:
             operation(replace(mesh.dp, group=group))
         return str(failure.value)
 
-    groups = [dist.new_group(list(mesh.dp.ranks), timeout=timedelta(seconds=4), use_local_synchronization=True) for _ in OPERATIONS]
+    groups = [
+        dist.new_group(
+            list(mesh.dp.ranks), timeout=timedelta(seconds=4), use_local_synchronization=True
+        )
+        for _ in OPERATIONS
+    ]
     said = []
     if mesh.dp.rank == 0:
         with ThreadPoolExecutor(len(groups)) as threads:
@@ -250,7 +301,11 @@ def test_a_rank_that_dies_is_an_error_at_once(tmp_path):
     start = time.monotonic()
     with pytest.raises(RankError, match="rank 1 died"):
         run_ranks(2, bereaved, tmp_path / "said", tp=2)
-    assert (tmp_path / "said").read_text().startswith("rank 0: all-reduce over tp (ranks 0, 1) failed: ")
+    assert (
+        (tmp_path / "said")
+        .read_text()
+        .startswith("rank 0: all-reduce over tp (ranks 0, 1) failed: ")
+    )
     assert time.monotonic() - start < 30
 
 
@@ -266,4 +321,8 @@ def test_an_error_is_one_line_of_bearable_length(monkeypatch):
     ranks = ", ".join(str(rank) for rank in range(0, 32, 2))
     start, _, said = str(failure.value).partition("failed: ")
     assert start == f"rank 6: all-reduce over dp (ranks {ranks}, ...) "
-    assert said.startswith("timed out after a while and more") and len(said) == 300 and isinstance(failure.value.__cause__, RuntimeError)
+    assert (
+        said.startswith("timed out after a while and more")
+        and len(said) == 300
+        and isinstance(failure.value.__cause__, RuntimeError)
+    )

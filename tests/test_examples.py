@@ -13,11 +13,28 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.mark.parametrize(
-    ("name", "processes"), [("tiny_cpu", 1), ("tiny_cpu", 2), ("gpt2_124m", 8), ("gpt2_124m", 1), ("llama_1b", 8), ("llama_1b", 64)]
+    ("name", "processes"),
+    [
+        ("tiny_cpu", 1),
+        ("tiny_cpu", 2),
+        ("gpt2_124m", 8),
+        ("gpt2_124m", 1),
+        ("llama_1b", 8),
+        ("llama_1b", 64),
+    ],
 )
 def test_recipe_is_valid(name, processes, tmp_path):
     micro = ["--micro-batch-size", "2"]
-    arguments = ["--config", str(EXAMPLES / f"{name}.yaml"), "--mock-data", "--tokenizer-model", str(tmp_path), "--save", str(tmp_path), *micro]
+    arguments = [
+        "--config",
+        str(EXAMPLES / f"{name}.yaml"),
+        "--mock-data",
+        "--tokenizer-model",
+        str(tmp_path),
+        "--save",
+        str(tmp_path),
+        *micro,
+    ]
     config = resolve(flags.parse(arguments).config, processes)
     assert validate(config, processes) == []
 
@@ -26,4 +43,8 @@ def test_every_recipe_is_covered_and_explains_itself():
     found = {path.stem: path.read_text() for path in EXAMPLES.glob("*.yaml")}
     assert set(found) == {"tiny_cpu", "gpt2_124m", "llama_1b"}
     for name, text in found.items():
-        assert text.startswith("# ") and f"--config examples/{name}.yaml" in text and "preset" in yaml.safe_load(text)
+        assert (
+            text.startswith("# ")
+            and f"--config examples/{name}.yaml" in text
+            and "preset" in yaml.safe_load(text)
+        )

@@ -40,7 +40,9 @@ class Memory:
 
 
 def weight_of(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype))
+    return nn.Parameter(
+        torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+    )
 
 
 # --- use and Sink ---
@@ -60,7 +62,11 @@ def test_a_use_brings_its_gradient_to_the_sink_and_leaves_none_behind(dtype):
     y = use(weight)
     assert torch.equal(y, weight) and y.dtype == dtype and (memory.written, memory.waits) == (0, 1)
     (y * 3).sum().backward()
-    assert torch.equal(memory.gradients[0], torch.full((3, 2), 3.0)) and memory.written == 1 and weight.grad is None
+    assert (
+        torch.equal(memory.gradients[0], torch.full((3, 2), 3.0))
+        and memory.written == 1
+        and weight.grad is None
+    )
 
 
 def test_each_use_is_one_gradient_however_often_its_result_is_read():
@@ -68,7 +74,10 @@ def test_each_use_is_one_gradient_however_often_its_result_is_read():
     memory = Memory(weight)
     once = use(weight)
     (once.sum() + (2 * once).sum() + (4 * use(weight)).sum()).backward()
-    assert torch.equal(memory.gradients[0], torch.full((3, 2), 7.0)) and (memory.written, memory.waits) == (2, 2)
+    assert torch.equal(memory.gradients[0], torch.full((3, 2), 7.0)) and (
+        memory.written,
+        memory.waits,
+    ) == (2, 2)
 
 
 def test_a_parameter_that_did_not_matter_writes_nothing():
@@ -121,7 +130,9 @@ def layers_over(sharding: Sharding, dtype: torch.dtype) -> list[nn.Module]:
     return [layer.to(dtype) for layer in (up, down)]
 
 
-def pass_through(mesh: Mesh, how: str, sequence_parallel: bool, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
+def pass_through(
+    mesh: Mesh, how: str, sequence_parallel: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
     """The gradient of the input, those of the parameters, and how many were written before and after backward and after the products.
 
     how: autograd; sink; deferred, with the products run after backward.
@@ -130,7 +141,12 @@ def pass_through(mesh: Mesh, how: str, sequence_parallel: bool, dtype: torch.dty
     layers = layers_over(sharding, dtype)
     params = [p for layer in layers for p in layer.parameters()]
     memory = None if how == "autograd" else Memory(*params)
-    x = sharding.own_tokens(LAYERS_INPUT.transpose(1, 2)).transpose(1, 2).to(dtype, copy=True).requires_grad_()
+    x = (
+        sharding.own_tokens(LAYERS_INPUT.transpose(1, 2))
+        .transpose(1, 2)
+        .to(dtype, copy=True)
+        .requires_grad_()
+    )
     y = layers[1](torch.tanh(layers[0](x)))
     loss = (y * y.detach().sin()).sum()
     counts = [0 if memory is None else memory.written]
@@ -138,7 +154,11 @@ def pass_through(mesh: Mesh, how: str, sequence_parallel: bool, dtype: torch.dty
         with memory.deferral.holding() as products:
             loss.backward()
         counts += [memory.written, len(products)]
-        assert all(gradient.abs().sum() == 0 for p, gradient in zip(params, memory.gradients, strict=True) if p.dim() > 1)
+        assert all(
+            gradient.abs().sum() == 0
+            for p, gradient in zip(params, memory.gradients, strict=True)
+            if p.dim() > 1
+        )
         for product in products:
             product()
     else:
@@ -148,12 +168,21 @@ def pass_through(mesh: Mesh, how: str, sequence_parallel: bool, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("n", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["alone", "tp2", "tp2-sp"])
+@pytest.mark.parametrize(
+    ("n", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["alone", "tp2", "tp2-sp"]
+)
 def test_deferred_products_are_bitwise_the_plain_gradient(n, sequence_parallel, dtype):
     """Two weights wait, two biases do not. With sequence parallel a held product gathers its input only when it runs."""
-    plain, sink, deferred = (run_ranks(n, pass_through, how, sequence_parallel, dtype, tp=n) for how in ("autograd", "sink", "deferred"))
+    plain, sink, deferred = (
+        run_ranks(n, pass_through, how, sequence_parallel, dtype, tp=n)
+        for how in ("autograd", "sink", "deferred")
+    )
     for rank in range(n):
-        assert [found[rank][2] for found in (plain, sink, deferred)] == [[0, 0], [0, 4], [0, 2, 2, 4]]
+        assert [found[rank][2] for found in (plain, sink, deferred)] == [
+            [0, 0],
+            [0, 4],
+            [0, 2, 2, 4],
+        ]
         for found in (sink, deferred):
             assert torch.equal(found[rank][0], plain[rank][0])
             assert all(map(torch.equal, found[rank][1], plain[rank][1]))
@@ -224,24 +253,34 @@ GPT2 = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2, replace(LLAMA, untie_embeddings_and_output_weights=False)], ids=["llama", "gpt2", "tied llama"])
+@pytest.mark.parametrize(
+    "config",
+    [LLAMA, GPT2, replace(LLAMA, untie_embeddings_and_output_weights=False)],
+    ids=["llama", "gpt2", "tied llama"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_every_use_of_every_parameter_reaches_its_sink_as_often_as_its_layout_says(config, dtype):
     """And the sum is autograd's, bit for bit where there is one use; a tied weight's two are added by autograd in the working dtype."""
     tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
-    models = [GPT(config, 50, ops=Ops(), seed=3).place(torch.device("cpu"), dtype) for _ in range(2)]
+    models = [
+        GPT(config, 50, ops=Ops(), seed=3).place(torch.device("cpu"), dtype) for _ in range(2)
+    ]
     memory = Memory(*models[1].parameters())
     for model in models:
         model.loss(tokens, tokens.roll(-1, 1), torch.ones(tokens.shape))[0].backward()
     assert memory.written == sum(p.param_layout.uses for p in memory.parameters)
-    for plain, p, gradient in zip(models[0].parameters(), memory.parameters, memory.gradients, strict=True):
+    for plain, p, gradient in zip(
+        models[0].parameters(), memory.parameters, memory.gradients, strict=True
+    ):
         name = p.param_layout.parts[0].name
         assert p.grad is None, f"{name} was used without passing through its sink"
         if p.param_layout.uses == 1:
             assert torch.equal(gradient, plain.grad.float()), name
         else:
             rounding = 2**-8 if dtype == torch.bfloat16 else 2**-23
-            assert (gradient - plain.grad.float()).norm() <= rounding * plain.grad.float().norm(), name
+            assert (gradient - plain.grad.float()).norm() <= rounding * plain.grad.float().norm(), (
+                name
+            )
 
 
 def test_a_use_waits_for_the_weights_before_it_reads_them():

@@ -12,7 +12,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each part may import of ours, besides itself. A part is a folder of core/ or a file beside them; a file inside a folder that has
 # a row of its own is held to that row alone.
 FOR_ALL = {"presets", "logs", "config"}  # plain values and words: no torch in them
-FOUNDATION = {"mesh", "layout", "name_map", "comm", "autograd", "gradients", "rng", "ops", "precision"}
+FOUNDATION = {
+    "mesh",
+    "layout",
+    "name_map",
+    "comm",
+    "autograd",
+    "gradients",
+    "rng",
+    "ops",
+    "precision",
+}
 MAY_IMPORT = {
     "__init__": set(),
     "presets": set(),
@@ -45,12 +55,45 @@ MAY_IMPORT = {
     "checkpoint": {"layout", "mesh", "comm"},
     "parallel": FOUNDATION,
     "model": FOUNDATION | {"parallel"},
-    "train": FOUNDATION | {"flags", "validate", "launch", "data", "pipeline", "optim", "checkpoint", "parallel", "model"},
+    "train": FOUNDATION
+    | {
+        "flags",
+        "validate",
+        "launch",
+        "data",
+        "pipeline",
+        "optim",
+        "checkpoint",
+        "parallel",
+        "model",
+    },
     "kernels": set(),
 }
 # These do not even get FOR_ALL.
-STRICT = {"presets", "logs", "config", "flags", "validate", "kernels", "ops.native", "ops.reference", "ops.door", "ops.attention", "__init__"}
-WITHOUT_TORCH = {"presets", "logs", "config", "flags", "validate", "pipeline.plan", "pipeline.simulate", "pipeline.split", "pipeline.choose"}
+STRICT = {
+    "presets",
+    "logs",
+    "config",
+    "flags",
+    "validate",
+    "kernels",
+    "ops.native",
+    "ops.reference",
+    "ops.door",
+    "ops.attention",
+    "__init__",
+}
+WITHOUT_TORCH = {
+    "presets",
+    "logs",
+    "config",
+    "flags",
+    "validate",
+    "pipeline.plan",
+    "pipeline.simulate",
+    "pipeline.split",
+    "pipeline.choose",
+}
 FORBIDDEN = {  # of others' packages
     "mesh": ("torch.nn",),
     "layout": ("torch.nn",),
@@ -60,7 +103,11 @@ KERNELS_IMPORT = {"torch", "triton", "math"}
 
 
 def python_files():
-    found = [*(ROOT / "core").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    found = [
+        *(ROOT / "core").rglob("*.py"),
+        *(ROOT / "kernels").rglob("*.py"),
+        *(ROOT / "tools").rglob("*.py"),
+    ]
     return sorted([*found, *ROOT.glob("pretrain_gpt.py")])
 
 
@@ -76,7 +123,11 @@ def name_of(path):
 
 FILES = {name_of(path): path for path in python_files()}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
-CORE = [name for name in FILES if name.split(".")[0] == "trivium" and not name.startswith("trivium.kernels")]
+CORE = [
+    name
+    for name in FILES
+    if name.split(".")[0] == "trivium" and not name.startswith("trivium.kernels")
+]
 
 
 def part_of(module):
@@ -110,7 +161,10 @@ def imported(module, node):
             package = package.rpartition(".")[0]
         base = f"{package}.{base}".rstrip(".")
     names = [f"{base}.{alias.name}" for alias in node.names]
-    return [name if name in FILES or name == "trivium._native" or base not in FILES else base for name in names]
+    return [
+        name if name in FILES or name == "trivium._native" or base not in FILES else base
+        for name in names
+    ]
 
 
 def imports(module):
@@ -136,7 +190,9 @@ def where(module, node):
 def test_every_part_imports_only_what_the_table_allows():
     wrong = []
     for module in CORE:
-        assert row_of(module) in MAY_IMPORT, f"{FILES[module].relative_to(ROOT)}: give {part_of(module)} a row in the table"
+        assert row_of(module) in MAY_IMPORT, (
+            f"{FILES[module].relative_to(ROOT)}: give {part_of(module)} a row in the table"
+        )
         for node, name in imports(module):
             if ours(name) and not {part_of(name), name.removeprefix("trivium.")} & allowed(module):
                 wrong.append(f"{where(module, node)} imports {name}")
@@ -151,7 +207,12 @@ def test_the_table_has_no_row_for_what_is_not_there():
 def test_kernels_import_torch_and_triton_only():
     kernels = [name for name in FILES if name.startswith("trivium.kernels")]
     assert kernels
-    wrong = [f"{where(m, n)} imports {name}" for m in kernels for n, name in imports(m) if name.split(".")[0] not in KERNELS_IMPORT]
+    wrong = [
+        f"{where(m, n)} imports {name}"
+        for m in kernels
+        for n, name in imports(m)
+        if name.split(".")[0] not in KERNELS_IMPORT
+    ]
     assert not wrong
 
 
@@ -166,7 +227,9 @@ def test_configuration_and_plans_need_no_torch(part):
         seen.add(module)
         todo.append(module.rpartition(".")[0])
         for node, name in imports(module):
-            assert name.split(".")[0] not in ("torch", "transformers"), f"{where(module, node)} imports {name}"
+            assert name.split(".")[0] not in ("torch", "transformers"), (
+                f"{where(module, node)} imports {name}"
+            )
             todo.append(name)
 
 
@@ -189,7 +252,10 @@ def test_parts_leave_out_what_they_must_not_know():
 
 
 def test_no_circles():
-    graph = {module: {name for _, name in imports(module) if name in FILES and name != module} for module in FILES}
+    graph = {
+        module: {name for _, name in imports(module) if name in FILES and name != module}
+        for module in FILES
+    }
     finished, path = set(), []
 
     def visit(module):
@@ -206,7 +272,12 @@ def test_no_circles():
 
 
 def test_core_imports_its_own_by_relative_names():
-    wrong = [f"{where(m, n)} imports {name}" for m in CORE for n, name in imports(m) if ours(name) and not getattr(n, "level", 0)]
+    wrong = [
+        f"{where(m, n)} imports {name}"
+        for m in CORE
+        for n, name in imports(m)
+        if ours(name) and not getattr(n, "level", 0)
+    ]
     assert not wrong
 
 
@@ -214,8 +285,14 @@ def test_our_own_code_is_imported_at_the_top():
     wrong = []
     for module in FILES:
         for function in nodes(module, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            inside = [node for node in ast.walk(function) if isinstance(node, (ast.Import, ast.ImportFrom))]
-            wrong += [where(module, node) for node in inside if any(map(ours, imported(module, node)))]
+            inside = [
+                node
+                for node in ast.walk(function)
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+            ]
+            wrong += [
+                where(module, node) for node in inside if any(map(ours, imported(module, node)))
+            ]
     assert not wrong
 
 
@@ -225,29 +302,69 @@ def test_nothing_is_global():
 
 def test_core_prints_only_through_the_logger():
     calls = [(module, node) for module in CORE for node in nodes(module, ast.Call)]
-    assert not [where(module, node) for module, node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+    assert not [
+        where(module, node)
+        for module, node in calls
+        if isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
 
 
 def is_empty_container(value):
     if isinstance(value, ast.Call):
-        name = value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
-        return name in ("list", "dict", "set", "defaultdict", "deque", "OrderedDict", "Counter", "WeakKeyDictionary", "WeakValueDictionary")
-    return (isinstance(value, ast.List) and not value.elts) or (isinstance(value, ast.Dict) and not value.keys)
+        name = (
+            value.func.attr
+            if isinstance(value.func, ast.Attribute)
+            else getattr(value.func, "id", "")
+        )
+        return name in (
+            "list",
+            "dict",
+            "set",
+            "defaultdict",
+            "deque",
+            "OrderedDict",
+            "Counter",
+            "WeakKeyDictionary",
+            "WeakValueDictionary",
+        )
+    return (isinstance(value, ast.List) and not value.elts) or (
+        isinstance(value, ast.Dict) and not value.keys
+    )
 
 
-MUTATORS = {"append", "extend", "add", "update", "setdefault", "pop", "popitem", "clear", "remove", "insert", "discard"}
+MUTATORS = {
+    "append",
+    "extend",
+    "add",
+    "update",
+    "setdefault",
+    "pop",
+    "popitem",
+    "clear",
+    "remove",
+    "insert",
+    "discard",
+}
 
 
 def changed_names(function):
     """Names whose contents a function changes: name[...] = x, name.append(x), del name[...]; less those that are its own."""
     own = {argument.arg for argument in ast.walk(function) if isinstance(argument, ast.arg)}
-    own |= {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    own |= {
+        node.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
     changed = {}
     for node in ast.walk(function):
         value = None
         if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
             value = node.value
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS:
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in MUTATORS
+        ):
             value = node.func.value
         if isinstance(value, ast.Name) and value.id not in own:
             changed[value.id] = node
@@ -259,10 +376,23 @@ def test_modules_hold_no_state():
     wrong = []
     for module in FILES:
         top = [node for node in TREES[module].body if isinstance(node, (ast.Assign, ast.AnnAssign))]
-        names = {target.id for node in top for target in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(target, ast.Name)}
-        wrong += [where(module, node) for node in top if node.value is not None and is_empty_container(node.value)]
+        names = {
+            target.id
+            for node in top
+            for target in getattr(node, "targets", [getattr(node, "target", None)])
+            if isinstance(target, ast.Name)
+        }
+        wrong += [
+            where(module, node)
+            for node in top
+            if node.value is not None and is_empty_container(node.value)
+        ]
         for function in nodes(module, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            wrong += [where(module, node) for name, node in changed_names(function).items() if name in names]
+            wrong += [
+                where(module, node)
+                for name, node in changed_names(function).items()
+                if name in names
+            ]
     assert not wrong
 
 
@@ -270,8 +400,16 @@ def test_native_code_knows_no_torch():
     wrong = []
     for path in (ROOT / "csrc").rglob("*"):
         if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
-            includes = [line for line in path.read_text().splitlines() if line.lstrip().startswith("#include")]
-            wrong += [f"{path.name}: {line}" for line in includes if any(word in line for word in ("torch/", "ATen", "c10/", "caffe2/"))]
+            includes = [
+                line
+                for line in path.read_text().splitlines()
+                if line.lstrip().startswith("#include")
+            ]
+            wrong += [
+                f"{path.name}: {line}"
+                for line in includes
+                if any(word in line for word in ("torch/", "ATen", "c10/", "caffe2/"))
+            ]
     assert not wrong
 
 

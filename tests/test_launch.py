@@ -11,15 +11,32 @@ from runs import ROOT, SMALL, free_port, rows_of, start_step
 import pretrain_gpt
 from trivium import flags
 from trivium.config import ConfigError, resolve
-from trivium.launch import Place, choose_device, first_host, missed_meeting, plan_mesh, read_environment, set_rendezvous, threads_of_a_process
+from trivium.launch import (
+    Place,
+    choose_device,
+    first_host,
+    missed_meeting,
+    plan_mesh,
+    read_environment,
+    set_rendezvous,
+    threads_of_a_process,
+)
 
-SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[003-004]", "SLURM_JOB_ID": "123456"}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+    "SLURM_JOB_ID": "123456",
+}
 
 
 def test_torchrun_srun_and_plain_python_are_told_apart():
     assert read_environment({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Place(3, 8, 1)
     assert read_environment(SRUN) == Place(5, 16, 1)
-    assert read_environment(SRUN | {"RANK": "0", "WORLD_SIZE": "2"}) == Place(0, 2, 0)  # torchrun inside of srun
+    assert read_environment(SRUN | {"RANK": "0", "WORLD_SIZE": "2"}) == Place(
+        0, 2, 0
+    )  # torchrun inside of srun
     assert read_environment({}) == Place(0, 1, 0)
 
 
@@ -28,10 +45,18 @@ def test_torchrun_srun_and_plain_python_are_told_apart():
     [
         ({}, 16, None),  # one process by hand: torch's own choice
         ({"OMP_NUM_THREADS": "4"}, 16, None),
-        ({"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}, 16, 8),  # torchrun's default
+        (
+            {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"},
+            16,
+            8,
+        ),  # torchrun's default
         ({"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "4"}, 16, None),
         ({"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}, 2, 1),
-        ({"LOCAL_WORLD_SIZE": "4"}, 10, 2),  # another launcher, which leaves every process all cores
+        (
+            {"LOCAL_WORLD_SIZE": "4"},
+            10,
+            2,
+        ),  # another launcher, which leaves every process all cores
     ],
 )
 def test_processes_share_the_cores_of_their_machine(env, cores, threads):
@@ -39,12 +64,20 @@ def test_processes_share_the_cores_of_their_machine(env, cores, threads):
 
 
 def test_a_batch_script_is_one_process_whatever_the_job_will_start():
-    assert read_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}) == Place(0, 1, 0)
+    assert read_environment(
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}
+    ) == Place(0, 1, 0)
 
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("gpu[003-010,17],login1", "gpu003"), ("a,b", "a"), ("node7", "node7"), ("n[1,5-6]-ib", "n1-ib"), ("rack-1-gpu[12]", "rack-1-gpu12")],
+    [
+        ("gpu[003-010,17],login1", "gpu003"),
+        ("a,b", "a"),
+        ("node7", "node7"),
+        ("n[1,5-6]-ib", "n1-ib"),
+        ("rack-1-gpu[12]", "rack-1-gpu12"),
+    ],
 )
 def test_first_host_of_a_node_list(nodes, first):
     assert first_host(nodes) == first
@@ -61,7 +94,9 @@ def test_srun_gets_a_meeting_point_and_a_given_one_stays():
 
 def test_several_processes_without_a_meeting_point_are_told_so():
     set_rendezvous(Place(), {})
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but MASTER_PORT not set; start with torchrun"):
+    with pytest.raises(
+        ConfigError, match="WORLD_SIZE is 2, but MASTER_PORT not set; start with torchrun"
+    ):
         set_rendezvous(Place(0, 2), {"MASTER_ADDR": "localhost"})
 
 
@@ -70,12 +105,18 @@ def test_several_processes_without_a_meeting_point_are_told_so():
     [
         ("", {"dp": 16, "copies": 16}),
         ("--use-distributed-optimizer", {"dp": 16, "shards": 16}),
-        ("--data-parallel-sharding-strategy optim_grads --num-distributed-optimizer-instances 4", {"dp": 16, "shards": 4, "copies": 4}),
+        (
+            "--data-parallel-sharding-strategy optim_grads --num-distributed-optimizer-instances 4",
+            {"dp": 16, "shards": 4, "copies": 4},
+        ),
         (
             "--tensor-model-parallel-size 4 --context-parallel-size 2 --use-distributed-optimizer --preset tiny",  # 2 key-value heads
             {"tp": 4, "cp": 2, "dp": 2, "shards": 4, "kv": 2},
         ),
-        ("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --preset tiny", {"tp": 2, "pp": 4, "dp": 2, "copies": 2}),
+        (
+            "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --preset tiny",
+            {"tp": 2, "pp": 4, "dp": 2, "copies": 2},
+        ),
     ],
 )
 def test_flags_become_the_axes_of_the_mesh(arguments, sizes):
@@ -84,7 +125,9 @@ def test_flags_become_the_axes_of_the_mesh(arguments, sizes):
     for rank in (0, 7, 15):
         mesh = plan_mesh(config, Place(rank, 16, 0))
         axes = ("tp", "cp", "dp", "pp", "ep", "shards", "copies", "kv")
-        assert {name: getattr(mesh, name).size for name in axes} == dict.fromkeys(axes, 1) | sizes and mesh.rank == rank
+        assert {name: getattr(mesh, name).size for name in axes} == dict.fromkeys(
+            axes, 1
+        ) | sizes and mesh.rank == rank
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -107,7 +150,9 @@ def test_a_process_without_a_device_of_its_own_tells_it_itself(monkeypatch, capf
 
 def test_a_reader_that_goes_away_does_not_end_the_program():
     command = f"{sys.executable} {ROOT}/pretrain_gpt.py --list-presets | head -1"
-    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True
+    )
     assert result.returncode == 0 and result.stdout.startswith("tiny") and result.stderr == ""
 
 
@@ -136,7 +181,12 @@ def task_of_step(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
 
     def become(task: int, tasks: int) -> None:
-        step = {"SLURM_PROCID": task, "SLURM_LOCALID": task, "SLURM_STEP_NUM_TASKS": tasks, "SLURM_STEP_NODELIST": "localhost"}
+        step = {
+            "SLURM_PROCID": task,
+            "SLURM_LOCALID": task,
+            "SLURM_STEP_NUM_TASKS": tasks,
+            "SLURM_STEP_NODELIST": "localhost",
+        }
         for name, value in step.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -146,16 +196,24 @@ def task_of_step(monkeypatch):
 
 
 @pytest.mark.parametrize(("task", "said"), [(0, REFUSAL), (2, "")])
-def test_an_impossible_number_of_tasks_is_refused_before_any_of_them_meets_another(task_of_step, monkeypatch, capfd, task, said):
+def test_an_impossible_number_of_tasks_is_refused_before_any_of_them_meets_another(
+    task_of_step, monkeypatch, capfd, task, said
+):
     """Each task alone: the others never come, and none is waited for. The first one tells."""
     task_of_step(task, 3)
     monkeypatch.setattr(pretrain_gpt, "LAST_TO_LEAVE", 0.0)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: pytest.fail("a group was made"))
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda *args, **kwargs: pytest.fail("a group was made"),
+    )
     assert pretrain_gpt.cli(IMPOSSIBLE) == 2
     assert capfd.readouterr().err == said
 
 
-def test_a_task_that_is_interrupted_while_the_first_one_tells_ends_quietly(task_of_step, monkeypatch, capfd):
+def test_a_task_that_is_interrupted_while_the_first_one_tells_ends_quietly(
+    task_of_step, monkeypatch, capfd
+):
     task_of_step(2, 3)
 
     def interrupt(seconds: float) -> None:
@@ -167,9 +225,28 @@ def test_a_task_that_is_interrupted_while_the_first_one_tells_ends_quietly(task_
 
 
 def test_torchrun_with_an_impossible_number_of_processes_ends_with_one_message():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", ROOT / "pretrain_gpt.py", *IMPOSSIBLE]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode != 0 and result.stderr.count("not a multiple of") == 1 and REFUSAL in result.stderr, result.stderr
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "3",
+        ROOT / "pretrain_gpt.py",
+        *IMPOSSIBLE,
+    ]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert (
+        result.returncode != 0
+        and result.stderr.count("not a multiple of") == 1
+        and REFUSAL in result.stderr
+    ), result.stderr
     assert "exitcode  : 2" in result.stderr, "torchrun's own report of rank 0"
     assert str(ROOT / "core") not in result.stderr
 
@@ -178,13 +255,19 @@ def test_a_task_that_waits_in_vain_for_the_others_says_where(task_of_step, capfd
     task_of_step(0, 2)
     assert pretrain_gpt.cli(f"{SMALL} --mock-data --distributed-timeout-minutes 0.03".split()) == 1
     error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"pretrain_gpt.py: rank 0: the 2 processes did not all meet at localhost:{os.environ['MASTER_PORT']}: Timed out after ")
-    assert "1/2 clients joined; start all of them" in error and error.endswith("raise --distributed-timeout-minutes")
+    assert error.startswith(
+        f"pretrain_gpt.py: rank 0: the 2 processes did not all meet at localhost:{os.environ['MASTER_PORT']}: Timed out after "
+    )
+    assert "1/2 clients joined; start all of them" in error and error.endswith(
+        "raise --distributed-timeout-minutes"
+    )
 
 
 def test_other_errors_are_not_taken_for_a_missed_meeting():
     assert missed_meeting(RuntimeError("shape mismatch"), Place(0, 2)) is None
-    assert missed_meeting(RuntimeError("Gloo connectFullMesh failed with Connect timeout"), Place(1, 2)).startswith("rank 1: the 2 processes did not")
+    assert missed_meeting(
+        RuntimeError("Gloo connectFullMesh failed with Connect timeout"), Place(1, 2)
+    ).startswith("rank 1: the 2 processes did not")
 
 
 LEAVING = """
@@ -201,5 +284,15 @@ leave(3, Place(0, 2))
 def test_a_failed_process_leaves_at_once_and_tidily_whatever_its_threads_are_at(tmp_path):
     """The thread stands for those of a transport with an operation under way: the interpreter waits for it, or aborts."""
     command = [sys.executable, "-c", LEAVING, tmp_path / "store"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ | {"PYTHONUNBUFFERED": ""})
-    assert (result.returncode, result.stdout, result.stderr) == (3, "the loader ends its processes\n", "")
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (
+        3,
+        "the loader ends its processes\n",
+        "",
+    )

@@ -42,9 +42,15 @@ def marked(layout: Layout) -> torch.Tensor:
 def test_rows_cut_tiles_every_part_once(tp, columns):
     layouts = [Layout.rows_cut({"q": 16, "k": 8, "v": 4}, columns, axis) for axis in ranks_of(tp)]
     held = counts(layouts)
-    assert {name: tuple(whole.shape) for name, whole in held.items()} == {"q": (16, *columns), "k": (8, *columns), "v": (4, *columns)}
+    assert {name: tuple(whole.shape) for name, whole in held.items()} == {
+        "q": (16, *columns),
+        "k": (8, *columns),
+        "v": (4, *columns),
+    }
     assert all((whole == 1).all() for whole in held.values())
-    assert all(layout.shape == (28 // tp, *columns) and (marked(layout) == 1).all() for layout in layouts)
+    assert all(
+        layout.shape == (28 // tp, *columns) and (marked(layout) == 1).all() for layout in layouts
+    )
 
 
 @pytest.mark.parametrize("tp", CUTS)
@@ -62,7 +68,9 @@ def test_vocabulary_cut_tiles_the_words_and_leaves_the_padding(tp, rows):
     assert (counts(layouts)["words"] == 1).all() and counts(layouts)["words"].shape == (rows, 3)
     belongs = torch.cat([marked(layout) for layout in layouts])
     assert (belongs[:rows] == 1).all() and (belongs[rows:] == 0).all() and len(belongs) == 16
-    assert sum(len(list(layout.pieces(torch.zeros(layout.shape)))) for layout in layouts) == -(-rows // (16 // tp))
+    assert sum(len(list(layout.pieces(torch.zeros(layout.shape)))) for layout in layouts) == -(
+        -rows // (16 // tp)
+    )
 
 
 @pytest.mark.parametrize("tp", CUTS)
@@ -79,23 +87,38 @@ def test_cut_parts_are_primary_everywhere(tp):
         lambda axis: Layout.columns_cut("o", 6, 16, axis),
         lambda axis: Layout.vocabulary_cut("words", 13, 16, 3, axis),
     ):
-        assert all((whole == 1).all() for whole in counts([make(axis) for axis in ranks_of(tp)], primary_only=True).values())
+        assert all(
+            (whole == 1).all()
+            for whole in counts([make(axis) for axis in ranks_of(tp)], primary_only=True).values()
+        )
 
 
 @pytest.mark.parametrize("copies", [2, 4])
 def test_fewer_heads_than_ranks_are_held_by_neighbours_and_counted_once(copies):
     """4 / copies key-value heads of 2 rows on 4 ranks, beside queries that are cut over all of them."""
     heads, meshes = 4 // copies, [Mesh.plan(4, rank, tp=4, kv_copies=copies) for rank in range(4)]
-    layouts = [Layout.rows_cut({"q": 16, "k": Rows(2 * heads, mesh.kv), "v": Rows(2 * heads, mesh.kv)}, (6,), mesh.tp) for mesh in meshes]
+    layouts = [
+        Layout.rows_cut(
+            {"q": 16, "k": Rows(2 * heads, mesh.kv), "v": Rows(2 * heads, mesh.kv)}, (6,), mesh.tp
+        )
+        for mesh in meshes
+    ]
     held, counted = counts(layouts), counts(layouts, primary_only=True)
-    assert {name: tuple(whole.shape) for name, whole in held.items()} == {"q": (16, 6), "k": (2 * heads, 6), "v": (2 * heads, 6)}
+    assert {name: tuple(whole.shape) for name, whole in held.items()} == {
+        "q": (16, 6),
+        "k": (2 * heads, 6),
+        "v": (2 * heads, 6),
+    }
     assert (held["q"] == 1).all() and (held["k"] == copies).all() and (held["v"] == copies).all()
     assert all((whole == 1).all() for whole in counted.values())
     for rank, layout in enumerate(layouts):
         q, k, v = layout.parts
         head = rank // copies
         assert layout.shape == (8, 6) and (marked(layout) == 1).all()
-        assert q.box == ((4 * rank, 4 * rank + 4), (0, 6)) and k.box == v.box == ((2 * head, 2 * head + 2), (0, 6))
+        assert q.box == ((4 * rank, 4 * rank + 4), (0, 6)) and k.box == v.box == (
+            (2 * head, 2 * head + 2),
+            (0, 6),
+        )
 
 
 def test_a_gradient_is_partial_over_the_ranks_that_hold_the_same_heads_and_over_no_others():
@@ -118,8 +141,13 @@ def test_twins_are_counted_on_the_first_of_them(tp):
     cut = [Layout.vocabulary_cut("words", 13, 16, 3, axis) for axis in ranks_of(tp)]
     twins = [Axis("embedding", 2, rank, (0, 6)) for rank in range(2)]
     layouts = [layout.tied(axis, uses=1) for layout in cut for axis in twins]
-    assert (counts(layouts)["words"] == 2).all() and (counts(layouts, primary_only=True)["words"] == 1).all()
-    assert all(layout.twins is axis and layout.uses == 1 for layout, axis in zip(layouts, twins * tp, strict=True))
+    assert (counts(layouts)["words"] == 2).all() and (
+        counts(layouts, primary_only=True)["words"] == 1
+    ).all()
+    assert all(
+        layout.twins is axis and layout.uses == 1
+        for layout, axis in zip(layouts, twins * tp, strict=True)
+    )
     assert all(layout.parts[0].primary == (layout.twins.rank == 0) for layout in layouts)
 
 
@@ -138,14 +166,37 @@ def test_what_a_tied_copy_is_not_primary_of_stays_so():
 def layouts_to_cut() -> st.SearchStrategy[Layout]:
     """Every kind of layout, on any rank of a cut, of two dims, of one and of none."""
     axes = st.sampled_from([axis for size in CUTS for axis in ranks_of(size)])
-    meshes = st.sampled_from([Mesh.plan(4, rank, tp=4, kv_copies=copies) for rank in range(4) for copies in CUTS])
+    meshes = st.sampled_from(
+        [Mesh.plan(4, rank, tp=4, kv_copies=copies) for rank in range(4) for copies in CUTS]
+    )
     sizes = st.integers(1, 5)
     return st.one_of(
-        st.builds(lambda axis, a, b, c: Layout.rows_cut({"q": 4 * a, "k": 4 * b}, (c,), axis), axes, sizes, sizes, sizes),
-        st.builds(lambda axis, a, b: Layout.rows_cut({"q": 4 * a, "k": 4 * b}, (), axis), axes, sizes, sizes),
-        st.builds(lambda mesh, a, c: Layout.rows_cut({"q": 8, "k": Rows(4 * a, mesh.kv)}, (c,), mesh.tp), meshes, sizes, sizes),
+        st.builds(
+            lambda axis, a, b, c: Layout.rows_cut({"q": 4 * a, "k": 4 * b}, (c,), axis),
+            axes,
+            sizes,
+            sizes,
+            sizes,
+        ),
+        st.builds(
+            lambda axis, a, b: Layout.rows_cut({"q": 4 * a, "k": 4 * b}, (), axis),
+            axes,
+            sizes,
+            sizes,
+        ),
+        st.builds(
+            lambda mesh, a, c: Layout.rows_cut({"q": 8, "k": Rows(4 * a, mesh.kv)}, (c,), mesh.tp),
+            meshes,
+            sizes,
+            sizes,
+        ),
         st.builds(lambda axis, a, b: Layout.columns_cut("o", a, 4 * b, axis), axes, sizes, sizes),
-        st.builds(lambda axis, rows, c: Layout.vocabulary_cut("words", rows, 16, c, axis), axes, st.integers(1, 16), sizes),
+        st.builds(
+            lambda axis, rows, c: Layout.vocabulary_cut("words", rows, 16, c, axis),
+            axes,
+            st.integers(1, 16),
+            sizes,
+        ),
         st.builds(lambda axis, a, b: Layout.whole("norm", (a, b), axis), axes, sizes, sizes),
         st.builds(lambda axis: Layout.whole("steps", (), axis), axes),
     )
@@ -173,14 +224,24 @@ def test_the_pieces_of_any_flat_range_tile_exactly_that_range(layout, data):
     memory = torch.full((stop - start,), -1)
     names = [""] * (stop - start)
     for piece in layout.pieces(memory, start=start):
-        assert tuple(piece.tensor.shape) == tuple(b - a for a, b in piece.box) and piece.tensor.numel() > 0
+        assert (
+            tuple(piece.tensor.shape) == tuple(b - a for a, b in piece.box)
+            and piece.tensor.numel() > 0
+        )
         assert all(0 <= a < b <= size for (a, b), size in zip(piece.box, piece.shape, strict=True))
         at = piece.tensor.storage_offset()
-        assert piece.tensor.is_contiguous() and (memory[at : at + piece.tensor.numel()] == -1).all(), "in two pieces"
+        assert (
+            piece.tensor.is_contiguous() and (memory[at : at + piece.tensor.numel()] == -1).all()
+        ), "in two pieces"
         names[at : at + piece.tensor.numel()] = [piece.name] * piece.tensor.numel()
         whole = torch.arange(prod(piece.shape)).view(piece.shape)
-        piece.tensor.copy_(whole[tuple(slice(*interval) for interval in piece.box)])  # through the view, into memory
-    assert memory.tolist() == expected_places[start:stop].tolist() and names == expected_names[start:stop]
+        piece.tensor.copy_(
+            whole[tuple(slice(*interval) for interval in piece.box)]
+        )  # through the view, into memory
+    assert (
+        memory.tolist() == expected_places[start:stop].tolist()
+        and names == expected_names[start:stop]
+    )
     pieces = list(layout.pieces(memory, start=start))
     assert all(sum(piece.name == part.name for piece in pieces) <= 3 for part in layout.parts)
 
@@ -191,7 +252,10 @@ def test_a_flat_range_is_a_row_end_whole_rows_and_a_row_start():
     local = torch.arange(30.0)
     boxes = [piece.box for piece in layout.pieces(local[4:20], start=4)]
     assert boxes == [((0, 1), (4, 5)), ((1, 4), (0, 5))]
-    assert [piece.box for piece in layout.pieces(local[4:23], start=4)] == [*boxes, ((4, 5), (0, 3))]
+    assert [piece.box for piece in layout.pieces(local[4:23], start=4)] == [
+        *boxes,
+        ((4, 5), (0, 3)),
+    ]
     assert [piece.box for piece in layout.pieces(local[6:9], start=6)] == [((1, 2), (1, 4))]
     assert [piece.box for piece in layout.pieces(local)] == [((0, 6), (0, 5))]
 
@@ -199,14 +263,20 @@ def test_a_flat_range_is_a_row_end_whole_rows_and_a_row_start():
 def test_pieces_of_shards_say_who_counts_them():
     """A shard of a tensor that is not primary here is not primary either."""
     layout = Layout.whole("w", (4, 4), ranks_of(2)[1])
-    assert [piece.primary for piece in layout.pieces(torch.zeros(7), start=3)] == [False, False, False]
+    assert [piece.primary for piece in layout.pieces(torch.zeros(7), start=3)] == [
+        False,
+        False,
+        False,
+    ]
 
 
 def test_pieces_are_views_at_the_right_place():
     layout = Layout.rows_cut({"q": 4, "k": 2}, (3,), ranks_of(2)[1])
     local = torch.arange(9.0).view(3, 3)
     pieces = {piece.name: piece for piece in layout.pieces(local, "moment.")}
-    assert pieces["moment.k"].box == ((1, 2), (0, 3)) and torch.equal(pieces["moment.k"].tensor, local[2:])
+    assert pieces["moment.k"].box == ((1, 2), (0, 3)) and torch.equal(
+        pieces["moment.k"].tensor, local[2:]
+    )
     pieces["moment.q"].tensor.fill_(-1)
     assert (local[:2] == -1).all() and (local[2:] >= 0).all()
 

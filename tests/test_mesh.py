@@ -18,8 +18,24 @@ SIZES = [
     for tp, cp, ep, pp in itertools.product((1, 2, 3), (1, 2), (1, 2, 4), (1, 2, 4))
     if world % (tp * cp * pp) == 0 and (world // (tp * pp)) % ep == 0
 ]
-AXIS_NAMES = ("world", "tp", "cp", "dp", "pp", "ep", "expert_dp", "dp_cp", "shards", "copies", "model", "embedding", "kv")
-PARTITIONING = [name for name in AXIS_NAMES if name != "embedding"]  # the embedding axis leaves out the stages in between
+AXIS_NAMES = (
+    "world",
+    "tp",
+    "cp",
+    "dp",
+    "pp",
+    "ep",
+    "expert_dp",
+    "dp_cp",
+    "shards",
+    "copies",
+    "model",
+    "embedding",
+    "kv",
+)
+PARTITIONING = [
+    name for name in AXIS_NAMES if name != "embedding"
+]  # the embedding axis leaves out the stages in between
 
 
 def lines(world: int, axis: str, **sizes: int) -> set[tuple[int, ...]]:
@@ -40,13 +56,30 @@ def test_there_are_many_sizes_to_compare():
 
 def test_every_axis_is_megatrons(rank_generator):
     for world, tp, cp, ep, pp in SIZES:
-        dense = rank_generator(tp=tp, ep=1, dp=world // (tp * cp * pp), pp=pp, cp=cp, order="tp-cp-ep-dp-pp")
-        expert = rank_generator(tp=tp, ep=ep, dp=world // (tp * ep * pp), pp=pp, cp=1, order="tp-cp-ep-dp-pp")
-        pairs = [("tp", dense, "tp"), ("cp", dense, "cp"), ("dp", dense, "dp"), ("pp", dense, "pp"), ("dp_cp", dense, "dp-cp")]
+        dense = rank_generator(
+            tp=tp, ep=1, dp=world // (tp * cp * pp), pp=pp, cp=cp, order="tp-cp-ep-dp-pp"
+        )
+        expert = rank_generator(
+            tp=tp, ep=ep, dp=world // (tp * ep * pp), pp=pp, cp=1, order="tp-cp-ep-dp-pp"
+        )
+        pairs = [
+            ("tp", dense, "tp"),
+            ("cp", dense, "cp"),
+            ("dp", dense, "dp"),
+            ("pp", dense, "pp"),
+            ("dp_cp", dense, "dp-cp"),
+        ]
         pairs += [("model", dense, "tp-pp"), ("ep", expert, "ep"), ("expert_dp", expert, "dp")]
         for ours, generator, theirs in pairs:
             expected = {tuple(group) for group in generator.get_ranks(theirs)}
-            assert lines(world, ours, tp=tp, cp=cp, ep=ep, pp=pp) == expected, (world, tp, cp, ep, pp, ours)
+            assert lines(world, ours, tp=tp, cp=cp, ep=ep, pp=pp) == expected, (
+                world,
+                tp,
+                cp,
+                ep,
+                pp,
+                ours,
+            )
 
 
 def test_4096_ranks_worked_by_hand():
@@ -89,11 +122,20 @@ def test_at_4096_ranks_each_copy_of_a_parameter_is_one_shard_in_one_block(large)
     """shards x copies is dp x cp: each block of shards holds the whole state, and a shard lies on one rank of each block."""
     sizes, meshes = large
     for mesh in meshes:
-        assert mesh.shards.size == sizes.get("shards", 1) and mesh.shards.size * mesh.copies.size == mesh.dp_cp.size
-        assert {rank for copy in mesh.copies.ranks for rank in meshes[copy].shards.ranks} == set(mesh.dp_cp.ranks)
+        assert (
+            mesh.shards.size == sizes.get("shards", 1)
+            and mesh.shards.size * mesh.copies.size == mesh.dp_cp.size
+        )
+        assert {rank for copy in mesh.copies.ranks for rank in meshes[copy].shards.ranks} == set(
+            mesh.dp_cp.ranks
+        )
         assert set(mesh.shards.ranks) & set(mesh.copies.ranks) == {mesh.rank}
-        assert all(meshes[copy].shards.rank == mesh.shards.rank for copy in mesh.copies.ranks), "copies of different shards"
-        assert mesh.dp_cp.rank == mesh.copies.rank * mesh.shards.size + mesh.shards.rank, "a block is of neighbours: one node, where it fits"
+        assert all(meshes[copy].shards.rank == mesh.shards.rank for copy in mesh.copies.ranks), (
+            "copies of different shards"
+        )
+        assert mesh.dp_cp.rank == mesh.copies.rank * mesh.shards.size + mesh.shards.rank, (
+            "a block is of neighbours: one node, where it fits"
+        )
 
 
 def test_at_4096_ranks_neighbours_of_tp_share_a_key_value_head(large):
@@ -101,7 +143,10 @@ def test_at_4096_ranks_neighbours_of_tp_share_a_key_value_head(large):
     copies = large[0].get("kv_copies", 1)
     for rank, mesh in enumerate(large[1]):
         head = mesh.tp.rank // copies
-        assert mesh.kv.ranks == mesh.tp.ranks[head * copies : (head + 1) * copies] and mesh.kv.ranks[mesh.kv.rank] == rank
+        assert (
+            mesh.kv.ranks == mesh.tp.ranks[head * copies : (head + 1) * copies]
+            and mesh.kv.ranks[mesh.kv.rank] == rank
+        )
 
 
 def test_without_sharding_every_rank_is_a_copy_and_with_one_instance_none_is():
@@ -113,7 +158,16 @@ def test_without_sharding_every_rank_is_a_copy_and_with_one_instance_none_is():
 
 def test_embedding_axis_joins_first_and_last_stage_only():
     meshes = [Mesh.plan(8, rank, tp=2, pp=4) for rank in range(8)]
-    assert [mesh.embedding.ranks for mesh in meshes] == [(0, 6), (1, 7), (2,), (3,), (4,), (5,), (0, 6), (1, 7)]
+    assert [mesh.embedding.ranks for mesh in meshes] == [
+        (0, 6),
+        (1, 7),
+        (2,),
+        (3,),
+        (4,),
+        (5,),
+        (0, 6),
+        (1, 7),
+    ]
     assert [mesh.embedding.rank for mesh in meshes] == [0, 0, 0, 0, 0, 0, 1, 1]
     assert Mesh.plan(4, 2, tp=4).embedding.ranks == (2,)
 
@@ -174,7 +228,9 @@ def test_connected_axes_sum_over_their_own_ranks(n, sizes):
 
 
 def group_sharing(mesh: Mesh) -> tuple[bool, bool]:
-    return mesh.dp.group is mesh.dp_cp.group is mesh.copies.group, all(axis.group is not None for axis in mesh.axes() if axis.size > 1)
+    return mesh.dp.group is mesh.dp_cp.group is mesh.copies.group, all(
+        axis.group is not None for axis in mesh.axes() if axis.size > 1
+    )
 
 
 def test_axes_of_the_same_ranks_share_a_group():

@@ -20,9 +20,25 @@ def build_wheel(folder, **environment):
     for name in SOURCES:
         path = ROOT / name
         ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-        shutil.copytree(path, source / name, ignore=ignore) if path.is_dir() else shutil.copy(path, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(source)]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+        shutil.copytree(path, source / name, ignore=ignore) if path.is_dir() else shutil.copy(
+            path, source / name
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(folder),
+        str(source),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("trivium*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -38,7 +54,9 @@ def python(code, cwd, path):
     """Run code in a process that finds modules on `path` before anything installed, and nothing of ours elsewhere."""
     code = WITHOUT_THE_CHECKOUT + code
     environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -52,9 +70,14 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_the_engine_the_kernels_and_the_native_module(wheel):
     _, names = wheel
-    assert {"trivium/__init__.py", "trivium/ops/door.py", "trivium/kernels/rms_norm.py"} <= set(names)
+    assert {"trivium/__init__.py", "trivium/ops/door.py", "trivium/kernels/rms_norm.py"} <= set(
+        names
+    )
     assert [name for name in names if name.startswith("trivium/_native") and name.endswith(".so")]
-    sources = {"trivium/" + path.relative_to(ROOT / "core").as_posix() for path in (ROOT / "core").rglob("*.py")}
+    sources = {
+        "trivium/" + path.relative_to(ROOT / "core").as_posix()
+        for path in (ROOT / "core").rglob("*.py")
+    }
     assert sources <= set(names)
 
 
@@ -74,7 +97,9 @@ def test_unpacked_wheel_works_from_another_folder(wheel, tmp_path):
 
 def test_kernels_of_hugging_face_is_found_from_the_checkout():
     pytest.importorskip("kernels")
-    file = python("from kernels import get_kernel; import kernels; print(kernels.__file__)", ROOT, "")
+    file = python(
+        "from kernels import get_kernel; import kernels; print(kernels.__file__)", ROOT, ""
+    )
     assert ROOT / "kernels" not in Path(file).parents
 
 

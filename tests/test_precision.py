@@ -18,7 +18,9 @@ def scales(precision: PrecisionConfig, moves: str) -> list[float]:
 
 
 def test_dynamic_scale_halves_after_hysteresis_and_doubles_after_a_window():
-    precision = PrecisionConfig(fp16=True, initial_loss_scale=16.0, loss_scale_window=3, hysteresis=2, min_loss_scale=4.0)
+    precision = PrecisionConfig(
+        fp16=True, initial_loss_scale=16.0, loss_scale_window=3, hysteresis=2, min_loss_scale=4.0
+    )
     assert scales(precision, "xx") == [16, 8]
     assert scales(precision, "xxxx") == [16, 8, 4, 4]
     assert scales(precision, "......") == [16, 16, 32, 32, 32, 64]
@@ -47,7 +49,9 @@ def test_state_restores_the_next_moves():
 
 
 def test_working_dtype():
-    assert [working_dtype(PrecisionConfig(bf16=b, fp16=f)) for b, f in ((0, 0), (1, 0), (0, 1))] == [torch.float32, torch.bfloat16, torch.float16]
+    assert [
+        working_dtype(PrecisionConfig(bf16=b, fp16=f)) for b, f in ((0, 0), (1, 0), (0, 1))
+    ] == [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_state_of_another_precision_is_not_taken_up():

@@ -18,7 +18,9 @@ def add(mesh: Mesh, value: torch.Tensor) -> tuple[int, int, torch.Tensor]:
 
 def test_results_come_back_in_rank_order():
     results = run_ranks(4, add, torch.tensor([1.0, 2.0]), tp=2)
-    assert [(rank, tp, value.tolist()) for rank, tp, value in results] == [(rank, 2, [4.0, 8.0]) for rank in range(4)]
+    assert [(rank, tp, value.tolist()) for rank, tp, value in results] == [
+        (rank, 2, [4.0, 8.0]) for rank in range(4)
+    ]
 
 
 def fail_on_one(mesh: Mesh, kind: type) -> None:
@@ -32,7 +34,9 @@ def test_the_first_failure_is_raised_as_it_was_with_its_traceback(kind):
     start = time.monotonic()
     with pytest.raises(kind, match="the first failure") as failure:
         run_ranks(2, fail_on_one, kind)
-    assert "on rank 1:" in failure.value.__notes__[0] and "fail_on_one" in failure.value.__notes__[0]
+    assert (
+        "on rank 1:" in failure.value.__notes__[0] and "fail_on_one" in failure.value.__notes__[0]
+    )
     assert time.monotonic() - start < 20
     assert len(run_ranks(2, add, torch.zeros(1))) == 2
 
@@ -42,7 +46,9 @@ def leave(mesh: Mesh, how: str) -> None:
         os._exit(3) if how == "die" else time.sleep(60)
 
 
-@pytest.mark.parametrize(("how", "reason"), [("die", "rank 0 died"), ("hang", r"ranks \[0\] did not answer within 1 s")])
+@pytest.mark.parametrize(
+    ("how", "reason"), [("die", "rank 0 died"), ("hang", r"ranks \[0\] did not answer within 1 s")]
+)
 def test_a_dead_or_hung_rank_is_named_and_replaced(how, reason):
     with pytest.raises(RankError, match=reason):
         run_ranks(2, leave, how, timeout=1.0)
@@ -61,4 +67,7 @@ def test_a_hundred_cases_leak_no_descriptor():
     for _ in range(100):
         after = run_ranks(2, process_and_descriptors)
     assert [pid for pid, _ in after] == [pid for pid, _ in before]
-    assert all(late <= early + 2 for (_, early), (_, late) in zip(before, after, strict=True)) and len(os.listdir("/proc/self/fd")) <= ours
+    assert (
+        all(late <= early + 2 for (_, early), (_, late) in zip(before, after, strict=True))
+        and len(os.listdir("/proc/self/fd")) <= ours
+    )

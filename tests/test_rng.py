@@ -13,7 +13,14 @@ import torch
 
 from trivium.layout import Layout
 from trivium.mesh import Axis
-from trivium.rng import DropoutStream, Init, attention_dropout_seed, dropout, new_parameter, normal_rows
+from trivium.rng import (
+    DropoutStream,
+    Init,
+    attention_dropout_seed,
+    dropout,
+    new_parameter,
+    normal_rows,
+)
 
 
 def ranks_of(size: int) -> list[Axis]:
@@ -33,7 +40,9 @@ def test_any_range_of_rows_is_the_slice_of_the_whole(columns):
     whole = normal_rows(1234, "layers.0.q", 0, 20, columns)
     assert whole.shape == (20, columns) and whole.dtype == np.float32
     for start, stop in ((0, 1), (3, 17), (19, 20), (5, 5)):
-        assert np.array_equal(normal_rows(1234, "layers.0.q", start, stop, columns), whole[start:stop])
+        assert np.array_equal(
+            normal_rows(1234, "layers.0.q", start, stop, columns), whole[start:stop]
+        )
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])
@@ -41,24 +50,44 @@ def test_cut_parameters_are_slices_of_the_whole(tp):
     init, axes = Init(seed=7, std=0.02), ranks_of(tp)
     for name, height in (("q", 24), ("k", 12)):
         layouts = [Layout.rows_cut({"q": 24, "k": 12}, (36,), axis) for axis in axes]
-        cut = [part.within(new_parameter(layout, init).data) for layout in layouts for part in layout.parts if part.name == name]
-        assert np.array_equal(torch.cat(cut).numpy(), normal_rows(7, name, 0, height, 36) * np.float32(0.02))
-    columns = torch.cat([new_parameter(Layout.columns_cut("o", 10, 36, axis), init).data for axis in axes], dim=1)
+        cut = [
+            part.within(new_parameter(layout, init).data)
+            for layout in layouts
+            for part in layout.parts
+            if part.name == name
+        ]
+        assert np.array_equal(
+            torch.cat(cut).numpy(), normal_rows(7, name, 0, height, 36) * np.float32(0.02)
+        )
+    columns = torch.cat(
+        [new_parameter(Layout.columns_cut("o", 10, 36, axis), init).data for axis in axes], dim=1
+    )
     assert np.array_equal(columns.numpy(), normal_rows(7, "o", 0, 10, 36) * np.float32(0.02))
-    table = torch.cat([new_parameter(Layout.vocabulary_cut("words", 17, 24, 5, axis), init).data for axis in axes])
+    table = torch.cat(
+        [new_parameter(Layout.vocabulary_cut("words", 17, 24, 5, axis), init).data for axis in axes]
+    )
     assert np.array_equal(table[:17].numpy(), normal_rows(7, "words", 0, 17, 5) * np.float32(0.02))
     assert (table[17:] == 0).all()
 
 
 def test_rows_are_the_same_across_the_seams_of_drawing():
     """2^20 elements are drawn at a time: row 1,024 of a width of 1,024 opens the second draw."""
-    parameter = new_parameter(Layout.whole("wide", (1500, 1024), ranks_of(1)[0]), Init(seed=3, std=1.0))
-    assert np.array_equal(parameter[1000:1100].detach().numpy(), normal_rows(3, "wide", 1000, 1100, 1024))
+    parameter = new_parameter(
+        Layout.whole("wide", (1500, 1024), ranks_of(1)[0]), Init(seed=3, std=1.0)
+    )
+    assert np.array_equal(
+        parameter[1000:1100].detach().numpy(), normal_rows(3, "wide", 1000, 1100, 1024)
+    )
 
 
 def test_constants_fill_parts_and_leave_padding_zero():
     layout = Layout.vocabulary_cut("words", 5, 8, 2, ranks_of(2)[1])
-    assert new_parameter(layout, Init(seed=1, fill=1.0)).tolist() == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    assert new_parameter(layout, Init(seed=1, fill=1.0)).tolist() == [
+        [1.0, 1.0],
+        [0.0, 0.0],
+        [0.0, 0.0],
+        [0.0, 0.0],
+    ]
     assert (new_parameter(layout, Init(seed=None, std=0.02)) == 0).all()
 
 
@@ -86,7 +115,10 @@ def test_normals_have_the_tails_of_a_normal(bound, sign):
 
 def test_normals_are_finite_at_the_ends():
     """Rows found by search, where the 24 bits behind one radius are all zeros (the largest there is), and all ones (none)."""
-    longest, shortest = normal_rows(2, "ends", 21_560_157, 21_560_158, 8)[0, 6:], normal_rows(2, "ends", 1_525_134, 1_525_135, 8)[0, 2:4]
+    longest, shortest = (
+        normal_rows(2, "ends", 21_560_157, 21_560_158, 8)[0, 6:],
+        normal_rows(2, "ends", 1_525_134, 1_525_135, 8)[0, 2:4],
+    )
     assert np.hypot(*longest) == pytest.approx(math.sqrt(48 * math.log(2)), rel=1e-5)
     assert np.hypot(*shortest) == 0
 
@@ -103,21 +135,34 @@ def test_names_seeds_rows_and_columns_are_uncorrelated():
         assert not np.array_equal(x, other) and abs(correlation(x, other)) < 5, what
     for lag in (1, 2, 3, 4, 8, 16):
         assert abs(correlation(x[:, lag:], x[:, :-lag])) < 5, f"columns {lag} apart"
-        assert abs(correlation(np.abs(x[:, lag:]), np.abs(x[:, :-lag]))) < 5, f"sizes of columns {lag} apart: Box-Muller's pairs share a radius"
+        assert abs(correlation(np.abs(x[:, lag:]), np.abs(x[:, :-lag]))) < 5, (
+            f"sizes of columns {lag} apart: Box-Muller's pairs share a radius"
+        )
         assert abs(correlation(x[lag:], x[:-lag])) < 5, f"rows {lag} apart"
 
 
 # --- hidden dropout ---
 
 
-def keep(iteration: int, samples: list[int], site: str, p: float = 0.1, shape=(128, 256), seed: int = 1234) -> np.ndarray:
+def keep(
+    iteration: int,
+    samples: list[int],
+    site: str,
+    p: float = 0.1,
+    shape=(128, 256),
+    seed: int = 1234,
+) -> np.ndarray:
     stream = DropoutStream.of(seed, iteration, torch.tensor(samples), torch.arange(shape[0]))
     return stream.keep(torch.Size((len(samples), *shape)), p, site).numpy()
 
 
 @pytest.mark.parametrize("p", [0.0, 0.001, 0.1, 0.5, 0.9, 1.0])
 def test_dropout_drops_with_probability_p(p):
-    for iteration, site in ((0, "embedding"), (17, "layers.3.mlp"), (2**31, "layers.100.attention")):
+    for iteration, site in (
+        (0, "embedding"),
+        (17, "layers.3.mlp"),
+        (2**31, "layers.100.attention"),
+    ):
         mask = keep(iteration, list(range(8)), site, p)
         dropped = mask.size - mask.sum(dtype=np.int64)
         # At p = 1 the largest 32-bit hash stays: one element in 4 billion.
@@ -152,9 +197,13 @@ def test_masks_of_other_samples_sites_iterations_and_seeds_are_independent():
 def test_many_pairs_of_masks_are_independent():
     """2,016 pairs of samples, and 2,016 of sites: the correlations together are standard normal."""
     by_sample = keep(3, list(range(64)), "layers.0.mlp", 0.5, (64, 64)).reshape(64, -1)
-    by_site = np.concatenate([keep(3, [0], f"layers.{layer}.mlp", 0.5, (64, 64)) for layer in range(64)]).reshape(64, -1)
+    by_site = np.concatenate(
+        [keep(3, [0], f"layers.{layer}.mlp", 0.5, (64, 64)) for layer in range(64)]
+    ).reshape(64, -1)
     for masks in (by_sample, by_site):
-        r = np.corrcoef(masks.astype(np.float64))[np.triu_indices(64, 1)] * math.sqrt(masks.shape[1])
+        r = np.corrcoef(masks.astype(np.float64))[np.triu_indices(64, 1)] * math.sqrt(
+            masks.shape[1]
+        )
         assert np.abs(r).max() < 5.5
         assert abs(r.var() - 1) < 5 * math.sqrt(2 / r.size)
 
@@ -162,11 +211,19 @@ def test_many_pairs_of_masks_are_independent():
 def test_masks_need_both_words_of_the_key_to_agree():
     """Samples whose 64-bit keys share 32 bits, one pair in 4 billion: still other masks, and not the same one in another order."""
     keys = torch.tensor([[7, 7, 6, 9], [1, 2, 2, 1]], dtype=torch.int32).unsqueeze(-1)
-    masks = DropoutStream(keys, torch.arange(128).int()).keep(torch.Size((4, 128, 256)), 0.5, "layers.0.mlp").numpy().reshape(4, -1)
+    masks = (
+        DropoutStream(keys, torch.arange(128).int())
+        .keep(torch.Size((4, 128, 256)), 0.5, "layers.0.mlp")
+        .numpy()
+        .reshape(4, -1)
+    )
     neighbours = np.arange(masks.shape[1]) ^ 1
     for a in range(4):
         for b in range(a):
-            assert abs(correlation(masks[a], masks[b])) < 5 and abs(correlation(masks[a], masks[b][neighbours])) < 5, (a, b)
+            assert (
+                abs(correlation(masks[a], masks[b])) < 5
+                and abs(correlation(masks[a], masks[b][neighbours])) < 5
+            ), (a, b)
     assert len({int(mask.sum()) for mask in masks}) == 4, "a reordered mask keeps its count"
 
 
@@ -185,14 +242,22 @@ def test_a_sample_has_its_mask_in_any_batch():
     assert not np.array_equal(together[0], together[1])
 
 
-@pytest.mark.parametrize("cut", [[5], [0, 1, 2, 3], [12, 13, 14, 15], [4, 5, 10, 11], [15, 3, 9, 0]], ids=str)
+@pytest.mark.parametrize(
+    "cut", [[5], [0, 1, 2, 3], [12, 13, 14, 15], [4, 5, 10, 11], [15, 3, 9, 0]], ids=str
+)
 def test_the_mask_of_some_tokens_is_the_slice_of_the_whole_mask(cut):
     """Of any tokens in any order: of sequence parallel, of both zig-zag chunks of context parallel, of both at once."""
     samples, tokens = torch.tensor([7, 2**40]), torch.tensor(cut)
-    whole = DropoutStream.of(1234, 6, samples, torch.arange(16)).keep(torch.Size((2, 16, 24)), 0.5, "layers.1.mlp")
-    part = DropoutStream.of(1234, 6, samples, tokens).keep(torch.Size((2, len(cut), 24)), 0.5, "layers.1.mlp")
+    whole = DropoutStream.of(1234, 6, samples, torch.arange(16)).keep(
+        torch.Size((2, 16, 24)), 0.5, "layers.1.mlp"
+    )
+    part = DropoutStream.of(1234, 6, samples, tokens).keep(
+        torch.Size((2, len(cut), 24)), 0.5, "layers.1.mlp"
+    )
     assert torch.equal(part, whole[:, tokens])
-    assert not torch.equal(part, DropoutStream.of(1234, 6, samples, tokens + 1).keep(part.shape, 0.5, "layers.1.mlp"))
+    assert not torch.equal(
+        part, DropoutStream.of(1234, 6, samples, tokens + 1).keep(part.shape, 0.5, "layers.1.mlp")
+    )
 
 
 def test_dropout_scales_and_its_gradient_uses_the_same_mask():

@@ -56,8 +56,18 @@ except SystemExit as end:
         raise
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
-STATE = {"iteration": 1, "consumed_samples": 0, "consumed_tokens": 0, "optimizer_steps": 1, "vocab_size": 32768, "random": {"seed": 0}}
-STATE |= {"loss_scale": {"dynamic": False, "scale": 1.0, "good_updates": 0, "bad_updates_left": 0}, "fingerprints": {"tokenizer": "", "data": ""}}
+STATE = {
+    "iteration": 1,
+    "consumed_samples": 0,
+    "consumed_tokens": 0,
+    "optimizer_steps": 1,
+    "vocab_size": 32768,
+    "random": {"seed": 0},
+}
+STATE |= {
+    "loss_scale": {"dynamic": False, "scale": 1.0, "good_updates": 0, "bad_updates_left": 0},
+    "fingerprints": {"tokenizer": "", "data": ""},
+}
 
 
 @dataclass(frozen=True)
@@ -87,11 +97,17 @@ def checkpoint_suite(rounds: int, steps: int) -> dict[str, Any]:
 
 
 def report(results: dict[str, Any], size: int) -> None:
-    print(f"\n{size / 1e6:.0f} MB of weights and moments (medians){'stall ms':>15}{'total ms':>10}{'MB/s':>8}")
+    print(
+        f"\n{size / 1e6:.0f} MB of weights and moments (medians){'stall ms':>15}{'total ms':>10}{'MB/s':>8}"
+    )
     for name, row in (*results["saves"].items(), *results["loads"].items()):
-        print(f"{name:<44}{row['stall'] * 1e3:>13.0f}{row['total'] * 1e3:>10.0f}{size / 1e6 / row['total']:>8.0f}")
+        print(
+            f"{name:<44}{row['stall'] * 1e3:>13.0f}{row['total'] * 1e3:>10.0f}{size / 1e6 / row['total']:>8.0f}"
+        )
     alone, beside = results["updates"]["alone"], results["updates"]["beside a save"]
-    print(f"an update takes {alone * 1e3:.0f} ms alone, {beside * 1e3:.0f} ms while a save is written: {beside / alone:.2f} x")
+    print(
+        f"an update takes {alone * 1e3:.0f} ms alone, {beside * 1e3:.0f} ms while a save is written: {beside / alone:.2f} x"
+    )
 
 
 @contextmanager
@@ -109,7 +125,14 @@ def built() -> Run:
     device = launch.choose_device("auto", 0)
     mesh = launch.plan_mesh(config, place)
     vocab_size = config.data.vocab_size + 1
-    trainer = build_trainer(config, mesh, device, ops.choose("auto", device, working_dtype(config.precision)), vocab_size, vocab_size - 1)
+    trainer = build_trainer(
+        config,
+        mesh,
+        device,
+        ops.choose("auto", device, working_dtype(config.precision)),
+        vocab_size,
+        vocab_size - 1,
+    )
     batches = random_batches(config, 0, 1)
 
     def step() -> None:
@@ -136,7 +159,9 @@ def saves(run: Run, work: Path) -> dict[str, Callable[[], Timed]]:
 
     def trivium_sync() -> Timed:
         folder = fresh("sync")
-        return same(lambda: save(folder, 1, run.pieces(), world=run.world, device=run.device, **ours))
+        return same(
+            lambda: save(folder, 1, run.pieces(), world=run.world, device=run.device, **ours)
+        )
 
     def trivium_async() -> Timed:
         folder = fresh("async")
@@ -159,7 +184,10 @@ def saves(run: Run, work: Path) -> dict[str, Callable[[], Timed]]:
 
     def dcp_async() -> Timed:
         folder, futures = fresh("dcp-async"), []
-        return split(lambda: futures.append(dcp.async_save(dict(run.tensors), checkpoint_id=folder)), lambda: futures[0].result())
+        return split(
+            lambda: futures.append(dcp.async_save(dict(run.tensors), checkpoint_id=folder)),
+            lambda: futures[0].result(),
+        )
 
     return {
         "save": trivium_sync,
@@ -183,18 +211,32 @@ def loads(run: Run, work: Path) -> dict[str, Callable[[], Timed]]:
     def dcp_load() -> None:
         dcp.load(dict(run.tensors), checkpoint_id=work / "dcp")
 
-    candidates = {"load, verified": trivium, "load, torch.load": torch_load, "load, torch.distributed.checkpoint": dcp_load}
-    return {name: lambda candidate=candidate: same(candidate) for name, candidate in candidates.items()}
+    candidates = {
+        "load, verified": trivium,
+        "load, torch.load": torch_load,
+        "load, torch.distributed.checkpoint": dcp_load,
+    }
+    return {
+        name: lambda candidate=candidate: same(candidate) for name, candidate in candidates.items()
+    }
 
 
-def measured(candidates: dict[str, Callable[[], Timed]], rounds: int) -> dict[str, dict[str, float]]:
+def measured(
+    candidates: dict[str, Callable[[], Timed]], rounds: int
+) -> dict[str, dict[str, float]]:
     found: dict[str, list[Timed]] = {name: [] for name in candidates}
     for round in range(rounds + 1):
         for name, candidate in candidates.items():
             times = candidate()
             if round:  # the first one finds memory and folders new
                 found[name].append(times)
-    return {name: {"stall": median(stall for stall, _ in times), "total": median(total for _, total in times)} for name, times in found.items()}
+    return {
+        name: {
+            "stall": median(stall for stall, _ in times),
+            "total": median(total for _, total in times),
+        }
+        for name, times in found.items()
+    }
 
 
 def beside_training(run: Run, work: Path, steps: int) -> dict[str, float]:
@@ -204,7 +246,9 @@ def beside_training(run: Run, work: Path, steps: int) -> dict[str, float]:
     while len(beside) < steps:
         shutil.rmtree(work / "beside", ignore_errors=True)
         background.start(work / "beside", 1, run.pieces(), state=STATE, config_yaml="")
-        while background.published() is None and background.problem() is None and len(beside) < steps:
+        while (
+            background.published() is None and background.problem() is None and len(beside) < steps
+        ):
             beside.append(same(run.step)[1])
         background.finish()
     return {"alone": alone, "beside a save": median(beside)}
@@ -217,18 +261,37 @@ def conversion() -> dict[str, Any]:
         hf, ours, back = (Path(folder) / name for name in ("hf", "ours", "back"))
         write_random(hf)
         largest = max(path.stat().st_size for path in hf.glob("*.safetensors"))
-        print(f"\n{CONVERTED}, shards of at most {largest / 1e9:.2f} GB{'seconds':>12}{'peak GB':>10}{'limit GB':>10}")
-        for name, way in (("hf to trivium", ("hf", "trivium", hf, ours)), ("trivium to hf", ("trivium", "hf", ours, back))):
-            words = [str(word) for pair in zip(("--from", "--to", "--load", "--save"), way, strict=True) for word in pair]
+        print(
+            f"\n{CONVERTED}, shards of at most {largest / 1e9:.2f} GB{'seconds':>12}{'peak GB':>10}{'limit GB':>10}"
+        )
+        for name, way in (
+            ("hf to trivium", ("hf", "trivium", hf, ours)),
+            ("trivium to hf", ("trivium", "hf", ours, back)),
+        ):
+            words = [
+                str(word)
+                for pair in zip(("--from", "--to", "--load", "--save"), way, strict=True)
+                for word in pair
+            ]
             start = time.perf_counter()
-            ended = subprocess.run([sys.executable, "-c", TOOL_AND_PEAK, str(TOOL), *words], stdout=subprocess.PIPE, text=True)
+            ended = subprocess.run(
+                [sys.executable, "-c", TOOL_AND_PEAK, str(TOOL), *words],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             if ended.returncode:
                 raise ValueError(f"the conversion {name} failed; its own message is above")
             shards = hf if name.startswith("hf") else back
             limit = 1.5 * max(path.stat().st_size for path in shards.glob("*.safetensors")) + 1e9
-            found[name] = {"seconds": time.perf_counter() - start, "peak": int(ended.stdout.split()[-1]) * 1024, "limit": limit}
+            found[name] = {
+                "seconds": time.perf_counter() - start,
+                "peak": int(ended.stdout.split()[-1]) * 1024,
+                "limit": limit,
+            }
             row = found[name]
-            print(f"{name:<44}{row['seconds']:>8.1f}{row['peak'] / 1e9:>10.2f}{row['limit'] / 1e9:>10.2f}")
+            print(
+                f"{name:<44}{row['seconds']:>8.1f}{row['peak'] / 1e9:>10.2f}{row['limit'] / 1e9:>10.2f}"
+            )
     return found
 
 
@@ -237,11 +300,18 @@ def write_random(folder: Path) -> None:
     model = resolve(Config.of(PRESETS[CONVERTED] | {"seq_length": 1024}), 1).model
     vocab_size = published_vocabulary(CONVERTED)
     tensors = [
-        Outgoing(name, shape, torch.bfloat16, lambda shape=shape: torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02))
+        Outgoing(
+            name,
+            shape,
+            torch.bfloat16,
+            lambda shape=shape: torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02),
+        )
         for name, shape in their_shapes(hf_places(model, vocab_size)).items()
     ]
     ids = {"bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "bfloat16"}
-    write_folder(folder, tensors, write_config(model, vocab_size, ids), max_shard_bytes=MAX_SHARD_BYTES)
+    write_folder(
+        folder, tensors, write_config(model, vocab_size, ids), max_shard_bytes=MAX_SHARD_BYTES
+    )
 
 
 def same(action: Callable[[], object]) -> Timed:

@@ -51,17 +51,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         engines, absent = build_engines(config, device, dtype, options.peers)
         results |= {name: {"left_out": why} for name, why in absent.items()}
         for batch in BATCHES:
-            prompt = torch.randint(config.data.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(batch)).to(device)
+            prompt = torch.randint(
+                config.data.vocab_size,
+                (batch, PROMPT),
+                generator=torch.Generator().manual_seed(batch),
+            ).to(device)
             results[f"{word}, batch {batch}"] = compare(engines, prompt, options.rounds)
     return results
 
 
-def build_engines(config: Config, device: torch.device, dtype: torch.dtype, with_peers: bool) -> tuple[dict[str, Generate], dict[str, str]]:
+def build_engines(
+    config: Config, device: torch.device, dtype: torch.dtype, with_peers: bool
+) -> tuple[dict[str, Generate], dict[str, str]]:
     """Trivium, also without a block's step in one call where it has that, and transformers where it is installed; else the reason."""
     kernels = ops.choose("auto", device, dtype)
     engines: dict[str, Generate] = {"Trivium": trivium(config, device, dtype, kernels)}
     if kernels.implementations["block_step"] == "native":
-        engines["Trivium, op by op"] = trivium(config, device, dtype, ops.choose("auto,block_step=torch", device, dtype))
+        engines["Trivium, op by op"] = trivium(
+            config, device, dtype, ops.choose("auto,block_step=torch", device, dtype)
+        )
     if with_peers:
         try:
             engines["transformers"] = transformers(config, device, dtype)
@@ -71,10 +79,16 @@ def build_engines(config: Config, device: torch.device, dtype: torch.dtype, with
 
 
 def trivium(config: Config, device: torch.device, dtype: torch.dtype, kernels: ops.Ops) -> Generate:
-    model = GPT(config.model, peers.vocabulary(config), ops=kernels, seed=config.batch.seed).place(device, dtype).eval()
+    model = (
+        GPT(config.model, peers.vocabulary(config), ops=kernels, seed=config.batch.seed)
+        .place(device, dtype)
+        .eval()
+    )
 
     def new_tokens(prompt: torch.Tensor) -> torch.Tensor:
-        return torch.stack(list(generate(model, prompt, NEW, Sampling(temperature=0.0), torch.Generator())), dim=1)
+        return torch.stack(
+            list(generate(model, prompt, NEW, Sampling(temperature=0.0), torch.Generator())), dim=1
+        )
 
     return new_tokens
 
@@ -87,7 +101,9 @@ def transformers(config: Config, device: torch.device, dtype: torch.dtype) -> Ge
     settings = {"max_new_tokens": NEW, "do_sample": False, "use_cache": True, "pad_token_id": 0}
 
     def new_tokens(prompt: torch.Tensor) -> torch.Tensor:
-        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[:, prompt.shape[1] :]
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[
+            :, prompt.shape[1] :
+        ]
 
     return new_tokens
 
@@ -113,12 +129,22 @@ def compare(engines: dict[str, Generate], prompt: torch.Tensor, rounds: int) -> 
 
 
 def report(results: dict[str, Any]) -> None:
-    print(f"\ngenerate, greedy, prompt of {PROMPT} tokens, {NEW} new ones{'new tokens/s':>18}{'Trivium x':>11}")
+    print(
+        f"\ngenerate, greedy, prompt of {PROMPT} tokens, {NEW} new ones{'new tokens/s':>18}{'Trivium x':>11}"
+    )
     for title, rows in results.items():
         if "left_out" in rows:
             print(f"{title:<16}left out: {rows['left_out']}")
             continue
         for name, found in rows.items():
             # In bf16 two orders of sums may choose another token, and then go different ways.
-            verdict = "" if found["same_tokens"] else "  other tokens" if "bf16" in title else "  OTHER TOKENS"
-            print(f"{title:<16}{name:<46}{found['tokens_per_second']:>12.1f}{found['trivium_is_faster']:>11.2f}{verdict}")
+            verdict = (
+                ""
+                if found["same_tokens"]
+                else "  other tokens"
+                if "bf16" in title
+                else "  OTHER TOKENS"
+            )
+            print(
+                f"{title:<16}{name:<46}{found['tokens_per_second']:>12.1f}{found['trivium_is_faster']:>11.2f}{verdict}"
+            )

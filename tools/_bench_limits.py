@@ -27,7 +27,10 @@ def copy_speed(device: torch.device) -> float:
 
 def matrix_peaks(device: str, seconds: float) -> Peaks:
     """The best of several products of two squares, as a linear layer forms them, in each number format."""
-    return {name: matrix_peak(device, dtype, seconds) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    return {
+        name: matrix_peak(device, dtype, seconds)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
 
 
 def matrix_peak(device: str, dtype: torch.dtype, seconds: float) -> float:

@@ -32,8 +32,16 @@ LARGER = (
     "--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 1024 --micro-batch-size 4 --global-batch-size 32 --vocab-size 50303 "
     "--bf16"
 )
-TP, PP, CP, ZERO = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size", "--use-distributed-optimizer"
-STRATEGY, OVERLAP = "--data-parallel-sharding-strategy", "--overlap-grad-reduce --ddp-bucket-size 1000000"
+TP, PP, CP, ZERO = (
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--context-parallel-size",
+    "--use-distributed-optimizer",
+)
+STRATEGY, OVERLAP = (
+    "--data-parallel-sharding-strategy",
+    "--overlap-grad-reduce --ddp-bucket-size 1000000",
+)
 
 # name: processes, flags
 LAYOUTS = {
@@ -78,25 +86,42 @@ class Measurement:
 def parallel_suite(rounds: int, steps: int) -> dict[str, Any]:
     """Every layout in turn, `rounds` times; medians over all updates, beside one process with all the cores."""
     devices = torch.cuda.device_count()
-    layouts = LAYOUTS if devices != 1 else {f"one device, {name}": (1, given) for name, given in RECOMPUTE.items()}
-    lines = {name: (processes, f"{MODEL} {LARGER if devices else ''} {given}") for name, (processes, given) in layouts.items()}
+    layouts = (
+        LAYOUTS
+        if devices != 1
+        else {f"one device, {name}": (1, given) for name, given in RECOMPUTE.items()}
+    )
+    lines = {
+        name: (processes, f"{MODEL} {LARGER if devices else ''} {given}")
+        for name, (processes, given) in layouts.items()
+    }
     measured: dict[str, list[Measurement]] = {name: [] for name in lines}
     for _ in range(rounds):
         for name, line in lines.items():
             measured[name].append(run_layout(*line, steps))
-    results = {name: summary(runs) | {"estimated_memory": estimated_memory(*lines[name])} for name, runs in measured.items()}
+    results = {
+        name: summary(runs) | {"estimated_memory": estimated_memory(*lines[name])}
+        for name, runs in measured.items()
+    }
     base = next(iter(results.values()))["milliseconds"]
-    print(f"\n{'layout':<28}{'ms/update':>11}{'spread':>9}{'x one':>8}{'MB sent/rank':>14}{'GB estimated':>14}{'peak':>7}   what is sent")
+    print(
+        f"\n{'layout':<28}{'ms/update':>11}{'spread':>9}{'x one':>8}{'MB sent/rank':>14}{'GB estimated':>14}{'peak':>7}   what is sent"
+    )
     for name, row in results.items():
         row["ratio"] = row["milliseconds"] / base
         kinds = ", ".join(f"{kind} {count / 1e6:.1f}" for kind, count in row["sent"].items())
-        total, peak = sum(row["sent"].values()) / 1e6, f"{row['memory'] / 1e9:.2f}" if row["memory"] else "-"
+        total, peak = (
+            sum(row["sent"].values()) / 1e6,
+            f"{row['memory'] / 1e9:.2f}" if row["memory"] else "-",
+        )
         columns = f"{row['milliseconds']:>11.1f}{row['spread']:>8.0%}{row['ratio']:>8.2f}{total:>14.1f}{row['estimated_memory'] / 1e9:>14.2f}"
         print(f"{name:<28}{columns}{peak:>7}   {kinds}")
     for name, row in results.items():
         plain = results.get(name.replace(", overlapped", "").replace(", reduction overlapped", ""))
         if plain is not row and plain is not None:
-            print(f"{name}: {1 - row['milliseconds'] / plain['milliseconds']:+.1%} of the update hidden")
+            print(
+                f"{name}: {1 - row['milliseconds'] / plain['milliseconds']:+.1%} of the update hidden"
+            )
     losses = {row["loss"] for row in results.values()}
     print(f"losses after {WARM_UP + steps} updates agree to {max(losses) - min(losses):.1e}")
     return results
@@ -108,7 +133,13 @@ def summary(runs: list[Measurement]) -> dict[str, Any]:
     quarter = len(seconds) // 4
     middle = median(seconds)
     spread = (seconds[-1 - quarter] - seconds[quarter]) / 2 / middle
-    return {"milliseconds": middle * 1e3, "spread": spread, "sent": runs[0].sent, "memory": max(one.memory for one in runs), "loss": runs[0].loss}
+    return {
+        "milliseconds": middle * 1e3,
+        "spread": spread,
+        "sent": runs[0].sent,
+        "memory": max(one.memory for one in runs),
+        "loss": runs[0].loss,
+    }
 
 
 def estimated_memory(processes: int, arguments: str) -> int:
@@ -119,18 +150,31 @@ def estimated_memory(processes: int, arguments: str) -> int:
 
 def run_layout(processes: int, arguments: str, steps: int) -> Measurement:
     """One run on its own processes, which share this machine's cores evenly; what rank 0 measured."""
-    context = multiprocessing.get_context("forkserver")  # its server imports once, and starts no device
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # its server imports once, and starts no device
     context.set_forkserver_preload(["torch", "torch.distributed", "trivium.train.build"])
     answers = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        calls = [(launch.Place(rank, processes, rank), arguments, steps, str(Path(folder) / "store"), answers) for rank in range(processes)]
+        calls = [
+            (
+                launch.Place(rank, processes, rank),
+                arguments,
+                steps,
+                str(Path(folder) / "store"),
+                answers,
+            )
+            for rank in range(processes)
+        ]
         workers = [context.Process(target=measure, args=call) for call in calls]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
     if any(worker.exitcode for worker in workers):
-        raise ValueError(f"a process of the layout {arguments.removeprefix(MODEL).strip() or 'of one process'} failed; its own message is above")
+        raise ValueError(
+            f"a process of the layout {arguments.removeprefix(MODEL).strip() or 'of one process'} failed; its own message is above"
+        )
     return answers.get()
 
 
@@ -142,12 +186,17 @@ def measure(place: launch.Place, arguments: str, steps: int, store: str, answers
     backend = "nccl" if device.type == "cuda" else "gloo"
     mesh = launch.plan_mesh(config, place).connect(backend, 10, init_method=f"file://{store}")
     run_ops = ops.choose("auto", device, working_dtype(config.precision))
-    trainer = build_trainer(config, mesh, device, run_ops, config.data.vocab_size + 1, config.data.vocab_size)
+    trainer = build_trainer(
+        config, mesh, device, run_ops, config.data.vocab_size + 1, config.data.vocab_size
+    )
     batches, progress, seconds = random_batches(config, mesh.dp.rank, mesh.dp.size), Progress(), []
     for step in range(WARM_UP + steps):
         start = time.perf_counter()
         result = trainer.step(progress, batches, stop=False)
-        progress, loss = result.progress, (result.loss_sum / result.num_predictions).item()  # waits for the update
+        progress, loss = (
+            result.progress,
+            (result.loss_sum / result.num_predictions).item(),
+        )  # waits for the update
         if step >= WARM_UP:
             seconds.append(time.perf_counter() - start)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
@@ -161,11 +210,26 @@ def measure(place: launch.Place, arguments: str, steps: int, store: str, answers
 
 def random_batches(config, rank: int, size: int):
     """Endless micro-batches of one data-parallel rank; over all ranks they are the same samples whatever the layout."""
-    micro, length, sample = config.batch.micro_batch_size, config.batch.seq_length, rank * config.batch.micro_batch_size
+    micro, length, sample = (
+        config.batch.micro_batch_size,
+        config.batch.seq_length,
+        rank * config.batch.micro_batch_size,
+    )
     while True:
         samples = torch.arange(sample, sample + micro)
-        ids = torch.stack([torch.randint(config.data.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(int(k))) for k in samples])
-        yield Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(micro, length), samples)
+        ids = torch.stack(
+            [
+                torch.randint(
+                    config.data.vocab_size,
+                    (length + 1,),
+                    generator=torch.Generator().manual_seed(int(k)),
+                )
+                for k in samples
+            ]
+        )
+        yield Batch(
+            ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(micro, length), samples
+        )
         sample += micro * size
 
 
@@ -189,10 +253,14 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d" and (kind := KINDS.get(func._opname)):
             name, position, shares = kind
-            tensors = args[position] if isinstance(args[position], list | tuple) else [args[position]]
+            tensors = (
+                args[position] if isinstance(args[position], list | tuple) else [args[position]]
+            )
             size = sum(tensor.nbytes for tensor in tensors)
             if shares is not None:
-                group = dist.ProcessGroup.unbox(next(argument for argument in args if isinstance(argument, torch.ScriptObject)))
+                group = dist.ProcessGroup.unbox(
+                    next(argument for argument in args if isinstance(argument, torch.ScriptObject))
+                )
                 n = group.size()
                 size = size * shares * (n - 1) // n
             self.sent[name] = self.sent.get(name, 0) + size

@@ -40,8 +40,17 @@ def tokens(config: Config) -> Batch:
 
 def write_weights(config: Config, path: Path) -> None:
     """Trivium's initial weights by their names, which depend on the model and --seed alone."""
-    model = GPT(config.model, vocabulary(config), ops=ops.choose("torch", torch.device("cpu"), torch.float32), seed=config.batch.seed)
-    pieces = [piece for parameter in model.parameters() for piece in parameter.param_layout.pieces(parameter.data)]
+    model = GPT(
+        config.model,
+        vocabulary(config),
+        ops=ops.choose("torch", torch.device("cpu"), torch.float32),
+        seed=config.batch.seed,
+    )
+    pieces = [
+        piece
+        for parameter in model.parameters()
+        for piece in parameter.param_layout.pieces(parameter.data)
+    ]
     torch.save({piece.name: piece.tensor.clone() for piece in pieces}, path)
 
 
@@ -53,7 +62,9 @@ def trivium(config: Config, weights: Path, device: torch.device) -> Step:
     """Weights are its own: those that write_weights wrote came from the same seed."""
     kernels = ops.choose("auto", device, working_dtype(config.precision))
     mesh = launch.plan_mesh(config, launch.Place()).connect("gloo", 10)
-    trainer = build_trainer(config, mesh, device, kernels, vocabulary(config), config.data.vocab_size)
+    trainer = build_trainer(
+        config, mesh, device, kernels, vocabulary(config), config.data.vocab_size
+    )
     batches, progress = repeat(tokens(config)), Progress()
 
     def step() -> float:
@@ -75,10 +86,14 @@ def plain(config: Config, weights: Path, device: torch.device) -> Step:
 def plain_compiled(config: Config, weights: Path, device: torch.device) -> Step:
     model = PlainGPT(config)
     model.load_state_dict(plain_weights(config, read_weights(weights)))
-    return loop(config, model.to(device), device, partial(autocast, config, torch.compile(model), device))
+    return loop(
+        config, model.to(device), device, partial(autocast, config, torch.compile(model), device)
+    )
 
 
-def autocast(config: Config, model: nn.Module, device: torch.device, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def autocast(
+    config: Config, model: nn.Module, device: torch.device, ids: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision.bf16):
         return model(ids, labels)
 
@@ -101,7 +116,10 @@ class PlainBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
-        q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv(self.attention_norm(x)).split(width, dim=-1))
+        q, k, v = (
+            part.view(batch, length, self.heads, -1).transpose(1, 2)
+            for part in self.qkv(self.attention_norm(x)).split(width, dim=-1)
+        )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
         return x + self.down(self.gelu(self.up(self.mlp_norm(x))))
@@ -129,14 +147,29 @@ class PlainGPT(nn.Module):
 
 def plain_weights(config: Config, ours: Weights) -> Weights:
     """Trivium's weights under PlainGPT's names."""
-    theirs = {"words.weight": ours["embedding.word.weight"], "positions.weight": ours["embedding.position.weight"]}
-    theirs |= {"head.weight": theirs["words.weight"], "norm.weight": ours["final_norm.weight"], "norm.bias": ours["final_norm.bias"]}
+    theirs = {
+        "words.weight": ours["embedding.word.weight"],
+        "positions.weight": ours["embedding.position.weight"],
+    }
+    theirs |= {
+        "head.weight": theirs["words.weight"],
+        "norm.weight": ours["final_norm.weight"],
+        "norm.bias": ours["final_norm.bias"],
+    }
     for layer in range(config.model.num_layers):
         own, their = f"layers.{layer}", f"blocks.{layer}"
-        theirs[f"{their}.qkv.weight"] = torch.cat([ours[f"{own}.attention.{part}.weight"] for part in "qkv"])
+        theirs[f"{their}.qkv.weight"] = torch.cat(
+            [ours[f"{own}.attention.{part}.weight"] for part in "qkv"]
+        )
         theirs[f"{their}.out.weight"] = ours[f"{own}.attention.out.weight"]
-        theirs |= {f"{their}.{name}.weight": ours[f"{own}.mlp.{name}.weight"] for name in ("up", "down")}
-        norms = (f"{norm}.{kind}" for norm in ("attention_norm", "mlp_norm") for kind in ("weight", "bias"))
+        theirs |= {
+            f"{their}.{name}.weight": ours[f"{own}.mlp.{name}.weight"] for name in ("up", "down")
+        }
+        norms = (
+            f"{norm}.{kind}"
+            for norm in ("attention_norm", "mlp_norm")
+            for kind in ("weight", "bias")
+        )
         theirs |= {f"{their}.{name}": ours[f"{own}.{name}"] for name in norms}
     return theirs
 
@@ -170,9 +203,17 @@ def megatron(config: Config, weights: Path, device: torch.device) -> Step:
     )
     spec = get_gpt_layer_local_spec(normalization="LayerNorm")
     spec.submodules.self_attention.submodules.core_attention = MegatronAttention
-    peer = GPTModel(shape, spec, vocabulary(config), model.max_position_embeddings, share_embeddings_and_output_weights=True)
+    peer = GPTModel(
+        shape,
+        spec,
+        vocabulary(config),
+        model.max_position_embeddings,
+        share_embeddings_and_output_weights=True,
+    )
     peer.to(device, shape.params_dtype)
-    peer.load_state_dict(megatron_weights(config, read_weights(weights)), strict=False)  # it has entries of its own that hold no weights
+    peer.load_state_dict(
+        megatron_weights(config, read_weights(weights)), strict=False
+    )  # it has entries of its own that hold no weights
 
     def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
@@ -188,44 +229,80 @@ class MegatronAttention(nn.Module):
         super().__init__()
 
     def forward(self, q, k, v, mask, **settings):
-        attended = F.scaled_dot_product_attention(*(part.permute(1, 2, 0, 3) for part in (q, k, v)), is_causal=True)
+        attended = F.scaled_dot_product_attention(
+            *(part.permute(1, 2, 0, 3) for part in (q, k, v)), is_causal=True
+        )
         return attended.permute(2, 0, 1, 3).flatten(2)
 
 
 def megatron_weights(config: Config, ours: Weights) -> Weights:
     """Trivium's weights under megatron-core's names: queries, keys and values are fused head by head."""
-    theirs = {f"embedding.{kind}_embeddings.weight": ours[f"embedding.{kind}.weight"] for kind in ("word", "position")}
-    theirs |= {f"decoder.final_layernorm.{kind}": ours[f"final_norm.{kind}"] for kind in ("weight", "bias")}
+    theirs = {
+        f"embedding.{kind}_embeddings.weight": ours[f"embedding.{kind}.weight"]
+        for kind in ("word", "position")
+    }
+    theirs |= {
+        f"decoder.final_layernorm.{kind}": ours[f"final_norm.{kind}"] for kind in ("weight", "bias")
+    }
     heads, width = config.model.num_attention_heads, config.model.hidden_size
     for layer in range(config.model.num_layers):
         own, their = f"layers.{layer}", f"decoder.layers.{layer}"
         by_head = [ours[f"{own}.attention.{part}.weight"].view(heads, -1, width) for part in "qkv"]
-        theirs[f"{their}.self_attention.linear_qkv.weight"] = torch.cat(by_head, dim=1).flatten(0, 1)
-        names = {"attention.out": "self_attention.linear_proj", "mlp.up": "mlp.linear_fc1", "mlp.down": "mlp.linear_fc2"}
-        theirs |= {f"{their}.{name}.weight": ours[f"{own}.{part}.weight"] for part, name in names.items()}
+        theirs[f"{their}.self_attention.linear_qkv.weight"] = torch.cat(by_head, dim=1).flatten(
+            0, 1
+        )
+        names = {
+            "attention.out": "self_attention.linear_proj",
+            "mlp.up": "mlp.linear_fc1",
+            "mlp.down": "mlp.linear_fc2",
+        }
+        theirs |= {
+            f"{their}.{name}.weight": ours[f"{own}.{part}.weight"] for part, name in names.items()
+        }
         norms = {"attention_norm": "input_layernorm", "mlp_norm": "pre_mlp_layernorm"}
-        theirs |= {f"{their}.{name}.{kind}": ours[f"{own}.{part}.{kind}"] for part, name in norms.items() for kind in ("weight", "bias")}
+        theirs |= {
+            f"{their}.{name}.{kind}": ours[f"{own}.{part}.{kind}"]
+            for part, name in norms.items()
+            for kind in ("weight", "bias")
+        }
     return theirs
 
 
 def transformers_llama(config: Config, weights: Path, device: torch.device) -> Step:
     """LlamaForCausalLM; bf16 is that of its weights."""
     model = llama(config, read_weights(weights)).to(device, working_dtype(config.precision)).train()
-    return loop(config, model, device, lambda ids, labels: model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False).loss)
+    return loop(
+        config,
+        model,
+        device,
+        lambda ids, labels: (
+            model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False).loss
+        ),
+    )
 
 
 def llama(config: Config, ours: Weights) -> nn.Module:
     """transformers' model of Trivium's weights, fp32 on the CPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = LlamaConfig.from_dict(write_config(config.model, vocabulary(config), {"bos_token_id": None, "eos_token_id": None}))
+    shape = LlamaConfig.from_dict(
+        write_config(config.model, vocabulary(config), {"bos_token_id": None, "eos_token_id": None})
+    )
     shape._attn_implementation = "sdpa"
     model, places = LlamaForCausalLM(shape), hf_places(config.model, vocabulary(config))
-    model.load_state_dict({name: assemble(name, places, ours.__getitem__) for name in their_shapes(places)}, strict=not config.model.tied)
+    model.load_state_dict(
+        {name: assemble(name, places, ours.__getitem__) for name in their_shapes(places)},
+        strict=not config.model.tied,
+    )
     return model
 
 
-def loop(config: Config, model: nn.Module, device: torch.device, loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Step:
+def loop(
+    config: Config,
+    model: nn.Module,
+    device: torch.device,
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Step:
     """Forward, backward, clip, AdamW with weight decay on matrices alone: Trivium's rule."""
     optimizer, parameters, batch = config.optimizer, list(model.parameters()), tokens(config)
     groups = [
@@ -233,7 +310,9 @@ def loop(config: Config, model: nn.Module, device: torch.device, loss_of: Callab
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (optimizer.adam_beta1, optimizer.adam_beta2)
-    adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.adam_eps, fused=True)
+    adamw = torch.optim.AdamW(
+        groups, lr=optimizer.lr, betas=betas, eps=optimizer.adam_eps, fused=True
+    )
     ids, labels = batch.tokens.to(device), batch.labels.to(device)
 
     def step() -> float:

@@ -33,14 +33,21 @@ SEQUENCES = 4
 LENGTH = 256  # tokens of each, so that an update has 1,024
 LENGTHS = (256, 512, 1024, 2048, 4096)  # one sequence an update
 LAYOUT_ROUNDS, PAIR_ROUNDS = 2, 8  # at the most
-PAIR_SECONDS, PATIENCE = 25.0, 300.0  # after which a pair begins no further update, and for which the largest is waited for all the same
-BYTES_PER_PARAMETER = 20  # of one engine at the most: weights, gradients, two moments, and a copy while it is built
+PAIR_SECONDS, PATIENCE = (
+    25.0,
+    300.0,
+)  # after which a pair begins no further update, and for which the largest is waited for all the same
+BYTES_PER_PARAMETER = (
+    20  # of one engine at the most: weights, gradients, two moments, and a copy while it is built
+)
 
 
 def scaling_suite(options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {"layouts": layouts(min(options.rounds, LAYOUT_ROUNDS))}
     rows = {name: shaped(size, SEQUENCES, LENGTH) for name, size in SIZES.items()}
-    results["sizes"] = compare(f"model size, {SEQUENCES} sequences of {LENGTH} tokens an update", rows, options)
+    results["sizes"] = compare(
+        f"model size, {SEQUENCES} sequences of {LENGTH} tokens an update", rows, options
+    )
     rows = {f"{length} tokens": shaped(SIZES["25M"], 1, length) for length in LENGTHS}
     results["lengths"] = compare("25M, one sequence an update", rows, options)
     return results
@@ -54,11 +61,15 @@ def layouts(rounds: int) -> dict[str, Any]:
             measured[name].append(run_layout(processes, f"{GPT} {given}", LAYOUT_STEPS))
     results = {name: summary(runs) for name, runs in measured.items()}
     one = results["one process"]["milliseconds"]
-    print(f"\n{'scaling, gpt shape':<28}{'ms/update':>11}{'spread':>9}{'x one':>8}{'MB sent/rank':>14}{'loss':>10}")
+    print(
+        f"\n{'scaling, gpt shape':<28}{'ms/update':>11}{'spread':>9}{'x one':>8}{'MB sent/rank':>14}{'loss':>10}"
+    )
     for name, found in results.items():
         found["ratio"] = found["milliseconds"] / one
         sent = sum(found["sent"].values()) / 1e6
-        print(f"{name:<28}{found['milliseconds']:>11.1f}{found['spread']:>9.1%}{found['ratio']:>8.2f}{sent:>14.1f}{found['loss']:>10.5f}")
+        print(
+            f"{name:<28}{found['milliseconds']:>11.1f}{found['spread']:>9.1%}{found['ratio']:>8.2f}{sent:>14.1f}{found['loss']:>10.5f}"
+        )
     return results
 
 
@@ -74,9 +85,14 @@ def shaped(size: tuple[int, int, int, int], sequences: int, length: int) -> str:
 def compare(title: str, lines: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
     """tokens/s of both families of shapes, each with its peer, in fp32."""
     results: dict[str, Any] = {}
-    print(f"\n{title}\n{'':<12}{'parameters':>12}{'gpt':>10}{'PyTorch':>10}{'Trivium x':>11}{'llama':>10}{'transformers':>14}{'Trivium x':>11}")
+    print(
+        f"\n{title}\n{'':<12}{'parameters':>12}{'gpt':>10}{'PyTorch':>10}{'Trivium x':>11}{'llama':>10}{'transformers':>14}{'Trivium x':>11}"
+    )
     for name, line in lines.items():
-        gpt = [Candidate("Trivium", peers.trivium, f"{GPT} {line}"), Candidate("PyTorch", peers.plain, f"{GPT} {line}")]
+        gpt = [
+            Candidate("Trivium", peers.trivium, f"{GPT} {line}"),
+            Candidate("PyTorch", peers.plain, f"{GPT} {line}"),
+        ]
         wide = f"{LLAMA} {line} --ffn-hidden-size {feed_forward(gpt[0])}"
         llama = [
             Candidate("Trivium", peers.trivium, wide),
@@ -92,7 +108,9 @@ def compare(title: str, lines: dict[str, str], options: argparse.Namespace) -> d
         rounds = min(options.rounds * options.steps, PAIR_ROUNDS)
         for shape, pair in (("gpt", gpt), ("llama", llama)):
             results[name][shape] = pair_of(pair if options.peers else pair[:1], rounds)
-        columns = "".join(f"{cells(results[name][shape], width)}" for shape, width in (("gpt", 10), ("llama", 14)))
+        columns = "".join(
+            f"{cells(results[name][shape], width)}" for shape, width in (("gpt", 10), ("llama", 14))
+        )
         print(f"{name:<12}{parameters / 1e6:>11.1f}M{columns}", flush=True)
     return results
 
@@ -107,7 +125,12 @@ def pair_of(pair: list[Candidate], rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: {"left_out": one.failure.reason}
         if one.failure
-        else {"tokens_per_second": one.tokens_per_second, "spread": one.spread, "updates": len(one.timed), "deviation": one.deviation}
+        else {
+            "tokens_per_second": one.tokens_per_second,
+            "spread": one.spread,
+            "updates": len(one.timed),
+            "deviation": one.deviation,
+        }
         for name, one in turns.items()
     }
     rates = [one["tokens_per_second"] for one in found.values() if "tokens_per_second" in one]
@@ -116,7 +139,11 @@ def pair_of(pair: list[Candidate], rounds: int) -> dict[str, Any]:
 
 def cells(found: dict[str, Any], width: int) -> str:
     """Trivium's tokens/s, its peer's, and the ratio; what is missing says so."""
-    rates = [f"{one['tokens_per_second']:.0f}" if "tokens_per_second" in one else one["left_out"] for one in found.values() if isinstance(one, dict)]
+    rates = [
+        f"{one['tokens_per_second']:.0f}" if "tokens_per_second" in one else one["left_out"]
+        for one in found.values()
+        if isinstance(one, dict)
+    ]
     ratio = f"{found['trivium_is_faster']:.2f}" if "trivium_is_faster" in found else "-"
     return f"{rates[0]:>10}{(rates[1:] or ['-'])[0]:>{width}}{ratio:>11}"
 

@@ -29,9 +29,16 @@ LARGER = "--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-lengt
 LARGER_FFN = {"gpt": "", "llama": "--ffn-hidden-size 2048"}
 BF16 = "--bf16"
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # of a loss, relative; measured 2e-6 and 1.4e-3 over 12 updates, and 3e-2 where a layer is left out
+TOLERANCE = {
+    "fp32": 1e-4,
+    "bf16": 5e-3,
+}  # of a loss, relative; measured 2e-6 and 1.4e-3 over 12 updates, and 3e-2 where a layer is left out
 TIME_LIMIT = 260.0  # seconds for the suite
-VERDICTS = {True: "", False: "  DISAGREES: does not compute the same", None: "  NOT CHECKED: the reference had no time for its batch"}
+VERDICTS = {
+    True: "",
+    False: "  DISAGREES: does not compute the same",
+    None: "  NOT CHECKED: the reference had no time for its batch",
+}
 SHARE_OF_GPT = 0.72  # of them: it has twice the candidates, two of them compiled
 
 
@@ -50,8 +57,15 @@ def train_suite(options: argparse.Namespace) -> dict[str, Any]:
         line = f"{arguments} {LARGER} {LARGER_FFN[shape]}" if device == "cuda" else arguments
         deadline = begin + TIME_LIMIT * (SHARE_OF_GPT if shape == "gpt" else 1.0)
         found, absent = choose_candidates(shape, line, peaks, options.peers)
-        measured[shape] = (found[0].config(), measure(found, options.rounds * options.steps, deadline, between=measure_peaks), absent)
-    print(f"matrix peak, {CUBE[device]} cube: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items()))
+        measured[shape] = (
+            found[0].config(),
+            measure(found, options.rounds * options.steps, deadline, between=measure_peaks),
+            absent,
+        )
+    print(
+        f"matrix peak, {CUBE[device]} cube: "
+        + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items())
+    )
     results: dict[str, Any] = {"peaks": peaks}
     for shape, (config, turns, absent) in measured.items():
         results[shape] = rows_of(turns, absent, peaks)
@@ -61,10 +75,15 @@ def train_suite(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def choose_candidates(shape: str, line: str, peaks: Peaks, with_peers: bool) -> tuple[list[Candidate], dict[str, str]]:
+def choose_candidates(
+    shape: str, line: str, peaks: Peaks, with_peers: bool
+) -> tuple[list[Candidate], dict[str, str]]:
     """Those to be measured, the reference of all losses first; and why others are not."""
     half, absent = f"{line} {BF16}", {}
-    ours = [Candidate("Trivium fp32", peers.trivium, line), Candidate("Trivium bf16", peers.trivium, half)]
+    ours = [
+        Candidate("Trivium fp32", peers.trivium, line),
+        Candidate("Trivium bf16", peers.trivium, half),
+    ]
     if not with_peers:
         return ours, {}
     if shape == "gpt":
@@ -72,13 +91,24 @@ def choose_candidates(shape: str, line: str, peaks: Peaks, with_peers: bool) -> 
             Candidate("PyTorch fp32", peers.plain, line),
             *ours,
             Candidate("PyTorch fp32, compiled", peers.plain_compiled, line, probe=peers.plain),
-            Candidate("PyTorch bf16 autocast, compiled", peers.plain_compiled, half, probe=peers.plain),
+            Candidate(
+                "PyTorch bf16 autocast, compiled", peers.plain_compiled, half, probe=peers.plain
+            ),
             Candidate("megatron-core fp32", peers.megatron, line, needs=peers.MEGATRON),
         ]
-        weights_in_bf16 = Candidate("megatron-core bf16", peers.megatron, half, needs=peers.MEGATRON)
+        weights_in_bf16 = Candidate(
+            "megatron-core bf16", peers.megatron, half, needs=peers.MEGATRON
+        )
     else:
-        theirs = [Candidate("transformers fp32", peers.transformers_llama, line, needs=peers.TRANSFORMERS), *ours]
-        weights_in_bf16 = Candidate("transformers bf16", peers.transformers_llama, half, needs=peers.TRANSFORMERS)
+        theirs = [
+            Candidate(
+                "transformers fp32", peers.transformers_llama, line, needs=peers.TRANSFORMERS
+            ),
+            *ours,
+        ]
+        weights_in_bf16 = Candidate(
+            "transformers bf16", peers.transformers_llama, half, needs=peers.TRANSFORMERS
+        )
     if peaks["bf16"] > peaks["fp32"]:
         theirs.append(weights_in_bf16)
     else:
@@ -87,7 +117,9 @@ def choose_candidates(shape: str, line: str, peaks: Peaks, with_peers: bool) -> 
     return theirs, absent
 
 
-def measure(candidates: Sequence[Candidate], rounds: int, deadline: float = math.inf, **settings: Any) -> dict[str, Turns]:
+def measure(
+    candidates: Sequence[Candidate], rounds: int, deadline: float = math.inf, **settings: Any
+) -> dict[str, Turns]:
     """take_turns from Trivium's initial weights."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.pt"
@@ -95,9 +127,13 @@ def measure(candidates: Sequence[Candidate], rounds: int, deadline: float = math
         return take_turns(candidates, weights, rounds, deadline, **settings)
 
 
-def rows_of(turns: dict[str, Turns], absent: dict[str, str], peaks: Peaks) -> dict[str, dict[str, Any]]:
+def rows_of(
+    turns: dict[str, Turns], absent: dict[str, str], peaks: Peaks
+) -> dict[str, dict[str, Any]]:
     """What is known of each candidate, and how many times faster Trivium is in the same number format."""
-    rows = {name: row(found, peaks) for name, found in turns.items()} | {name: {"left_out": why} for name, why in absent.items()}
+    rows = {name: row(found, peaks) for name, found in turns.items()} | {
+        name: {"left_out": why} for name, why in absent.items()
+    }
     for found in rows.values():
         ours = rows.get(f"Trivium {found.get('precision')}", {})
         if "tokens_per_second" in found and "tokens_per_second" in ours:
@@ -135,7 +171,12 @@ def row(turns: Turns, peaks: Peaks) -> dict[str, Any]:
 
 def utilization(config: Config, tokens_per_second: float, peak: float) -> tuple[float, float]:
     """Share of the peak that the model's own operations are: with full attention (6N + 12LhT a token), with its causal half (6N + 6LhT)."""
-    full, causal = (flops_per_token(config.model, peers.vocabulary(config), config.batch.seq_length, causal=half) for half in (False, True))
+    full, causal = (
+        flops_per_token(
+            config.model, peers.vocabulary(config), config.batch.seq_length, causal=half
+        )
+        for half in (False, True)
+    )
     return tokens_per_second * full / peak, tokens_per_second * causal / peak
 
 
@@ -163,15 +204,27 @@ def report(shape: str, config: Config, rows: dict[str, dict[str, Any]]) -> None:
             f"{found['memory'] / 1e6:>7.0f}{found['page_faults']:>9}{found['losses'][:common][-1]:>9.4f}{found['deviation']:>9.1e}"
             + VERDICTS[found["agrees"]]
         )
-    smaller = [name for name, found in rows.items() if found.get("batch", batch.global_batch_size) < batch.global_batch_size]
+    smaller = [
+        name
+        for name, found in rows.items()
+        if found.get("batch", batch.global_batch_size) < batch.global_batch_size
+    ]
     if smaller:
-        print(f"fewer sequences an update, since all of them would take too long here; tokens/s compare: {', '.join(smaller)}")
+        print(
+            f"fewer sequences an update, since all of them would take too long here; tokens/s compare: {', '.join(smaller)}"
+        )
     reference = next(found["held_against"] for found in rows.values() if "held_against" in found)
-    print("MB: highest memory of the process above what it held after its imports, and in total; faults: pages mapped in by an update")
-    print(f"loss: of update {common}; every loss was held against that of {reference} on the same sequences: {verdict(rows)}")
+    print(
+        "MB: highest memory of the process above what it held after its imports, and in total; faults: pages mapped in by an update"
+    )
+    print(
+        f"loss: of update {common}; every loss was held against that of {reference} on the same sequences: {verdict(rows)}"
+    )
 
 
 def verdict(rows: dict[str, dict[str, Any]]) -> str:
     wrong = [name for name, found in rows.items() if found.get("agrees") is False]
     limits = " and ".join(f"{limit:g} in {name}" for name, limit in TOLERANCE.items())
-    return f"{', '.join(wrong)} beyond {limits}" if wrong else f"all that were checked within {limits}"
+    return (
+        f"{', '.join(wrong)} beyond {limits}" if wrong else f"all that were checked within {limits}"
+    )

@@ -22,7 +22,9 @@ from trivium.config import Config, resolve
 Build = Callable[[Config, Path, torch.device], Callable[[], float]]
 
 BUDGET = 12.0  # seconds an update may take; a candidate that needs longer gets fewer sequences
-REFERENCE_BUDGET = 2.0  # times that for the reference, whose losses of the whole batch everyone is held against
+REFERENCE_BUDGET = (
+    2.0  # times that for the reference, whose losses of the whole batch everyone is held against
+)
 PROBED = 1.0  # seconds spent on updates of one sequence to tell
 SLOW_ROUNDS = 1  # of a candidate with fewer sequences
 PROBE_LIMIT = 45.0  # seconds a probe may take; what is slower yet is left out
@@ -94,8 +96,13 @@ class Turns:
     @property
     def deviation(self) -> float:
         """The largest relative distance of a loss from the reference's; not finite where either is not."""
-        distances = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(self.losses, self.expected, strict=False)]
-        return max(distances, key=lambda distance: (math.isnan(distance), distance), default=math.nan)
+        distances = [
+            abs(ours - theirs) / abs(theirs)
+            for ours, theirs in zip(self.losses, self.expected, strict=False)
+        ]
+        return max(
+            distances, key=lambda distance: (math.isnan(distance), distance), default=math.nan
+        )
 
     @property
     def seconds(self) -> float:
@@ -131,7 +138,9 @@ def take_turns(
     """
     with started(candidates, weights, deadline, patience) as workers:
         for number, worker in enumerate(workers):
-            worker.choose_batch(probe, BUDGET if number else REFERENCE_BUDGET * BUDGET, late=number >= ALWAYS)
+            worker.choose_batch(
+                probe, BUDGET if number else REFERENCE_BUDGET * BUDGET, late=number >= ALWAYS
+            )
         compiled = [worker for worker in workers if worker.candidate.probe]
         for number, worker in enumerate(workers):
             if worker not in compiled:
@@ -158,23 +167,37 @@ def hold_against_reference(workers: "list[Worker]") -> None:
     """Give everyone the losses of the first candidate that works; it begins anew for a batch that is not its own, if there is time."""
     reference = next((worker for worker in workers if worker.turns.failure is None), None)
     if reference is None:
-        raise ValueError("no candidate finished its updates: " + "; ".join(f"{w.candidate.name}: {w.turns.failure.reason}" for w in workers))
+        raise ValueError(
+            "no candidate finished its updates: "
+            + "; ".join(f"{w.candidate.name}: {w.turns.failure.reason}" for w in workers)
+        )
     repeated: dict[int, list[float]] = {reference.turns.batch: reference.turns.losses}
     for worker in workers:
         turns = worker.turns
         if turns.failure is None:
             if turns.batch not in repeated:
-                repeated[turns.batch] = reference.ask("losses", turns.batch, len(turns.losses)) or []
+                repeated[turns.batch] = (
+                    reference.ask("losses", turns.batch, len(turns.losses)) or []
+                )
             turns.reference, turns.expected = reference.candidate.name, repeated[turns.batch]
-    reference.turns.failure = None  # what it has measured stands, whatever became of the repetitions
+    reference.turns.failure = (
+        None  # what it has measured stands, whatever became of the repetitions
+    )
 
 
 class Worker:
     """The parent's end of a candidate. After a failure everything is answered by None."""
 
     def __init__(self, candidate: Candidate, weights: Path, deadline: float, patience: float):
-        self.candidate, self.deadline, self.patience, self.turns = candidate, deadline, patience, Turns(candidate.config())
-        context = multiprocessing.get_context("forkserver")  # its server imports once, and starts no device
+        self.candidate, self.deadline, self.patience, self.turns = (
+            candidate,
+            deadline,
+            patience,
+            Turns(candidate.config()),
+        )
+        context = multiprocessing.get_context(
+            "forkserver"
+        )  # its server imports once, and starts no device
         context.set_forkserver_preload(["torch", "torch.distributed", "trivium.train.build"])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(candidate, weights, theirs), daemon=True)
@@ -197,7 +220,9 @@ class Worker:
         """Whether there is a turn for it in a round: in the first for everyone."""
         if number == 0 or not self.turns.timed:
             return number == 0
-        return (self.full or number < SLOW_ROUNDS) and time.monotonic() + self.turns.timed[-1].seconds <= self.deadline
+        return (self.full or number < SLOW_ROUNDS) and time.monotonic() + self.turns.timed[
+            -1
+        ].seconds <= self.deadline
 
     def take_turn(self) -> None:
         update = self.ask("update")
@@ -242,7 +267,9 @@ class Worker:
 
 
 @contextmanager
-def started(candidates: Sequence[Candidate], weights: Path, deadline: float, patience: float) -> Iterator[list[Worker]]:
+def started(
+    candidates: Sequence[Candidate], weights: Path, deadline: float, patience: float
+) -> Iterator[list[Worker]]:
     workers: list[Worker] = []
     try:
         for candidate in candidates:
@@ -267,7 +294,9 @@ def serve(candidate: Candidate, weights: Path, connection) -> None:
             session = session or Session(candidate, weights)
             answer = getattr(session, name)(*arguments)
         except Exception as error:
-            answer = Failure(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}")
+            answer = Failure(
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+            )
         connection.send(answer)
 
 
@@ -275,7 +304,11 @@ class Session:
     """What a candidate's process can be asked for."""
 
     def __init__(self, candidate: Candidate, weights: Path):
-        self.candidate, self.weights, self.device = candidate, weights, launch.choose_device("auto", 0)
+        self.candidate, self.weights, self.device = (
+            candidate,
+            weights,
+            launch.choose_device("auto", 0),
+        )
         if candidate.needs:
             import_module(candidate.needs)
         self.imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -283,7 +316,9 @@ class Session:
 
     def probe(self) -> float:
         """Seconds of an update of one sequence, at best: the first one finds memory new."""
-        self.run = (self.candidate.probe or self.candidate.build)(self.candidate.config(1), self.weights, self.device)
+        self.run = (self.candidate.probe or self.candidate.build)(
+            self.candidate.config(1), self.weights, self.device
+        )
         seconds: list[float] = []
         while sum(seconds) < PROBED:
             seconds.append(self.update().seconds)

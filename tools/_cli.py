@@ -17,7 +17,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, example: str):
         super().__init__(
-            description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -51,7 +54,10 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         message = str(error)
         status = 2 if isinstance(error, BadArgument) or message.startswith("--") else 1
     except OSError as error:
-        status, message = 1, f"{error.filename or 'system'}: {(error.strerror or str(error)).lower()}"
+        status, message = (
+            1,
+            f"{error.filename or 'system'}: {(error.strerror or str(error)).lower()}",
+        )
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     if message:

@@ -16,12 +16,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def add_model_flags(parser: Parser) -> None:
     """--load and how: iteration, tokenizer, device, number format, kernels."""
-    parser.add_argument("--load", type=Path, required=True, help="SAVE, SAVE/iter_N or a Hugging Face folder")
-    parser.add_argument("--ckpt-step", type=int, help="the iteration to load; the latest if not given")
-    parser.add_argument("--tokenizer-model", help="the tokenizer, if it is no longer where the run found it")
+    parser.add_argument(
+        "--load", type=Path, required=True, help="SAVE, SAVE/iter_N or a Hugging Face folder"
+    )
+    parser.add_argument(
+        "--ckpt-step", type=int, help="the iteration to load; the latest if not given"
+    )
+    parser.add_argument(
+        "--tokenizer-model", help="the tokenizer, if it is no longer where the run found it"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="number format of the weights")
-    parser.add_argument("--kernels", default="auto", help="auto, torch, triton or native; after commas OP=ONE for single operations")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="fp32", help="number format of the weights"
+    )
+    parser.add_argument(
+        "--kernels",
+        default="auto",
+        help="auto, torch, triton or native; after commas OP=ONE for single operations",
+    )
 
 
 def load_model(options: argparse.Namespace) -> Pretrained:
@@ -29,7 +41,13 @@ def load_model(options: argparse.Namespace) -> Pretrained:
     if not options.load.is_dir():
         raise BadArgument(f"--load {options.load}: no such folder")
     device = choose_device(options.device, local_rank=0)
-    return load_pretrained(options.load, device=device, dtype=DTYPES[options.dtype], kernels=options.kernels, ckpt_step=options.ckpt_step)
+    return load_pretrained(
+        options.load,
+        device=device,
+        dtype=DTYPES[options.dtype],
+        kernels=options.kernels,
+        ckpt_step=options.ckpt_step,
+    )
 
 
 def load_tokenizer(pretrained: Pretrained, options: argparse.Namespace) -> Tokenizer:

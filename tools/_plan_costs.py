@@ -52,10 +52,16 @@ class Times:
         return self.forward + self.backward_input + self.backward_weight
 
     def __add__(self, other: "Times") -> "Times":
-        return Times(self.forward + other.forward, self.backward_input + other.backward_input, self.backward_weight + other.backward_weight)
+        return Times(
+            self.forward + other.forward,
+            self.backward_input + other.backward_input,
+            self.backward_weight + other.backward_weight,
+        )
 
     def __mul__(self, factor: float) -> "Times":
-        return Times(self.forward * factor, self.backward_input * factor, self.backward_weight * factor)
+        return Times(
+            self.forward * factor, self.backward_input * factor, self.backward_weight * factor
+        )
 
 
 def exposed(seconds: float, window: float) -> float:
@@ -83,9 +89,15 @@ def tensor_bytes(model: ModelConfig, chunk: Chunk, cut: Cut) -> tuple[float, flo
     again = _recomputed(chunk, cut)
     loss = all_reduce(3 * FP32 * cut.tokens, cut.tp) * chunk.predicts
     if cut.sequence_parallel:
-        forward, backward = 4 * chunk.layers + chunk.embeds + 2 * chunk.predicts, 6 * chunk.layers + 4 * again + chunk.embeds
+        forward, backward = (
+            4 * chunk.layers + chunk.embeds + 2 * chunk.predicts,
+            6 * chunk.layers + 4 * again + chunk.embeds,
+        )
         return gather(unit, cut.tp) * forward + loss, gather(unit, cut.tp) * backward
-    forward, backward = 2 * chunk.layers + chunk.embeds + chunk.predicts, 2 * chunk.layers + 2 * again
+    forward, backward = (
+        2 * chunk.layers + chunk.embeds + chunk.predicts,
+        2 * chunk.layers + 2 * again,
+    )
     return all_reduce(unit, cut.tp) * forward + loss, all_reduce(unit, cut.tp) * backward
 
 
@@ -99,7 +111,10 @@ def context_bytes(model: ModelConfig, cut: Cut) -> tuple[float, float]:
     if n == 1:
         return 0.0, 0.0
     heads = max(1, model.num_kv_heads // cut.tp)
-    kv, q = 2 * bt * heads * model.head_size, bt * model.num_attention_heads // cut.tp * model.head_size
+    kv, q = (
+        2 * bt * heads * model.head_size,
+        bt * model.num_attention_heads // cut.tp * model.head_size,
+    )
     again = 2 if cut.granularity is not None else 1
     if cut.cp_comm_type == "p2p":
         return cut.e * kv * (n - 1), cut.e * kv * (n - 1) * again + FP32 * kv * n
@@ -110,7 +125,9 @@ def context_bytes(model: ModelConfig, cut: Cut) -> tuple[float, float]:
     return once, once * again
 
 
-def data_bytes(parameters: int, strategy: str, shards: int, copies: int, e: int, num_microbatches: int) -> dict[str, float]:
+def data_bytes(
+    parameters: int, strategy: str, shards: int, copies: int, e: int, num_microbatches: int
+) -> dict[str, float]:
     """Sent over data x context parallel in one update: gradients (fp32), weights (e bytes each), and over the groups that repeat a shard."""
     gradients, weights = gather(FP32 * parameters, shards), gather(e * parameters, shards)
     rounds = num_microbatches if strategy in ("optim_grads", "optim_grads_params") else 1
@@ -120,22 +137,37 @@ def data_bytes(parameters: int, strategy: str, shards: int, copies: int, e: int,
 
 
 def exposed_data_seconds(
-    sent: dict[str, float], strategy: str, overlaps: tuple[bool, bool], num_microbatches: int, times: Times, link: float
+    sent: dict[str, float],
+    strategy: str,
+    overlaps: tuple[bool, bool],
+    num_microbatches: int,
+    times: Times,
+    link: float,
 ) -> float:
     """What no computation hides: overlapped, gradients hide behind one micro-batch's backward and gathered weights behind its forward."""
     seconds, m = {kind: size / link for kind, size in sent.items()}, num_microbatches
     if strategy == "optim_grads_params":
-        return m * exposed((seconds["gradients"] + seconds["weights"]) / m, times.total) + seconds["copies"]
+        return (
+            m * exposed((seconds["gradients"] + seconds["weights"]) / m, times.total)
+            + seconds["copies"]
+        )
     rounds = m if strategy == "optim_grads" else 1
-    gradients = rounds * exposed(seconds["gradients"] / rounds, overlaps[0] * (times.backward_input + times.backward_weight))
+    gradients = rounds * exposed(
+        seconds["gradients"] / rounds, overlaps[0] * (times.backward_input + times.backward_weight)
+    )
     return gradients + exposed(seconds["weights"], overlaps[1] * times.forward) + seconds["copies"]
 
 
-def chunk_times(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, schedule: str, hardware: Hardware) -> Times:
+def chunk_times(
+    model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, schedule: str, hardware: Hardware
+) -> Times:
     """Of one micro-batch. Linear layers: 2 b t FLOP a weight, three times over; causal attention: 2 b t T A D / tp forward, twice that backward."""
     bt, h, (q, k, f) = cut.tokens, model.hidden_size, local_widths(model, cut.tp)
     up = f * (2 if model.gated else 1)
-    column, row = 2 * bt * h * (q + 2 * k + up) / hardware.rate, 2 * bt * h * (q + f) / hardware.rate
+    column, row = (
+        2 * bt * h * (q + 2 * k + up) / hardware.rate,
+        2 * bt * h * (q + f) / hardware.rate,
+    )
     attention = 2 * bt * cut.seq_length * q / hardware.rate
     ring = [size / hardware.link(cut.tp * cut.cp) for size in context_bytes(model, cut)]
     if cut.cp_comm_type == "p2p":
@@ -156,9 +188,13 @@ def chunk_times(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, sch
     head = 2 * bt * h * model.padded_vocabulary(vocab_size, cut.tp) / cut.tp / hardware.rate
     ends = Times()
     if chunk.predicts:
-        ends += Times(3 * head + 2 * unit, 0.0, 0.0)  # with both gradients; what it gathers and scatters, or sums
+        ends += Times(
+            3 * head + 2 * unit, 0.0, 0.0
+        )  # with both gradients; what it gathers and scatters, or sums
     if chunk.embeds:
-        ends += Times(unit if cut.sequence_parallel else 2 * unit, unit * cut.sequence_parallel, 0.0)
+        ends += Times(
+            unit if cut.sequence_parallel else 2 * unit, unit * cut.sequence_parallel, 0.0
+        )
     return layer * chunk.layers + again + ends
 
 

@@ -12,8 +12,18 @@ from trivium.pipeline.plan import Backward, BackwardInput, BackwardWeight, Forwa
 from trivium.pipeline.simulate import Timeline
 
 SUFFIXES = (".png", ".svg")
-NAMES = {Forward: "F forward", Backward: "B backward", BackwardInput: "B inputs' gradient", BackwardWeight: "W weights' gradient"}
-COLORS = {Forward: "#5b93c9", Backward: "#5fae70", BackwardInput: "#5fae70", BackwardWeight: "#e79a52"}
+NAMES = {
+    Forward: "F forward",
+    Backward: "B backward",
+    BackwardInput: "B inputs' gradient",
+    BackwardWeight: "W weights' gradient",
+}
+COLORS = {
+    Forward: "#5b93c9",
+    Backward: "#5fae70",
+    BackwardInput: "#5fae70",
+    BackwardWeight: "#e79a52",
+}
 BUBBLE = {"facecolor": "#f4f4f4", "edgecolor": "#c8c8c8", "hatch": "////", "linewidth": 0}
 ROW, DIGIT = 0.42, 4.0  # inches of a rank, points of a digit
 NARROWEST, WIDEST = 8.0, 60.0  # inches
@@ -55,11 +65,16 @@ def draw(timeline: Timeline, title: str, unit: str, path: Path) -> None:
 
 def figure_of(boxes: Sequence[Box], title: str, unit: str) -> Any:
     """A matplotlib figure: boxes in the colour of their kind, paler for later chunks, with their micro-batch where there is room for it."""
-    from matplotlib.collections import PolyCollection  # slow to import, and only needed for a picture
+    from matplotlib.collections import (
+        PolyCollection,
+    )  # slow to import, and only needed for a picture
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    ranks, chunks, last = (max(numbers) for numbers in zip(*((box.rank + 1, box.chunk + 1, box.end) for box in boxes), strict=True))
+    ranks, chunks, last = (
+        max(numbers)
+        for numbers in zip(*((box.rank + 1, box.chunk + 1, box.end) for box in boxes), strict=True)
+    )
     width = min(WIDEST, max(NARROWEST, 0.2 * last / min(box.end - box.start for box in boxes)))
     figure = Figure(figsize=(width, ROW * ranks + 1.4), layout="constrained")
     axes = figure.add_subplot()
@@ -69,16 +84,44 @@ def figure_of(boxes: Sequence[Box], title: str, unit: str) -> Any:
     for box in boxes:
         drawn[box.kind, box.chunk].append(box)
         if (box.end - box.start) / last * width * 72 > DIGIT * len(str(box.microbatch)):
-            axes.text((box.start + box.end) / 2, box.rank, box.microbatch, ha="center", va="center", fontsize=6)
+            axes.text(
+                (box.start + box.end) / 2,
+                box.rank,
+                box.microbatch,
+                ha="center",
+                va="center",
+                fontsize=6,
+            )
     legend = []
     for kind, chunk in sorted(drawn, key=lambda key: (list(NAMES).index(key[0]), key[1])):
         color = _color(kind, chunk, chunks)
         corners = [_corners(box) for box in drawn[kind, chunk]]
-        axes.add_collection(PolyCollection(corners, facecolors=[color], edgecolors="white", linewidths=0.4, label=f"{kind.__name__} {chunk}"))
+        axes.add_collection(
+            PolyCollection(
+                corners,
+                facecolors=[color],
+                edgecolors="white",
+                linewidths=0.4,
+                label=f"{kind.__name__} {chunk}",
+            )
+        )
         legend.append(Patch(color=color, label=NAMES[kind] + f", chunk {chunk}" * (chunks > 1)))
     legend.append(Patch(**BUBBLE, label="bubble"))
-    axes.set(xlim=(0, last), ylim=(ranks - 0.5, -0.5), yticks=range(ranks), xlabel=f"time ({unit})", ylabel="pipeline rank", title=title)
-    figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 5), fontsize=7, frameon=False)
+    axes.set(
+        xlim=(0, last),
+        ylim=(ranks - 0.5, -0.5),
+        yticks=range(ranks),
+        xlabel=f"time ({unit})",
+        ylabel="pipeline rank",
+        title=title,
+    )
+    figure.legend(
+        handles=legend,
+        loc="outside lower center",
+        ncols=min(len(legend), 5),
+        fontsize=7,
+        frameon=False,
+    )
     return figure
 
 

@@ -5,14 +5,34 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import ge, mul
 
-from _plan_costs import Hardware, Times, all_reduce, chunk_times, context_bytes, data_bytes, exposed_data_seconds, tensor_bytes
+from _plan_costs import (
+    Hardware,
+    Times,
+    all_reduce,
+    chunk_times,
+    context_bytes,
+    data_bytes,
+    exposed_data_seconds,
+    tensor_bytes,
+)
 
 from trivium.config import Config, data_parallel_size, key_value_copies, optimizer_shards
 from trivium.model.activations import Activations, Cut, activations_of
 from trivium.model.flops import flops_per_token
 from trivium.model.memory import FP32, Chunk, State, state_of, weights_of
 from trivium.pipeline.choose import placement_of, specs_of
-from trivium.pipeline.plan import Action, Backward, BackwardInput, BackwardWeight, Costs, Forward, Message, Placement, Plan, make_plan
+from trivium.pipeline.plan import (
+    Action,
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Costs,
+    Forward,
+    Message,
+    Placement,
+    Plan,
+    make_plan,
+)
 from trivium.pipeline.simulate import Timeline, simulate
 
 LONG = 96  # micro-batches and more of a plan that are not simulated one by one
@@ -37,10 +57,19 @@ class Layout:
     """A resolved, valid configuration on a number of devices, and what follows from it."""
 
     def __init__(self, config: Config, vocab_size: int, num_devices: int, hardware: Hardware):
-        self.config, self.vocab_size, self.num_devices, self.hardware = config, vocab_size, num_devices, hardware
+        self.config, self.vocab_size, self.num_devices, self.hardware = (
+            config,
+            vocab_size,
+            num_devices,
+            hardware,
+        )
         parallel, batch = config.parallel, config.batch
         self.model, self.cut = config.model, Cut.of(config)
-        self.tp, self.pp, self.cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+        self.tp, self.pp, self.cp = (
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.context_parallel_size,
+        )
         self.dp = data_parallel_size(parallel, num_devices)
         self.shards, self.copies = optimizer_shards(parallel, num_devices), self.dp * self.cp
         self.strategy = parallel.data_parallel_sharding_strategy
@@ -50,15 +79,26 @@ class Layout:
         self.stages = [Chunk(len(spec.layers), spec.embeds, spec.predicts) for spec in specs]
 
     def chunks(self, rank: int) -> list[Chunk]:
-        return [self.stages[self.placement.stage(rank, chunk)] for chunk in range(self.placement.num_chunks)]
+        return [
+            self.stages[self.placement.stage(rank, chunk)]
+            for chunk in range(self.placement.num_chunks)
+        ]
 
     # Memory.
 
     def state(self, rank: int) -> State:
-        return state_of(weights_of(self.model, self.vocab_size, self.tp, self.chunks(rank)), self.config, self.shards, self.copies)
+        return state_of(
+            weights_of(self.model, self.vocab_size, self.tp, self.chunks(rank)),
+            self.config,
+            self.shards,
+            self.copies,
+        )
 
     def activations(self, rank: int) -> list[Activations]:
-        return [activations_of(self.model, self.vocab_size, chunk, self.cut) for chunk in self.chunks(rank)]
+        return [
+            activations_of(self.model, self.vocab_size, chunk, self.cut)
+            for chunk in self.chunks(rank)
+        ]
 
     @cached_property
     def plan(self) -> Plan:
@@ -89,10 +129,21 @@ class Layout:
     @cached_property
     def times(self) -> list[Times]:
         """Of each stage."""
-        return [chunk_times(self.model, self.vocab_size, chunk, self.cut, self.placement.schedule, self.hardware) for chunk in self.stages]
+        return [
+            chunk_times(
+                self.model, self.vocab_size, chunk, self.cut, self.placement.schedule, self.hardware
+            )
+            for chunk in self.stages
+        ]
 
     def rank_times(self, rank: int) -> Times:
-        return sum((self.times[self.placement.stage(rank, chunk)] for chunk in range(self.placement.num_chunks)), Times())
+        return sum(
+            (
+                self.times[self.placement.stage(rank, chunk)]
+                for chunk in range(self.placement.num_chunks)
+            ),
+            Times(),
+        )
 
     @property
     def message(self) -> int:
@@ -107,7 +158,9 @@ class Layout:
     def costs(self) -> Costs:
         """The stages' times as the simulator takes them; one ratio of forward to backward stands for all stages."""
         mean = sum(self.times, Times()) * (1 / self.pp)
-        relative = tuple(max(1e-9, times.total / mean.total) * self.placement.num_chunks for times in self.times)
+        relative = tuple(
+            max(1e-9, times.total / mean.total) * self.placement.num_chunks for times in self.times
+        )
         transfer = self.message / self.pipeline_link if self.pp > 1 else 0.0
         return Costs(mean.forward, mean.backward_input, mean.backward_weight, transfer, relative)
 
@@ -118,7 +171,10 @@ class Layout:
     def picture(self) -> tuple[Timeline, int]:
         """The timeline of so many micro-batches, all or enough to see warm-up, middle and drain."""
         count = min(self.num_microbatches, max(8 // self.pp * self.pp, 2 * self.pp))
-        return simulate(make_plan(self.placement.schedule, self.pp, count, self.placement.num_chunks), self.costs), count
+        return simulate(
+            make_plan(self.placement.schedule, self.pp, count, self.placement.num_chunks),
+            self.costs,
+        ), count
 
     @cached_property
     def makespan(self) -> float:
@@ -126,8 +182,16 @@ class Layout:
         extra = self.num_microbatches - self.plan.num_microbatches
         if extra == 0:
             return self.timeline.makespan
-        shorter = make_plan(self.placement.schedule, self.pp, self.plan.num_microbatches - self.pp, self.placement.num_chunks)
-        return self.timeline.makespan + (self.timeline.makespan - simulate(shorter, self.costs).makespan) * extra / self.pp
+        shorter = make_plan(
+            self.placement.schedule,
+            self.pp,
+            self.plan.num_microbatches - self.pp,
+            self.placement.num_chunks,
+        )
+        return (
+            self.timeline.makespan
+            + (self.timeline.makespan - simulate(shorter, self.costs).makespan) * extra / self.pp
+        )
 
     @property
     def slowest(self) -> float:
@@ -143,7 +207,14 @@ class Layout:
         """Of data parallelism, what no computation hides."""
         parallel, sent = self.config.parallel, self.data_bytes(self.state(rank).parameters)
         overlaps = parallel.overlap_grad_reduce, parallel.overlap_param_gather
-        return exposed_data_seconds(sent, self.strategy, overlaps, self.num_microbatches, self.rank_times(rank), self.data_link)
+        return exposed_data_seconds(
+            sent,
+            self.strategy,
+            overlaps,
+            self.num_microbatches,
+            self.rank_times(rank),
+            self.data_link,
+        )
 
     @property
     def data_link(self) -> float:
@@ -151,18 +222,27 @@ class Layout:
 
     @cached_property
     def step_seconds(self) -> float:
-        return self.makespan + max(self.data_seconds(rank) for rank in {0, self.pp // 2, self.pp - 1})
+        return self.makespan + max(
+            self.data_seconds(rank) for rank in {0, self.pp // 2, self.pp - 1}
+        )
 
     def utilization(self, *, causal: bool) -> float:
         """MFU, by either convention."""
         tokens = self.config.batch.global_batch_size * self.config.batch.seq_length
-        work = flops_per_token(self.model, self.vocab_size, self.config.batch.seq_length, causal=causal) * tokens
+        work = (
+            flops_per_token(
+                self.model, self.vocab_size, self.config.batch.seq_length, causal=causal
+            )
+            * tokens
+        )
         return work / (self.step_seconds * self.num_devices * self.hardware.peak)
 
     # Communication.
 
     def data_bytes(self, parameters: int) -> dict[str, float]:
-        return data_bytes(parameters, self.strategy, self.shards, self.copies, self.cut.e, self.num_microbatches)
+        return data_bytes(
+            parameters, self.strategy, self.shards, self.copies, self.cut.e, self.num_microbatches
+        )
 
     def sent(self, rank: int) -> dict[str, float]:
         """Bytes that each device of a pipeline rank sends in one update, by axis."""
@@ -170,8 +250,19 @@ class Layout:
         layers = sum(chunk.layers for chunk in chunks)
         tensor = sum(sum(tensor_bytes(self.model, chunk, self.cut)) for chunk in chunks) * m
         ends = 0.0
-        if self.model.tied and self.pp > 1 and self.placement.schedule != "zb-v" and rank in (0, self.pp - 1):
-            ends = FP32 * self.model.padded_vocabulary(self.vocab_size, self.tp) // self.tp * self.model.hidden_size / self.shards
+        if (
+            self.model.tied
+            and self.pp > 1
+            and self.placement.schedule != "zb-v"
+            and rank in (0, self.pp - 1)
+        ):
+            ends = (
+                FP32
+                * self.model.padded_vocabulary(self.vocab_size, self.tp)
+                // self.tp
+                * self.model.hidden_size
+                / self.shards
+            )
         return {
             "tp": tensor + self._partial_bytes(rank),
             "cp": sum(context_bytes(self.model, self.cut)) * layers * m,
@@ -181,7 +272,11 @@ class Layout:
 
     def _messages(self, rank: int) -> int:
         """Sent in one micro-batch: activations on, gradients back."""
-        sends = [type(action).__name__ for action in self.plan.actions[rank] if isinstance(action, Message)]
+        sends = [
+            type(action).__name__
+            for action in self.plan.actions[rank]
+            if isinstance(action, Message)
+        ]
         return sum(name.startswith("Send") for name in sends) // self.plan.num_microbatches
 
     def _partial_bytes(self, rank: int) -> float:
@@ -195,11 +290,21 @@ class Layout:
         count = layers * 2 * model.head_size * by_head * (norm // model.hidden_size)
         if self.cut.sequence_parallel:
             biases = model.hidden_size * (model.attention_out_bias + model.linear_bias)
-            count += layers * (model.norms_per_layer * norm + biases) + norm * any(chunk.predicts for chunk in chunks)
+            count += layers * (model.norms_per_layer * norm + biases) + norm * any(
+                chunk.predicts for chunk in chunks
+            )
             learned = model.position_embedding_type == "learned_absolute"
-            count += model.max_position_embeddings * model.hidden_size * (learned and any(chunk.embeds for chunk in chunks))
+            count += (
+                model.max_position_embeddings
+                * model.hidden_size
+                * (learned and any(chunk.embeds for chunk in chunks))
+            )
         copies = key_value_copies(model, self.config.parallel)
-        heads = layers * model.head_size * (2 * (model.hidden_size + model.qkv_bias) + (model.qk_layernorm and not by_head))
+        heads = (
+            layers
+            * model.head_size
+            * (2 * (model.hidden_size + model.qkv_bias) + (model.qk_layernorm and not by_head))
+        )
         return FP32 / self.shards * (all_reduce(count, self.tp) + all_reduce(heads, copies))
 
 
@@ -209,7 +314,9 @@ def simulated_microbatches(p: int, m: int) -> int:
     return m if m <= least else least + (m - least) % p
 
 
-Moment = tuple[tuple[int, ...], int | None]  # by chunk whole micro-batches, then by chunk those whose weights' gradient waits; the chunk at work
+Moment = tuple[
+    tuple[int, ...], int | None
+]  # by chunk whole micro-batches, then by chunk those whose weights' gradient waits; the chunk at work
 
 
 def moments(actions: Iterable[Action], chunks: int) -> list[Moment]:
@@ -227,7 +334,11 @@ def moments(actions: Iterable[Action], chunks: int) -> list[Moment]:
         held[late] += (kind is BackwardInput) - (kind is BackwardWeight)
         if kind is BackwardInput:
             found.add((tuple(held), None))
-    return [moment for moment in found if not any(_covers(other, moment) for other in found if other != moment)]
+    return [
+        moment
+        for moment in found
+        if not any(_covers(other, moment) for other in found if other != moment)
+    ]
 
 
 def _covers(larger: Moment, moment: Moment) -> bool:
@@ -237,5 +348,12 @@ def _covers(larger: Moment, moment: Moment) -> bool:
 def fullest(found: Iterable[Moment], activations: Sequence[Activations]) -> tuple[int, int, int]:
     """Of the moment that takes most: bytes of activations, bytes of working memory, and how many chunks' activations are held."""
     sizes = [chunk.held for chunk in activations] + [chunk.deferred for chunk in activations]
-    sums = ((sum(map(mul, held, sizes)), 0 if at_work is None else activations[at_work].working, sum(held)) for held, at_work in found)
+    sums = (
+        (
+            sum(map(mul, held, sizes)),
+            0 if at_work is None else activations[at_work].working,
+            sum(held),
+        )
+        for held, at_work in found
+    )
     return max(sums, key=lambda most: most[0] + most[1])

@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import log
 
-from _plan_costs import Hardware, Times, chunk_times, context_bytes, data_bytes, exposed_data_seconds, tensor_bytes
+from _plan_costs import (
+    Hardware,
+    Times,
+    chunk_times,
+    context_bytes,
+    data_bytes,
+    exposed_data_seconds,
+    tensor_bytes,
+)
 from _plan_layout import Layout, Moment, fullest, moments
 
 from trivium.config import SHARDING_STRATEGIES, Config, resolve
@@ -45,10 +53,18 @@ class Pipeline:
         if p == 1:
             return {0: [Chunk(num_layers)]}
         layers = (num_layers + self.embedding + self.loss) // (p * v)
-        first, middle, last = Chunk(layers - self.embedding, True, False), Chunk(layers, False, False), Chunk(layers - self.loss, False, True)
+        first, middle, last = (
+            Chunk(layers - self.embedding, True, False),
+            Chunk(layers, False, False),
+            Chunk(layers - self.loss, False, True),
+        )
         if self.schedule == "zb-v":
             return {0: [first, last], 1: [middle, middle], p - 1: [middle, middle]}
-        return {0: [first, *[middle] * (v - 1)], 1: [middle] * v, p - 1: [*[middle] * (v - 1), last]}
+        return {
+            0: [first, *[middle] * (v - 1)],
+            1: [middle] * v,
+            p - 1: [*[middle] * (v - 1), last],
+        }
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,9 @@ class Choice:
             pipeline_model_parallel_size=pipeline.p,
             sequence_parallel=self.sequence_parallel,
             pipeline_schedule=pipeline.schedule,
-            num_virtual_stages_per_pipeline_rank=pipeline.v if pipeline.schedule == "interleaved" else None,
+            num_virtual_stages_per_pipeline_rank=pipeline.v
+            if pipeline.schedule == "interleaved"
+            else None,
             account_for_embedding_in_pipeline_split=pipeline.embedding,
             account_for_loss_in_pipeline_split=pipeline.loss,
             data_parallel_sharding_strategy=self.strategy,
@@ -93,17 +111,31 @@ class Choice:
             overlap_param_gather=overlap_gather,
             recompute_granularity=self.granularity,
         )
-        return replace(config, parallel=parallel, batch=replace(config.batch, micro_batch_size=self.micro_batch))
+        return replace(
+            config,
+            parallel=parallel,
+            batch=replace(config.batch, micro_batch_size=self.micro_batch),
+        )
 
 
 class Search:
     """Over all that `given` (flag names of the command line) leaves open."""
 
-    def __init__(self, config: Config, vocab_size: int, num_devices: int, hardware: Hardware, given: set[str]):
-        self.config, self.vocab_size, self.num_devices, self.hardware, self.given = config, vocab_size, num_devices, hardware, given
+    def __init__(
+        self, config: Config, vocab_size: int, num_devices: int, hardware: Hardware, given: set[str]
+    ):
+        self.config, self.vocab_size, self.num_devices, self.hardware, self.given = (
+            config,
+            vocab_size,
+            num_devices,
+            hardware,
+            given,
+        )
         self.model, self.total = config.model, config.batch.global_batch_size
         self.tried = 0
-        self.least: tuple[int, Choice] | None = None  # the layout with the smallest need, for the message when none fits
+        self.least: tuple[int, Choice] | None = (
+            None  # the layout with the smallest need, for the message when none fits
+        )
         self._cuts: dict[tuple, Cut] = {}
         self._work: dict[tuple, list[tuple[Times, float]]] = {}
         self._activations: dict[tuple, Activations] = {}
@@ -115,7 +147,10 @@ class Search:
         found: dict[tuple, tuple[Score, Choice]] = {}
         for choice in self.choices():
             self.tried += 1
-            cut, score = (choice.tp, choice.cp, choice.sequence_parallel, choice.pipeline), self.score(choice)
+            cut, score = (
+                (choice.tp, choice.cp, choice.sequence_parallel, choice.pipeline),
+                self.score(choice),
+            )
             if cut in found and score >= found[cut][0]:
                 continue
             need = self.need(choice)
@@ -125,33 +160,59 @@ class Search:
                 found[cut] = score, choice
         choices = sorted(found.values(), key=lambda pair: pair[0])[:FINALISTS]
         layouts = [self.layout(choice) for _, choice in choices]
-        fitting = [layout for layout in layouts if layout.fits and not validate(layout.config, self.num_devices)]
-        return sorted(fitting, key=lambda layout: score_of(layout.step_seconds, sum(layout.sent(0).values())))
+        fitting = [
+            layout
+            for layout in layouts
+            if layout.fits and not validate(layout.config, self.num_devices)
+        ]
+        return sorted(
+            fitting, key=lambda layout: score_of(layout.step_seconds, sum(layout.sent(0).values()))
+        )
 
     def layout(self, choice: Choice) -> Layout:
-        return Layout(resolve(choice.applied(self.config), self.num_devices), self.vocab_size, self.num_devices, self.hardware)
+        return Layout(
+            resolve(choice.applied(self.config), self.num_devices),
+            self.vocab_size,
+            self.num_devices,
+            self.hardware,
+        )
 
     # What there is to choose from.
 
     def choices(self) -> Iterator[Choice]:
         model, length = self.model, self.config.batch.seq_length
-        for tp in self.open("tensor_model_parallel_size", [n for n in _divisors(self.num_devices) if n <= LARGEST_TP]):
+        for tp in self.open(
+            "tensor_model_parallel_size",
+            [n for n in _divisors(self.num_devices) if n <= LARGEST_TP],
+        ):
             heads = model.num_kv_heads
-            if model.num_attention_heads % tp or model.ffn_hidden_size % tp or (heads % tp and tp % heads):
+            if (
+                model.num_attention_heads % tp
+                or model.ffn_hidden_size % tp
+                or (heads % tp and tp % heads)
+            ):
                 continue
             for cp in self.open("context_parallel_size", _divisors(self.num_devices // tp)):
                 if (self.num_devices // tp) % cp or (cp > 1 and length % (2 * cp)):
                     continue
-                if cp > 1 and self.config.parallel.cp_comm_type == "a2a" and model.num_attention_heads // tp % cp:
+                if (
+                    cp > 1
+                    and self.config.parallel.cp_comm_type == "a2a"
+                    and model.num_attention_heads // tp % cp
+                ):
                     continue
-                for cut_tokens in self.open("sequence_parallel", [True, False] if tp > 1 else [False]):
+                for cut_tokens in self.open(
+                    "sequence_parallel", [True, False] if tp > 1 else [False]
+                ):
                     if not cut_tokens or length // cp % tp == 0:
                         yield from self._pipelined(tp, cp, cut_tokens)
 
     def _pipelined(self, tp: int, cp: int, cut_tokens: bool) -> Iterator[Choice]:
         for pipeline in self.pipelines(self.num_devices // (tp * cp)):
             dp = self.num_devices // (tp * cp * pipeline.p)
-            for micro in self.open("micro_batch_size", [1 << i for i in range(LARGEST_MICRO_BATCH.bit_length())]):
+            for micro in self.open(
+                "micro_batch_size", [1 << i for i in range(LARGEST_MICRO_BATCH.bit_length())]
+            ):
                 if self.total % (micro * dp):
                     continue
                 for granularity in self.open("recompute_granularity", [None, "selective", "full"]):
@@ -165,14 +226,23 @@ class Search:
         for p in self.open("pipeline_model_parallel_size", _divisors(devices)):
             kinds = [("1f1b", 1)]
             if p > 1:
-                kinds += [("interleaved", v) for v in range(2, MOST_CHUNKS + 1)] + [("zb-h1", 1), ("zb-v", 2)] * (p <= LONGEST_ZERO_BUBBLE)
+                kinds += [("interleaved", v) for v in range(2, MOST_CHUNKS + 1)] + [
+                    ("zb-h1", 1),
+                    ("zb-v", 2),
+                ] * (p <= LONGEST_ZERO_BUBBLE)
             for schedule, v in kinds:
                 if devices % p or schedule not in self.open("pipeline_schedule", [schedule]):
                     continue
-                if schedule == "interleaved" and v not in self.open("num_virtual_stages_per_pipeline_rank", [v]):
+                if schedule == "interleaved" and v not in self.open(
+                    "num_virtual_stages_per_pipeline_rank", [v]
+                ):
                     continue
-                for embedding in self.open("account_for_embedding_in_pipeline_split", [False, True][: 1 + (p > 1)]):
-                    for loss in self.open("account_for_loss_in_pipeline_split", [False, True][: 1 + (p > 1)]):
+                for embedding in self.open(
+                    "account_for_embedding_in_pipeline_split", [False, True][: 1 + (p > 1)]
+                ):
+                    for loss in self.open(
+                        "account_for_loss_in_pipeline_split", [False, True][: 1 + (p > 1)]
+                    ):
                         counted = layers + embedding + loss
                         if counted % (p * v) == 0 and counted >= p * v:
                             yield Pipeline(p, schedule, v, embedding, loss)
@@ -182,7 +252,11 @@ class Search:
             return ["no_shard"]
         if self.given & {"use_distributed_optimizer", "data_parallel_sharding_strategy"}:
             return [self.config.parallel.data_parallel_sharding_strategy]
-        return [strategy for strategy in SHARDING_STRATEGIES if strategy != "optim_grads_params" or p == 1]
+        return [
+            strategy
+            for strategy in SHARDING_STRATEGIES
+            if strategy != "optim_grads_params" or p == 1
+        ]
 
     def open(self, name: str, values: list) -> list:
         """The values to try: the one on the command line, if there is one."""
@@ -194,7 +268,13 @@ class Search:
     # What one is worth.
 
     def microbatches(self, choice: Choice) -> int:
-        return self.total * choice.tp * choice.cp * choice.pipeline.p // (choice.micro_batch * self.num_devices)
+        return (
+            self.total
+            * choice.tp
+            * choice.cp
+            * choice.pipeline.p
+            // (choice.micro_batch * self.num_devices)
+        )
 
     def score(self, choice: Choice) -> Score:
         """Of an update, by the closed formulas."""
@@ -204,11 +284,16 @@ class Search:
         makespan = m * max(times.total for times, _ in work)
         makespan += waiting(pipeline, m, middle, message / self.hardware.link(self.num_devices))
         copies = self.num_devices // (choice.tp * pipeline.p)
-        shards, link = 1 if choice.strategy == "no_shard" else copies, self.hardware.link(choice.tp * copies)
+        shards, link = (
+            1 if choice.strategy == "no_shard" else copies,
+            self.hardware.link(choice.tp * copies),
+        )
         waited = sent = 0.0
         for (times, bytes_sent), (parameters, _) in zip(work, self.states(choice), strict=True):
             data = data_bytes(parameters, choice.strategy, shards, copies, self.cut(choice).e, m)
-            waited = max(waited, exposed_data_seconds(data, choice.strategy, choice.overlaps, m, times, link))
+            waited = max(
+                waited, exposed_data_seconds(data, choice.strategy, choice.overlaps, m, times, link)
+            )
             sent = max(sent, sum(data.values()) + m * bytes_sent)
         return score_of(makespan + waited, sent)
 
@@ -217,7 +302,11 @@ class Search:
         pipeline, cut, m, most = choice.pipeline, self.cut(choice), self.microbatches(choice), 0
         ranks = pipeline.ranks(self.model.num_layers)
         for (rank, chunks), (_, state) in zip(ranks.items(), self.states(choice), strict=True):
-            most = max(most, state + self.held(pipeline, rank, m, [self.activations(chunk, cut) for chunk in chunks]))
+            most = max(
+                most,
+                state
+                + self.held(pipeline, rank, m, [self.activations(chunk, cut) for chunk in chunks]),
+            )
         return most
 
     def held(self, pipeline: Pipeline, rank: int, m: int, activations: list[Activations]) -> int:
@@ -233,7 +322,12 @@ class Search:
                 held += min(rest, group) * activations[turn % v].held
                 rest, turn = rest - group, turn + 1
             return held + working
-        key = pipeline.schedule, p, min(m, 2 * p), rank  # a rank is full before it has seen more micro-batches
+        key = (
+            pipeline.schedule,
+            p,
+            min(m, 2 * p),
+            rank,
+        )  # a rank is full before it has seen more micro-batches
         if key not in self._moments:
             self._moments[key] = moments(make_plan(*key[:3], v).actions[rank], v)
         return sum(fullest(self._moments[key], activations)[:2])
@@ -251,8 +345,15 @@ class Search:
         if key not in self._work:
             cut, schedule, found = self.cut(choice), choice.pipeline.schedule, []
             for chunks in choice.pipeline.ranks(self.model.num_layers).values():
-                times = (chunk_times(self.model, self.vocab_size, chunk, cut, schedule, self.hardware) for chunk in chunks)
-                sent = (sum(tensor_bytes(self.model, chunk, cut)) + sum(context_bytes(self.model, cut)) * chunk.layers for chunk in chunks)
+                times = (
+                    chunk_times(self.model, self.vocab_size, chunk, cut, schedule, self.hardware)
+                    for chunk in chunks
+                )
+                sent = (
+                    sum(tensor_bytes(self.model, chunk, cut))
+                    + sum(context_bytes(self.model, cut)) * chunk.layers
+                    for chunk in chunks
+                )
                 found.append((sum(times, Times()), sum(sent)))
             self._work[key] = found
         return self._work[key]
@@ -262,9 +363,18 @@ class Search:
         copies = self.num_devices // (choice.tp * choice.pipeline.p)
         key = choice.tp, choice.strategy, choice.pipeline
         if key not in self._states:
-            config, shards, found = choice.applied(self.config), 1 if choice.strategy == "no_shard" else copies, []
+            config, shards, found = (
+                choice.applied(self.config),
+                1 if choice.strategy == "no_shard" else copies,
+                [],
+            )
             for chunks in choice.pipeline.ranks(self.model.num_layers).values():
-                state = state_of(weights_of(self.model, self.vocab_size, choice.tp, chunks), config, shards, copies)
+                state = state_of(
+                    weights_of(self.model, self.vocab_size, choice.tp, chunks),
+                    config,
+                    shards,
+                    copies,
+                )
                 found.append((state.parameters, state.total))
             self._states[key] = found
         return self._states[key]
@@ -285,9 +395,13 @@ def waiting(pipeline: Pipeline, m: int, rank: Times, transfer: float) -> float:
         case "1f1b":
             return (p - 1) * rank.total + 2 * (m + p - 1) * transfer
         case "interleaved":
-            return ((p - 1) + (v - 1) * max(0, p - m)) * rank.total / v + 2 * ((v - 1) * m + p - 1) * transfer
+            return ((p - 1) + (v - 1) * max(0, p - m)) * rank.total / v + 2 * (
+                (v - 1) * m + p - 1
+            ) * transfer
         case "zb-h1":
-            return (p - 1) * max(rank.total - 2 * rank.backward_weight, rank.backward_input) + 2 * (p - 1) * transfer
+            return (p - 1) * max(rank.total - 2 * rank.backward_weight, rank.backward_input) + 2 * (
+                p - 1
+            ) * transfer
         case _:  # 0 if F = B = W, plus the makespan's p - 1 half steps
             return (p - 1) * (max(times) - min(times) + rank.forward / 2) + 4 * (p - 1) * transfer
 

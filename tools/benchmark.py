@@ -33,10 +33,30 @@ SUITES = {
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__, EXAMPLE)
-    parser.add_argument("--suite", nargs="+", type=suites, default=[list(SUITES)], help=f"what to measure: {', '.join(SUITES)} or all")
-    parser.add_argument("--peers", action="store_true", help="measure other engines beside this one, in turn with it")
-    parser.add_argument("--rounds", type=positive, default=3, help="how often every candidate is run, in turn with the others")
-    parser.add_argument("--steps", type=positive, default=5, help="updates timed in each round, after two that are not")
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        type=suites,
+        default=[list(SUITES)],
+        help=f"what to measure: {', '.join(SUITES)} or all",
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="measure other engines beside this one, in turn with it",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=3,
+        help="how often every candidate is run, in turn with the others",
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        default=5,
+        help="updates timed in each round, after two that are not",
+    )
     parser.add_argument("--out", type=Path, help="JSON file of all results")
     options = parser.parse_args(argv)
     names = dict.fromkeys(name for given in options.suite for name in given)
@@ -54,7 +74,9 @@ def suites(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
         if name not in (*SUITES, "all"):
-            raise argparse.ArgumentTypeError(f"{name!r} is no suite; choose from {', '.join(SUITES)}, all")
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is no suite; choose from {', '.join(SUITES)}, all"
+            )
     return list(SUITES) if "all" in names else names
 
 
@@ -77,7 +99,10 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 if __name__ == "__main__":

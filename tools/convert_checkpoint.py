@@ -14,7 +14,13 @@ from trivium.data.tokenizer import build_tokenizer
 from trivium.flags import read_config
 from trivium.mesh import Axis
 from trivium.model.families import FAMILIES
-from trivium.train.convert import Described, copy_tokenizer, new_folder, rewrite_checkpoint, write_checkpoint
+from trivium.train.convert import (
+    Described,
+    copy_tokenizer,
+    new_folder,
+    rewrite_checkpoint,
+    write_checkpoint,
+)
 from trivium.train.export import export_hf
 from trivium.train.hf_model import HFModel
 from trivium.train.megatron import MegatronDist
@@ -33,17 +39,58 @@ TOKENS = 64  # of each of two random sequences that --verify looks at
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__, EXAMPLE)
-    parser.add_argument("--from", dest="source", choices=("hf", "trivium", "nanogpt", "megatron"), required=True, help="what --load holds")
-    parser.add_argument("--to", dest="target", choices=("hf", "trivium"), required=True, help="what --save is to hold")
-    parser.add_argument("--load", type=Path, required=True, help="a Hugging Face folder; SAVE or SAVE/iter_N; nanoGPT's out_dir")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        choices=("hf", "trivium", "nanogpt", "megatron"),
+        required=True,
+        help="what --load holds",
+    )
+    parser.add_argument(
+        "--to",
+        dest="target",
+        choices=("hf", "trivium"),
+        required=True,
+        help="what --save is to hold",
+    )
+    parser.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        help="a Hugging Face folder; SAVE or SAVE/iter_N; nanoGPT's out_dir",
+    )
     parser.add_argument("--save", type=Path, required=True, help="a folder that holds nothing else")
-    parser.add_argument("--ckpt-step", type=int, help="the iteration to convert; the latest if not given")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="number format of the weights; as they are if not given (to hf: that of the run)")
-    parser.add_argument("--no-optim", action="store_true", help="trivium to trivium: leave the optimizer's state out")
-    parser.add_argument("--hf-model-type", choices=tuple(FAMILIES), help="to hf: the family; that it came from, or the first that fits, if not given")
-    parser.add_argument("--vocab-size", type=positive, help="from megatron: the vocabulary without its padding; all rows if not given")
-    parser.add_argument("--tokenizer-model", help="to hf: the tokenizer, if it is no longer where the run found it")
-    parser.add_argument("--verify", action="store_true", help="compare logits with transformers, in fp32, and print the largest difference")
+    parser.add_argument(
+        "--ckpt-step", type=int, help="the iteration to convert; the latest if not given"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="number format of the weights; as they are if not given (to hf: that of the run)",
+    )
+    parser.add_argument(
+        "--no-optim",
+        action="store_true",
+        help="trivium to trivium: leave the optimizer's state out",
+    )
+    parser.add_argument(
+        "--hf-model-type",
+        choices=tuple(FAMILIES),
+        help="to hf: the family; that it came from, or the first that fits, if not given",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=positive,
+        help="from megatron: the vocabulary without its padding; all rows if not given",
+    )
+    parser.add_argument(
+        "--tokenizer-model", help="to hf: the tokenizer, if it is no longer where the run found it"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare logits with transformers, in fp32, and print the largest difference",
+    )
     options = parser.parse_args(argv)
     _check(options)
     if options.target == "trivium":
@@ -53,7 +100,9 @@ def main(argv: list[str]) -> None:
         _to_hf(options, _opened(options))
     print(f"{options.save}: written")
     if options.verify:
-        hf, ours = (options.load, options.save) if options.source == "hf" else (options.save, options.load)
+        hf, ours = (
+            (options.load, options.save) if options.source == "hf" else (options.save, options.load)
+        )
         _verify(hf, ours, options)
 
 
@@ -61,13 +110,34 @@ def _to_trivium(options: Namespace) -> None:
     if options.source == "hf":
         source = HFModel(options.load)
         data = copy_tokenizer(source.folder, options.save, source.vocab_size)
-        write_checkpoint(options.save, source, Described(source.config, source.vocab_size, data), DTYPES.get(options.dtype))
+        write_checkpoint(
+            options.save,
+            source,
+            Described(source.config, source.vocab_size, data),
+            DTYPES.get(options.dtype),
+        )
     elif options.source in ("nanogpt", "megatron"):
-        source = NanoGPT(options.load) if options.source == "nanogpt" else MegatronDist(options.load, options.vocab_size)
-        data = replace(DataConfig(), tokenizer_type="NullTokenizer", vocab_size=source.vocab_size - 1)
-        write_checkpoint(options.save, source, Described(source.config, source.vocab_size, data), DTYPES.get(options.dtype))
+        source = (
+            NanoGPT(options.load)
+            if options.source == "nanogpt"
+            else MegatronDist(options.load, options.vocab_size)
+        )
+        data = replace(
+            DataConfig(), tokenizer_type="NullTokenizer", vocab_size=source.vocab_size - 1
+        )
+        write_checkpoint(
+            options.save,
+            source,
+            Described(source.config, source.vocab_size, data),
+            DTYPES.get(options.dtype),
+        )
     else:
-        rewrite_checkpoint(options.save, _opened(options), DTYPES.get(options.dtype), keeps_optimizer=not options.no_optim)
+        rewrite_checkpoint(
+            options.save,
+            _opened(options),
+            DTYPES.get(options.dtype),
+            keeps_optimizer=not options.no_optim,
+        )
 
 
 def _check(options: Namespace) -> None:
@@ -86,7 +156,11 @@ def _check(options: Namespace) -> None:
         "--hf-model-type": (options.hf_model_type, "--from trivium --to hf"),
         "--vocab-size": (options.vocab_size, "--from megatron --to trivium"),
         "--tokenizer-model": (options.tokenizer_model, "--from trivium --to hf"),
-        "--ckpt-step": (options.ckpt_step is not None, "--from trivium --to hf", "--from trivium --to trivium"),
+        "--ckpt-step": (
+            options.ckpt_step is not None,
+            "--from trivium --to hf",
+            "--from trivium --to trivium",
+        ),
     }
     for flag, (given, *ways) in only.items():
         if given and way not in ways:
@@ -94,14 +168,20 @@ def _check(options: Namespace) -> None:
 
 
 def _opened(options: Namespace) -> Checkpoint:
-    return open_checkpoint(options.load, ckpt_step=options.ckpt_step, world=Axis("world"), device=CPU)
+    return open_checkpoint(
+        options.load, ckpt_step=options.ckpt_step, world=Axis("world"), device=CPU
+    )
 
 
 def _to_hf(options: Namespace, checkpoint: Checkpoint) -> None:
     config = read_config(checkpoint.config_yaml)
     if options.hf_model_type:
         config = replace(config, model=replace(config.model, hf_model_type=options.hf_model_type))
-    data = config.data if options.tokenizer_model is None else replace(config.data, tokenizer_model=options.tokenizer_model)
+    data = (
+        config.data
+        if options.tokenizer_model is None
+        else replace(config.data, tokenizer_model=options.tokenizer_model)
+    )
     eod, files = _tokenizer(data)
     try:
         export_hf(checkpoint, options.save, eod, files, DTYPES.get(options.dtype), config)
@@ -124,22 +204,38 @@ def _verify(hf: Path, ours: Path, options: Namespace) -> None:
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
-        raise BadArgument("--verify needs the package transformers; install it with: pip install transformers") from None
+        raise BadArgument(
+            "--verify needs the package transformers; install it with: pip install transformers"
+        ) from None
     step = options.ckpt_step if options.source == "trivium" else None
-    peer = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
-    model = load_pretrained(ours, device=CPU, dtype=torch.float32, kernels="torch", ckpt_step=step).model
-    checkpoint, source = open_checkpoint(ours, ckpt_step=step, world=Axis("world"), device=CPU), HFModel(hf)
+    peer = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    model = load_pretrained(
+        ours, device=CPU, dtype=torch.float32, kernels="torch", ckpt_step=step
+    ).model
+    checkpoint, source = (
+        open_checkpoint(ours, ckpt_step=step, world=Axis("world"), device=CPU),
+        HFModel(hf),
+    )
     names = {id(parameter): name for name, parameter in peer.named_parameters()}
-    embedding, head = (names[id(layer.weight)] for layer in (peer.get_input_embeddings(), peer.get_output_embeddings()))
+    embedding, head = (
+        names[id(layer.weight)]
+        for layer in (peer.get_input_embeddings(), peer.get_output_embeddings())
+    )
     for parameter in model.parameters():
         for part in parameter.param_layout.parts:
             view = part.within(parameter)
             view.copy_(view.to(source.dtype(part.name)))
-            their = {"embedding.word.weight": embedding, "head.weight": head}.get(part.name, source.places[part.name].name)
+            their = {"embedding.word.weight": embedding, "head.weight": head}.get(
+                part.name, source.places[part.name].name
+            )
             weight = peer.get_parameter(their)
             weight.copy_(weight.to(checkpoint.dtype(part.name)))
     length = min(TOKENS, model.config.max_position_embeddings)
-    tokens = torch.randint(0, model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0)
+    )
     expected, found = peer(tokens).logits, model(tokens)[..., : model.vocab_size]
     difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
     print(f"largest difference of logits: {difference:.3e}; largest logit: {largest:.3e}")

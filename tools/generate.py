@@ -17,10 +17,24 @@ def main(argv: list[str]) -> None:
     parser = Parser(__doc__, EXAMPLE)
     add_model_flags(parser)
     parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=positive, default=100, help="tokens to add at most; the end of the document ends earlier")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
-    parser.add_argument("--top-k", type=count, default=0, help="draw from the k likeliest tokens; 0 from all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that together have this probability")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=100,
+        help="tokens to add at most; the end of the document ends earlier",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="0 takes the likeliest token each time"
+    )
+    parser.add_argument(
+        "--top-k", type=count, default=0, help="draw from the k likeliest tokens; 0 from all"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the likeliest tokens that together have this probability",
+    )
     parser.add_argument("--seed", type=int, default=1234, help="same seed, same text")
     options = parser.parse_args(argv)
     if not options.temperature >= 0:
@@ -31,23 +45,38 @@ def main(argv: list[str]) -> None:
     pretrained = load_model(options)
     tokenizer = load_tokenizer(pretrained, options)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    write(pretrained.model, tokenizer, options.prompt, options.max_new_tokens, sampling, options.seed)
+    write(
+        pretrained.model, tokenizer, options.prompt, options.max_new_tokens, sampling, options.seed
+    )
 
 
-def write(model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int) -> None:
+def write(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+) -> None:
     """Print the prompt and what follows it, as it comes."""
     ids = tokenizer.encode(prompt) or [tokenizer.eod]
     if max(ids) >= model.vocab_size:
-        raise BadArgument(f"--tokenizer-model gives id {max(ids)}, the model has a vocabulary of {model.vocab_size}: it was trained with another")
+        raise BadArgument(
+            f"--tokenizer-model gives id {max(ids)}, the model has a vocabulary of {model.vocab_size}: it was trained with another"
+        )
     room = model.config.max_position_embeddings - len(ids)
     if model.config.position_embedding_type == "learned_absolute":
         if room <= 0:
-            raise BadArgument(f"--prompt has {len(ids)} tokens, the model has {model.config.max_position_embeddings} positions; shorten it")
+            raise BadArgument(
+                f"--prompt has {len(ids)} tokens, the model has {model.config.max_position_embeddings} positions; shorten it"
+            )
         max_new_tokens = min(max_new_tokens, room)
     tokens = torch.tensor([ids], device=model.embedding.weight.device)
     new, shown = [], ""
     sys.stdout.write(prompt)
-    for chosen in generate(model, tokens, max_new_tokens, sampling, torch.Generator().manual_seed(seed)):
+    for chosen in generate(
+        model, tokens, max_new_tokens, sampling, torch.Generator().manual_seed(seed)
+    ):
         if chosen.item() == tokenizer.eod:
             break
         new.append(chosen.item())

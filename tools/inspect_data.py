@@ -20,33 +20,72 @@ def main(argv: list[str]) -> None:
     given = (args.train_samples, args.valid_samples, args.test_samples)
     shown = {split for split, _, _ in ranges}
     # Only what is looked at is built; without a number, one epoch of it.
-    num_samples = tuple(n if split in shown or (n and not args.json) else 0 for split, n in zip(order.SPLITS, given, strict=True))
+    num_samples = tuple(
+        n if split in shown or (n and not args.json) else 0
+        for split, n in zip(order.SPLITS, given, strict=True)
+    )
     for split, n in zip(order.SPLITS, num_samples, strict=True):
         if weighted and n is None:
-            raise BadArgument(f"--show {split}: a blend with weights has no end; say how many with --{split}-samples N")
+            raise BadArgument(
+                f"--show {split}: a blend with weights has no end; say how many with --{split}-samples N"
+            )
     if not args.json:
         logs.setup()
         describe(args.data_path, args.split)
-    datasets = build_datasets(args.data_path, args.split, args.seq_length, args.seed, num_samples, cache_path=args.data_cache_path, may_run_dry=True)
+    datasets = build_datasets(
+        args.data_path,
+        args.split,
+        args.seq_length,
+        args.seed,
+        num_samples,
+        cache_path=args.data_cache_path,
+        may_run_dry=True,
+    )
     if not args.json:
         for split in order.SPLITS:
             if (samples := getattr(datasets, split)) is not None:
-                print(f"{split}: {len(samples)} samples of {args.seq_length} + 1 tokens, order {samples.fingerprint[:16]}")
+                print(
+                    f"{split}: {len(samples)} samples of {args.seq_length} + 1 tokens, order {samples.fingerprint[:16]}"
+                )
     for split, first, last in ranges:
         show(datasets, split, first, last, args.json)
 
 
 def parse(argv: list[str]):
-    parser = Parser(__doc__, "python tools/inspect_data.py --data-path corpus_text_document --seq-length 1024 --train-samples 1000 --show train:0-7")
-    parser.add_argument("--data-path", nargs="+", required=True, help="Prefixes of .bin/.idx files, or weight prefix pairs.")
-    parser.add_argument("--split", default="969,30,1", help="Shares of training, validation and test.")
+    parser = Parser(
+        __doc__,
+        "python tools/inspect_data.py --data-path corpus_text_document --seq-length 1024 --train-samples 1000 --show train:0-7",
+    )
+    parser.add_argument(
+        "--data-path",
+        nargs="+",
+        required=True,
+        help="Prefixes of .bin/.idx files, or weight prefix pairs.",
+    )
+    parser.add_argument(
+        "--split", default="969,30,1", help="Shares of training, validation and test."
+    )
     parser.add_argument("--seq-length", type=positive, default=1024, help="Tokens of a sample.")
     parser.add_argument("--seed", type=count, default=1234, help="Seed of the run.")
     for split in order.SPLITS:
-        parser.add_argument(f"--{split}-samples", type=count, help=f"Samples the run asks of the {split} split; one epoch if not given.")
-    parser.add_argument("--show", nargs="+", default=[], metavar="SPLIT:A-B", help="Samples to print: train:0-7 is 0 to 7, valid:3 is one.")
-    parser.add_argument("--data-cache-path", help="Folder of the index cache; beside the data if not given.")
-    parser.add_argument("--json", action="store_true", help="Print one JSON object per sample and nothing else.")
+        parser.add_argument(
+            f"--{split}-samples",
+            type=count,
+            help=f"Samples the run asks of the {split} split; one epoch if not given.",
+        )
+    parser.add_argument(
+        "--show",
+        nargs="+",
+        default=[],
+        metavar="SPLIT:A-B",
+        help="Samples to print: train:0-7 is 0 to 7, valid:3 is one.",
+    )
+    parser.add_argument(
+        "--data-cache-path", help="Folder of the index cache; beside the data if not given."
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="Print one JSON object per sample and nothing else."
+    )
     return parser.parse_args(argv)
 
 
@@ -54,7 +93,9 @@ def parse_range(text: str) -> tuple[str, int, int]:
     """("train", 0, 7) of train:0-7."""
     match = re.fullmatch(r"(train|valid|test):(\d+)(?:-(\d+))?", text)
     if match is None:
-        raise BadArgument(f"--show {text!r} is not of the form train:0-7 (train, valid or test; first and last sample)")
+        raise BadArgument(
+            f"--show {text!r} is not of the form train:0-7 (train, valid or test; first and last sample)"
+        )
     first = int(match[2])
     last = first if match[3] is None else int(match[3])
     if last < first:
@@ -68,11 +109,17 @@ def describe(data_path: list[str], split: str) -> None:
     shares = order.normalized(weights) if weights else [None] * len(prefixes)
     for share, source in zip(shares, open_all(prefixes), strict=True):
         print(f"{source.prefix}" + (f", {share:.2%} of the blend" if share is not None else ""))
-        print(f"  {source.num_documents} documents, {source.num_sequences} sequences, {source.num_tokens()} tokens of {source.dtype}")
+        print(
+            f"  {source.num_documents} documents, {source.num_sequences} sequences, {source.num_tokens()} tokens of {source.dtype}"
+        )
         print(f"  tokens per sequence: {_statistics(source)}")
-        for name, bounds in zip(order.SPLITS, order.split_bounds(split, source.num_sequences), strict=True):
+        for name, bounds in zip(
+            order.SPLITS, order.split_bounds(split, source.num_sequences), strict=True
+        ):
             if bounds is not None:
-                print(f"  {name}: sequences {bounds[0]} to {bounds[1]} (exclusive), {source.num_tokens(*bounds)} tokens")
+                print(
+                    f"  {name}: sequences {bounds[0]} to {bounds[1]} (exclusive), {source.num_tokens(*bounds)} tokens"
+                )
 
 
 def _statistics(source: IndexedDataset) -> str:
@@ -85,9 +132,13 @@ def show(datasets: Datasets, split: str, first: int, last: int, as_json: bool) -
     """Print samples `first` to `last` of a split. Raises BadArgument if it has fewer."""
     samples = getattr(datasets, split)
     if samples is None:
-        raise BadArgument(f"--show {split}:{first}-{last}: there is no {split} split; see --split and --{split}-samples")
+        raise BadArgument(
+            f"--show {split}:{first}-{last}: there is no {split} split; see --split and --{split}-samples"
+        )
     if last >= len(samples):
-        raise BadArgument(f"--show {split}:{first}-{last}: the {split} split has {len(samples)} samples, 0 to {len(samples) - 1}")
+        raise BadArgument(
+            f"--show {split}:{first}-{last}: the {split} split has {len(samples)} samples, 0 to {len(samples) - 1}"
+        )
     for k in range(first, last + 1):
         tokens = samples.tokens(k).tolist()
         if as_json:

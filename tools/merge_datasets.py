@@ -10,9 +10,14 @@ from trivium.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path,
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(__doc__, "python tools/merge_datasets.py --input parts/ --output-prefix corpus_text_document")
+    parser = Parser(
+        __doc__,
+        "python tools/merge_datasets.py --input parts/ --output-prefix corpus_text_document",
+    )
     parser.add_argument("--input", required=True, help="Folder of the datasets.")
-    parser.add_argument("--output-prefix", required=True, help="Path of the joined dataset, without .bin or .idx.")
+    parser.add_argument(
+        "--output-prefix", required=True, help="Path of the joined dataset, without .bin or .idx."
+    )
     args = parser.parse_args(argv)
     logs.setup()
     prefixes = find_prefixes(Path(args.input), Path(args.output_prefix))
@@ -27,7 +32,9 @@ def main(argv: list[str]) -> None:
 
 def merge(prefixes: list[str], output_prefix: str) -> None:
     """Write `prefixes`, one after the other, as one dataset. They must be of one dtype."""
-    with IndexedDatasetWriter(output_prefix, IndexedDataset(prefixes[0], allow_empty=True).dtype) as writer:
+    with IndexedDatasetWriter(
+        output_prefix, IndexedDataset(prefixes[0], allow_empty=True).dtype
+    ) as writer:
         for prefix in prefixes:
             writer.add_index(prefix)
 
@@ -37,7 +44,11 @@ def find_prefixes(folder: Path, output: Path) -> list[str]:
     if not folder.is_dir():
         raise BadArgument(f"--input {folder}: no such folder")
     names = {path.stem for path in folder.iterdir() if path.suffix in (".bin", ".idx")}
-    prefixes = [str(folder / name) for name in sorted(names) if (folder / name).resolve() != output.resolve()]
+    prefixes = [
+        str(folder / name)
+        for name in sorted(names)
+        if (folder / name).resolve() != output.resolve()
+    ]
     if not prefixes:
         raise BadArgument(f"--input {folder}: no .bin and .idx in this folder")
     for prefix in prefixes:

@@ -49,13 +49,21 @@ def main(argv: list[str]) -> None:
     logs.setup()
     # One thread per process: the processes are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    flags = (args.tokenizer_type, args.tokenizer_model, args.vocab_file, args.merge_file, args.vocab_size)
+    flags = (
+        args.tokenizer_type,
+        args.tokenizer_model,
+        args.vocab_file,
+        args.merge_file,
+        args.vocab_size,
+    )
     job = Job(flags, tuple(args.json_keys), args.append_eod, args.log_interval)
     tokenizer_of(job)  # a wrong flag ends it here
     started = time.monotonic()
     parts = partition(list_files(args.input), args.partitions)
     if len(parts) < args.partitions:
-        logs.get_logger().info(f"--partitions {args.partitions}: the input has files for {len(parts)}")
+        logs.get_logger().info(
+            f"--partitions {args.partitions}: the input has files for {len(parts)}"
+        )
     if len(parts) == 1:
         totals = write(job, parts[0], job.output(args.output_prefix), args.workers)
     else:
@@ -66,7 +74,9 @@ def main(argv: list[str]) -> None:
         f"{documents} documents, {tokens} tokens, {megabytes:.1f} MB of text in {seconds:.1f} s: "
         f"{megabytes / seconds:.2f} MB/s, {documents / seconds:.0f} docs/s"
     )
-    logs.get_logger().info("\n".join(f"{prefix}.bin, .idx" for prefix in job.output(args.output_prefix)))
+    logs.get_logger().info(
+        "\n".join(f"{prefix}.bin, .idx" for prefix in job.output(args.output_prefix))
+    )
 
 
 def parse(argv: list[str]):
@@ -75,18 +85,52 @@ def parse(argv: list[str]):
         "python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --tokenizer-type HuggingFaceTokenizer "
         "--tokenizer-model tokenizer --append-eod --workers 8",
     )
-    parser.add_argument("--input", nargs="+", required=True, help="Files (jsonl, parquet, arrow, any UTF-8 text; .gz and .zst) and folders.")
-    parser.add_argument("--output-prefix", required=True, help="P of P_text_document.bin and .idx, one such pair per key.")
-    parser.add_argument("--tokenizer-type", required=True, help="HuggingFaceTokenizer, GPT2BPETokenizer, NullTokenizer, ...")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="Files (jsonl, parquet, arrow, any UTF-8 text; .gz and .zst) and folders.",
+    )
+    parser.add_argument(
+        "--output-prefix",
+        required=True,
+        help="P of P_text_document.bin and .idx, one such pair per key.",
+    )
+    parser.add_argument(
+        "--tokenizer-type",
+        required=True,
+        help="HuggingFaceTokenizer, GPT2BPETokenizer, NullTokenizer, ...",
+    )
     parser.add_argument("--tokenizer-model", help="Folder or file of the tokenizer.")
     parser.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer.")
     parser.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer.")
-    parser.add_argument("--vocab-size", type=positive, help="Of NullTokenizer; of others only to enlarge.")
-    parser.add_argument("--append-eod", action="store_true", help="End every document that has tokens with the end of document.")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="Keys of the texts in JSON lines; one dataset each.")
+    parser.add_argument(
+        "--vocab-size", type=positive, help="Of NullTokenizer; of others only to enlarge."
+    )
+    parser.add_argument(
+        "--append-eod",
+        action="store_true",
+        help="End every document that has tokens with the end of document.",
+    )
+    parser.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        help="Keys of the texts in JSON lines; one dataset each.",
+    )
     parser.add_argument("--workers", type=positive, default=1, help="Processes that tokenize.")
-    parser.add_argument("--partitions", type=positive, default=1, help="Groups of input files read side by side; joined at the end.")
-    parser.add_argument("--log-interval", type=count, default=0, help="Documents between progress lines; 0 for none.")
+    parser.add_argument(
+        "--partitions",
+        type=positive,
+        default=1,
+        help="Groups of input files read side by side; joined at the end.",
+    )
+    parser.add_argument(
+        "--log-interval",
+        type=count,
+        default=0,
+        help="Documents between progress lines; 0 for none.",
+    )
     args = parser.parse_args(argv)
     if len(set(args.json_keys)) < len(args.json_keys):
         raise BadArgument(f"--json-keys {' '.join(args.json_keys)} names a key twice")
@@ -97,7 +141,10 @@ def partition(files: list[TextFile], num_parts: int) -> list[list[TextFile]]:
     """Neighbouring files in at most `num_parts` groups of about equal bytes: joined in order they are the input again."""
     ends = np.cumsum([os.path.getsize(file.path) for file in files], dtype=np.float64)
     group = np.minimum(ends * num_parts / max(ends[-1], 1) - 1e-9, num_parts - 1).astype(int)
-    parts = [[file for file, g in zip(files, group, strict=True) if g == wanted] for wanted in range(num_parts)]
+    parts = [
+        [file for file, g in zip(files, group, strict=True) if g == wanted]
+        for wanted in range(num_parts)
+    ]
     return [part for part in parts if part]
 
 
@@ -107,7 +154,10 @@ def write_parts(job: Job, parts: list[list[TextFile]], output_prefix: str, worke
     share = max(1, workers // len(parts))
     try:
         with ProcessPoolExecutor(len(parts)) as pool:
-            futures = [pool.submit(write, job, part, prefixes, share, False) for part, prefixes in zip(parts, outputs, strict=True)]
+            futures = [
+                pool.submit(write, job, part, prefixes, share, False)
+                for part, prefixes in zip(parts, outputs, strict=True)
+            ]
             totals = tuple(map(sum, zip(*(_result(future) for future in futures), strict=True)))
         _refuse_empty(totals)
         for k, output in enumerate(job.output(output_prefix)):
@@ -121,7 +171,9 @@ def write_parts(job: Job, parts: list[list[TextFile]], output_prefix: str, worke
     return totals
 
 
-def write(job: Job, files: list[TextFile], prefixes: list[str], workers: int, refuse_empty: bool = True) -> Totals:
+def write(
+    job: Job, files: list[TextFile], prefixes: list[str], workers: int, refuse_empty: bool = True
+) -> Totals:
     """Tokenize files into one dataset per key. Raises ValueError if there is not one token, unless told not to."""
     dtype = best_dtype(tokenizer_of(job).vocab_size)
     totals = (0, 0, 0)
@@ -131,7 +183,14 @@ def write(job: Job, files: list[TextFile], prefixes: list[str], workers: int, re
         for size, encoded in _in_order(job, batches, workers, stack):
             for writer, (ids, lengths) in zip(writers, encoded, strict=True):
                 writer.add_documents(ids, lengths)
-            before, totals = totals[1], (totals[0] + size, totals[1] + len(encoded[0][1]), totals[2] + sum(len(ids) for ids, _ in encoded))
+            before, totals = (
+                totals[1],
+                (
+                    totals[0] + size,
+                    totals[1] + len(encoded[0][1]),
+                    totals[2] + sum(len(ids) for ids, _ in encoded),
+                ),
+            )
             if job.log_interval and before // job.log_interval < totals[1] // job.log_interval:
                 logs.get_logger().info(f"{totals[1]} documents, {totals[2]} tokens")
         if refuse_empty:
@@ -139,7 +198,9 @@ def write(job: Job, files: list[TextFile], prefixes: list[str], workers: int, re
     return totals
 
 
-def encode(job: Job, batch: list[tuple[str, ...]]) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]]:
+def encode(
+    job: Job, batch: list[tuple[str, ...]]
+) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]]:
     """Bytes of text in a batch; per key the ids of its documents back to back, and the length of each."""
     tokenizer = tokenizer_of(job)
     end = [tokenizer.eod] if job.append_eod else []
@@ -148,7 +209,9 @@ def encode(job: Job, batch: list[tuple[str, ...]]) -> tuple[int, list[tuple[np.n
         size += sum(len(text.encode()) for text in texts)
         documents = [ids + end if ids else ids for ids in tokenizer.encode_batch(list(texts))]
         lengths = np.array([len(ids) for ids in documents], np.int64)
-        encoded.append((np.fromiter(chain.from_iterable(documents), np.int32, lengths.sum()), lengths))
+        encoded.append(
+            (np.fromiter(chain.from_iterable(documents), np.int32, lengths.sum()), lengths)
+        )
     return size, encoded
 
 
@@ -180,14 +243,18 @@ def _in_order(job: Job, batches: Iterator, workers: int, stack: ExitStack) -> It
 
 def _refuse_empty(totals: Totals) -> None:
     if totals[2] == 0:
-        raise ValueError(f"the input holds {totals[1]} documents without a token; nothing is written")
+        raise ValueError(
+            f"the input holds {totals[1]} documents without a token; nothing is written"
+        )
 
 
 def _result(future: Future):
     try:
         return future.result()
     except BrokenProcessPool:
-        raise ValueError("a worker process was killed, most likely for want of memory; use fewer --workers") from None
+        raise ValueError(
+            "a worker process was killed, most likely for want of memory; use fewer --workers"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -19,37 +19,71 @@ Texts = Callable[[], Iterator[str]]  # a new reading of the input
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(__doc__, "python tools/train_tokenizer.py --input corpus.jsonl src/ --type bpe --vocab-size 32000 --output tokenizer")
-    parser.add_argument("--input", nargs="+", required=True, help="Files of text or JSON lines (.gz, .zst too), and folders of them.")
+    parser = Parser(
+        __doc__,
+        "python tools/train_tokenizer.py --input corpus.jsonl src/ --type bpe --vocab-size 32000 --output tokenizer",
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="Files of text or JSON lines (.gz, .zst too), and folders of them.",
+    )
     kinds = "Kind of model. bpe works on bytes; unigram is the one whose last digits differ from run to run."
-    parser.add_argument("--type", choices=("bpe", "wordpiece", "unigram", "char"), default="bpe", help=kinds)
-    parser.add_argument("--vocab-size", type=positive, required=True, help="Ids at most, special tokens included.")
+    parser.add_argument(
+        "--type", choices=("bpe", "wordpiece", "unigram", "char"), default="bpe", help=kinds
+    )
+    parser.add_argument(
+        "--vocab-size", type=positive, required=True, help="Ids at most, special tokens included."
+    )
     parser.add_argument("--output", required=True, help="Folder to write.")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="Keys of the texts in JSON lines.")
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], help="Keys of the texts in JSON lines."
+    )
     args = parser.parse_args(argv)
     logs.setup()
     if args.type == "bpe" and args.vocab_size < BYTES + 1:
-        raise BadArgument(f"--vocab-size {args.vocab_size} is too small for bpe: {BYTES} bytes and {END_OF_TEXT} need {BYTES + 1}")
+        raise BadArgument(
+            f"--vocab-size {args.vocab_size} is too small for bpe: {BYTES} bytes and {END_OF_TEXT} need {BYTES + 1}"
+        )
     if args.type != "bpe" and args.vocab_size < 3:
-        raise BadArgument(f"--vocab-size {args.vocab_size} is too small for {args.type}: {END_OF_TEXT}, {UNKNOWN} and a first token need 3")
+        raise BadArgument(
+            f"--vocab-size {args.vocab_size} is too small for {args.type}: {END_OF_TEXT}, {UNKNOWN} and a first token need 3"
+        )
 
     def texts() -> Iterator[str]:
-        return (text for document in read_documents(list_files(args.input), args.json_keys) for text in document if text)
+        return (
+            text
+            for document in read_documents(list_files(args.input), args.json_keys)
+            for text in document
+            if text
+        )
 
     if next(texts(), None) is None:
         raise ValueError("the input holds no text")
-    tokenizer = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "char": _char}[args.type](args.vocab_size, texts)
+    tokenizer = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "char": _char}[
+        args.type
+    ](args.vocab_size, texts)
     save(tokenizer, Path(args.output), unknown=args.type != "bpe")
     size = tokenizer.get_vocab_size()
     if size < args.vocab_size:
         logs.get_logger().info(f"the text has material for {size} of {args.vocab_size} ids")
-    logs.get_logger().info(f"{args.output}: {args.type} tokenizer of {size} ids, end of document {tokenizer.token_to_id(END_OF_TEXT)}")
+    logs.get_logger().info(
+        f"{args.output}: {args.type} tokenizer of {size} ids, end of document {tokenizer.token_to_id(END_OF_TEXT)}"
+    )
 
 
 def save(tokenizer: Tokenizer, folder: Path, unknown: bool) -> None:
     """tokenizer.json and what transformers wants beside it."""
-    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | ({"unk_token": UNKNOWN} if unknown else {})
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "model_max_length": 10**30, "clean_up_tokenization_spaces": False}
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | (
+        {"unk_token": UNKNOWN} if unknown else {}
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "model_max_length": 10**30,
+        "clean_up_tokenization_spaces": False,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     _write(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
@@ -67,7 +101,12 @@ def _bpe(vocab_size: int, texts: Texts) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts(), trainer)
     return tokenizer
 
@@ -75,12 +114,20 @@ def _bpe(vocab_size: int, texts: Texts) -> Tokenizer:
 def _wordpiece(vocab_size: int, texts: Texts) -> Tokenizer:
     """The trainer numbers continuations (##x) in the order of a hash table: given in sorted order beforehand, they are the same every time."""
     splitter = pre_tokenizers.BertPreTokenizer()
-    inside = {character for text in texts() for word, _ in splitter.pre_tokenize_str(text) for character in word[1:]}
+    inside = {
+        character
+        for text in texts()
+        for word, _ in splitter.pre_tokenize_str(text)
+        for character in word[1:]
+    }
     special = [END_OF_TEXT, UNKNOWN]
     learner = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
     learner.pre_tokenizer = splitter
     known = [*special, *(f"##{character}" for character in sorted(inside))]
-    learner.train_from_iterator(texts(), trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=known, show_progress=False))
+    learner.train_from_iterator(
+        texts(),
+        trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=known, show_progress=False),
+    )
     tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
@@ -92,7 +139,12 @@ def _unigram(vocab_size: int, texts: Texts) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
-    trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT, UNKNOWN], unk_token=UNKNOWN, show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, UNKNOWN],
+        unk_token=UNKNOWN,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts(), trainer)
     return tokenizer
 

@@ -30,11 +30,15 @@ def together(action: Callable[[], None], world: Axis, device: torch.device) -> N
 def from_first(value: int, world: Axis, device: torch.device) -> int:
     """The first rank's `value`, a non-negative integer or -1, on every rank."""
     mine = value if world.rank == 0 else -1
-    return int(all_reduce(torch.tensor(mine, dtype=torch.int64, device=device), world, "max").item())
+    return int(
+        all_reduce(torch.tensor(mine, dtype=torch.int64, device=device), world, "max").item()
+    )
 
 
 def _lowest_message(message: str | None, world: Axis, device: torch.device) -> str | None:
-    failed = torch.tensor(world.size if message is None else world.rank, dtype=torch.int64, device=device)
+    failed = torch.tensor(
+        world.size if message is None else world.rank, dtype=torch.int64, device=device
+    )
     lowest = int(all_reduce(failed, world, "min").item())
     if lowest == world.size:
         return None

@@ -31,7 +31,9 @@ from .retention import KEEP_ALL, Retention
 from .save import begin, blocks_of
 
 _ALIGNMENT = 64  # bytes: of every tensor in the memory
-_GRAIN = 1 << 20  # bytes: the job grows by a digit now and then, and new memory is slow until it has been written once
+_GRAIN = (
+    1 << 20
+)  # bytes: the job grows by a digit now and then, and new memory is slow until it has been written once
 _PAUSE = 0.02  # seconds between looks at the processes while all ranks wait
 # What a scheduler or a terminal sends to every process of a job: the trainer answers it, and may want to finish the save first.
 _TRAINERS_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP}
@@ -61,14 +63,27 @@ class Background:
         None may be in flight: `finish` it first. Raises CheckpointError on all ranks where one cannot begin.
         """
         save_dir = Path(save_dir).absolute()
-        job = {"save_dir": str(save_dir), "iteration": iteration, "rank": self.world.rank, "max_shard_bytes": max_shard_bytes, "complete": None}
+        job = {
+            "save_dir": str(save_dir),
+            "iteration": iteration,
+            "rank": self.world.rank,
+            "max_shard_bytes": max_shard_bytes,
+            "complete": None,
+        }
         if self.world.rank == 0:
-            job["complete"] = {"world_size": self.world.size, "state": state, "config_yaml": config_yaml, "retention": asdict(retention)}
+            job["complete"] = {
+                "world_size": self.world.size,
+                "state": state,
+                "config_yaml": config_yaml,
+                "retention": asdict(retention),
+            }
         folder = begin(save_dir, iteration, self.world, self.device)
 
         def launch() -> None:
             with reported(save_dir, iteration):
-                self._flight = _Flight(save_dir, iteration, self._memory, *self._memory.hold(pieces, job))
+                self._flight = _Flight(
+                    save_dir, iteration, self._memory, *self._memory.hold(pieces, job)
+                )
 
         try:
             together(launch, self.world, self.device)
@@ -83,7 +98,12 @@ class Background:
     def published(self) -> int | None:
         """On the first rank, the iteration in flight once it is published; None before, and on the others."""
         flight = self._flight
-        done = self.world.rank == 0 and flight is not None and not flight.running() and flight.problem() is None
+        done = (
+            self.world.rank == 0
+            and flight is not None
+            and not flight.running()
+            and flight.problem() is None
+        )
         return flight.iteration if done else None
 
     def finish(self) -> int | None:
@@ -114,7 +134,9 @@ class Background:
     def _decided(self) -> bool:
         """Whether one has failed, or all are done."""
         mine = [self._flight.problem() is not None, self._flight.running()]
-        failed, running = all_reduce(torch.tensor(mine, dtype=torch.int64, device=self.device), self.world, "max").tolist()
+        failed, running = all_reduce(
+            torch.tensor(mine, dtype=torch.int64, device=self.device), self.world, "max"
+        ).tolist()
         return bool(failed) or not running
 
     def _give_up(self, folder: Path) -> None:
@@ -147,14 +169,18 @@ class _Memory:
             start = -(-end // _ALIGNMENT) * _ALIGNMENT
             end = start + block.stored.num_bytes
             if end > start:
-                blocks.append([block.name, block.whole, block.offsets, block.dtype, block.shape, start, end])
+                blocks.append(
+                    [block.name, block.whole, block.offsets, block.dtype, block.shape, start, end]
+                )
                 placed.append((piece.tensor, start, end))
         text = json.dumps(job | {"blocks": blocks}).encode()
         self._reserve(end + len(text))
         memory = torch.frombuffer(self._mapped, dtype=torch.uint8)
         with torch.no_grad():
             for tensor, start, stop in placed:
-                memory[start:stop].view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+                memory[start:stop].view(tensor.dtype).view(tensor.shape).copy_(
+                    tensor, non_blocking=True
+                )
         for device in {tensor.device for tensor, _, _ in placed if tensor.is_cuda}:
             torch.cuda.synchronize(device)
         self._mapped[end : end + len(text)] = text
@@ -189,8 +215,16 @@ class _Flight:
     def __init__(self, save_dir: Path, iteration: int, memory: _Memory, start: int, stop: int):
         self.save_dir, self.iteration = save_dir, iteration
         self._problem: str | None = None
-        command = [sys.executable, "-P", "-m", "trivium.checkpoint.writer", *map(str, (memory.descriptor, start, stop))]
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)  # a process inherits what its maker blocks
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "trivium.checkpoint.writer",
+            *map(str, (memory.descriptor, start, stop)),
+        ]
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, _TRAINERS_SIGNALS
+        )  # a process inherits what its maker blocks
         try:
             self._process = subprocess.Popen(
                 command,
@@ -211,7 +245,9 @@ class _Flight:
         """Why it failed; None while it runs, and when it is done."""
         if self._problem is None and not self.running() and self._process.returncode:
             said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
-            self._problem = said[-1] if said else str(not_saved(self.save_dir, self.iteration, self._ended()))
+            self._problem = (
+                said[-1] if said else str(not_saved(self.save_dir, self.iteration, self._ended()))
+            )
         return self._problem
 
     def end(self) -> None:
@@ -221,5 +257,9 @@ class _Flight:
 
     def _ended(self) -> str:
         status = self._process.returncode
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        how = (
+            f"was killed by {signal.Signals(-status).name}"
+            if status < 0
+            else f"ended with status {status}"
+        )
         return f"its writer, process {self._process.pid}, {how}"

@@ -51,7 +51,12 @@ class Outgoing:
         return prod(self.shape) * self.dtype.itemsize
 
     def stored(self) -> Stored:
-        return Stored(self.name, DTYPE_NAMES[self.dtype], self.shape, lambda: host_bytes(self.make().to(self.dtype)))
+        return Stored(
+            self.name,
+            DTYPE_NAMES[self.dtype],
+            self.shape,
+            lambda: host_bytes(self.make().to(self.dtype)),
+        )
 
 
 def write_folder(
@@ -104,10 +109,16 @@ class HFFolder:
             with open_shard(self.path / file) as shard:
                 for key in shard.keys():  # noqa: SIM118
                     header = shard.get_slice(key)
-                    self._where[key] = self.path / file, tuple(header.get_shape()), STORED_DTYPES.get(header.get_dtype())
+                    self._where[key] = (
+                        self.path / file,
+                        tuple(header.get_shape()),
+                        STORED_DTYPES.get(header.get_dtype()),
+                    )
         for name, file in (listed or {}).items():
             if self._where.get(name, (None,))[0] != self.path / file:
-                raise CheckpointError(f"{self.path / INDEX_FILE} names {name} in {file}, which does not hold it")
+                raise CheckpointError(
+                    f"{self.path / INDEX_FILE} names {name} in {file}, which does not hold it"
+                )
 
     def names(self) -> list[str]:
         return sorted(self._where)
@@ -129,7 +140,9 @@ class HFFolder:
     def read_into(self, name: str, box: Box, tensor: torch.Tensor) -> None:
         """Copy a box of one tensor into `tensor`, of its shape, straight from the file."""
         file, shape, _ = self._find(name)
-        if len(box) != len(shape) or not all(0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True)):
+        if len(box) != len(shape) or not all(
+            0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True)
+        ):
             raise CheckpointError(f"{file}: box {box} is not inside {name}, which is {list(shape)}")
         with open_shard(file) as shard:
             tensor.copy_(read_box(shard, name, box))
@@ -145,27 +158,54 @@ class HFFolder:
             return None
         if (self.path / INDEX_FILE).is_file():
             listed = read_json(self.path / INDEX_FILE).get("weight_map")
-            if not isinstance(listed, dict) or not all(is_plain_name(file) for file in listed.values()):
-                raise CheckpointError(f"{self.path / INDEX_FILE} has no weight_map of plain file names")
+            if not isinstance(listed, dict) or not all(
+                is_plain_name(file) for file in listed.values()
+            ):
+                raise CheckpointError(
+                    f"{self.path / INDEX_FILE} has no weight_map of plain file names"
+                )
             return listed
         pickles = sorted(path.name for path in self.path.glob("*.bin"))
-        hint = f"; {pickles[0]} is a pickle, which is never loaded: save it again with safe_serialization=True" if pickles else ""
+        hint = (
+            f"; {pickles[0]} is a pickle, which is never loaded: save it again with safe_serialization=True"
+            if pickles
+            else ""
+        )
         raise CheckpointError(f"{self.path} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
 
 def _write_weights(folder: Path, tensors: Sequence[Outgoing], max_shard_bytes: int) -> None:
     shards: list[list[Outgoing]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > max_shard_bytes:
+        if (
+            shards[-1]
+            and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > max_shard_bytes
+        ):
             shards.append([])
         shards[-1].append(tensor)
     count = len(shards)
-    files = [SINGLE_FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    files = (
+        [SINGLE_FILE]
+        if count == 1
+        else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    )
     for file, shard in zip(files, shards, strict=True):
-        write_shard(folder / file, [tensor.stored() for tensor in shard], metadata={"format": "pt", "producer": _PRODUCER})
+        write_shard(
+            folder / file,
+            [tensor.stored() for tensor in shard],
+            metadata={"format": "pt", "producer": _PRODUCER},
+        )
     if count > 1:
-        weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)}, "weight_map": weight_map})
+        weight_map = {
+            tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard
+        }
+        _write_json(
+            folder / INDEX_FILE,
+            {
+                "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
+                "weight_map": weight_map,
+            },
+        )
 
 
 def _write_json(path: Path, tree: dict) -> None:
@@ -184,14 +224,22 @@ def _refuse_foreign(folder: Path, tokenizer_names: set[str], *, complete: bool =
         raise CheckpointError(f"{folder} is a file, not a folder to export into")
     found = sorted(folder.iterdir())
     for path in found:
-        known = path.name in tokenizer_names or any(fnmatch(path.name, pattern) for pattern in _EXPORTED)
+        known = path.name in tokenizer_names or any(
+            fnmatch(path.name, pattern) for pattern in _EXPORTED
+        )
         if not known or not path.is_file():
-            raise CheckpointError(f"{folder} holds {path.name}, which no export wrote; give another folder")
+            raise CheckpointError(
+                f"{folder} holds {path.name}, which no export wrote; give another folder"
+            )
     if not found or not complete:
         return
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is not a former export: it has no config.json; give another folder")
+        raise CheckpointError(
+            f"{folder} is not a former export: it has no config.json; give another folder"
+        )
     for path in (path for path in found if path.suffix == ".safetensors"):
         with open_shard(path) as shard:
             if (shard.metadata() or {}).get("producer") != _PRODUCER:
-                raise CheckpointError(f"{folder} holds {path.name}, which no export of ours wrote; give another folder")
+                raise CheckpointError(
+                    f"{folder} holds {path.name}, which no export of ours wrote; give another folder"
+                )

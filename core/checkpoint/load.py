@@ -15,7 +15,16 @@ from ..logs import get_logger
 from ..mesh import Axis
 from . import publish
 from .agree import from_first, together
-from .manifest import FILE_NAME, CheckpointError, Entry, Manifest, Slice, check_file, intersect, read_text
+from .manifest import (
+    FILE_NAME,
+    CheckpointError,
+    Entry,
+    Manifest,
+    Slice,
+    check_file,
+    intersect,
+    read_text,
+)
 from .part import CONFIG_FILE
 from .shards import STORED_DTYPES, TORCH_DTYPES, checksum, open_shard, read_box
 from .state import STATE_FILE, read_state
@@ -77,18 +86,26 @@ class Checkpoint:
         """The slices that meet a piece, with the common boxes: together every element of the piece, once."""
         entry = self._entry(piece.name)
         if entry.shape != tuple(piece.shape):
-            raise CheckpointError(f"{piece.name} is {list(entry.shape)} in {self.folder}, {list(piece.shape)} in this run")
+            raise CheckpointError(
+                f"{piece.name} is {list(entry.shape)} in {self.folder}, {list(piece.shape)} in this run"
+            )
         if tuple(piece.tensor.shape) != tuple(stop - start for start, stop in piece.box):
-            raise CheckpointError(f"{piece.name}: a tensor of shape {list(piece.tensor.shape)} is given for box {piece.box}")
+            raise CheckpointError(
+                f"{piece.name}: a tensor of shape {list(piece.tensor.shape)} is given for box {piece.box}"
+            )
         met = [(stored, intersect(stored.box, piece.box)) for stored in entry.slices]
         sources = [(stored, common) for stored, common in met if common is not None]
         found, wanted = sum(_volume(common) for _, common in sources), piece.tensor.numel()
         if found != wanted:
-            raise CheckpointError(f"{piece.name}: {self.folder} holds {found} of the {wanted} elements of box {piece.box}")
+            raise CheckpointError(
+                f"{piece.name}: {self.folder} holds {found} of the {wanted} elements of box {piece.box}"
+            )
         return sources
 
 
-def open_checkpoint(load_dir: Path, *, ckpt_step: int | None = None, world: Axis, device: torch.device) -> Checkpoint:
+def open_checkpoint(
+    load_dir: Path, *, ckpt_step: int | None = None, world: Axis, device: torch.device
+) -> Checkpoint:
     """The checkpoint to resume from, verified; every rank of `world` calls it and gets the same one. `device` is where the ranks agree.
 
     `load_dir` is SAVE or SAVE/iter_N. One that does not verify is named with the reason and the next older is tried, except
@@ -104,14 +121,20 @@ def open_checkpoint(load_dir: Path, *, ckpt_step: int | None = None, world: Axis
             return _open_one(publish.locate(load_dir, iteration), iteration, world, device)
         except CheckpointError as error:
             if world.rank == 0:
-                get_logger().warning(f"checkpoint {iteration} does not verify: {error}; falling back to iteration {older}")
+                get_logger().warning(
+                    f"checkpoint {iteration} does not verify: {error}; falling back to iteration {older}"
+                )
     return _open_one(publish.locate(load_dir, tries[-1]), tries[-1], world, device)
 
 
 def _tries(load_dir: Path, ckpt_step: int | None, world: Axis, device: torch.device) -> list[int]:
     """The first rank's candidates, on every rank: on a shared file system two ranks may see two states of a folder."""
     mine: list[int] = []
-    together(lambda: mine.extend(publish.candidates(load_dir, ckpt_step)) if world.rank == 0 else None, world, device)
+    together(
+        lambda: mine.extend(publish.candidates(load_dir, ckpt_step)) if world.rank == 0 else None,
+        world,
+        device,
+    )
     count = from_first(len(mine), world, device)
     return [from_first(mine[i] if world.rank == 0 else -1, world, device) for i in range(count)]
 
@@ -125,7 +148,15 @@ def _open_one(folder: Path, iteration: int, world: Axis, device: torch.device) -
             check_file(folder / name)
         manifest = Manifest.read(folder / FILE_NAME)
         manifest.check_cover(folder / FILE_NAME)
-        opened.append(Checkpoint(folder, iteration, read_state(folder / STATE_FILE, iteration), read_text(folder / CONFIG_FILE), manifest))
+        opened.append(
+            Checkpoint(
+                folder,
+                iteration,
+                read_state(folder / STATE_FILE, iteration),
+                read_text(folder / CONFIG_FILE),
+                manifest,
+            )
+        )
         verify(folder, manifest, world.rank, world.size)
 
     together(open_and_verify, world, device)
@@ -138,7 +169,9 @@ def verify(folder: Path, manifest: Manifest, rank: int = 0, size: int = 1) -> No
     Over all ranks each slice is read once. A rank's share is a run of slices in file order, equal in elements: few files,
     read in sequence. Raises CheckpointError that names file and slice.
     """
-    slices = [(stored, entry.dtype) for entry in manifest.tensors.values() for stored in entry.slices]
+    slices = [
+        (stored, entry.dtype) for entry in manifest.tensors.values() for stored in entry.slices
+    ]
     slices.sort(key=lambda item: (item[0].file, item[0].key))
     total, before = sum(prod(stored.shape) for stored, _ in slices), 0
     by_file: dict[str, list[tuple[Slice, str]]] = defaultdict(list)
@@ -161,10 +194,14 @@ def _verify_slice(shard, path: Path, stored: Slice, dtype: str) -> None:
     header = shard.get_slice(stored.key)
     shape, kind = tuple(header.get_shape()), STORED_DTYPES.get(header.get_dtype())
     if shape != stored.shape or kind != TORCH_DTYPES[dtype]:
-        raise CheckpointError(f"{path}: {stored.key} is {kind} {list(shape)}, the manifest says {dtype} {list(stored.shape)}")
+        raise CheckpointError(
+            f"{path}: {stored.key} is {kind} {list(shape)}, the manifest says {dtype} {list(stored.shape)}"
+        )
     found = checksum(shard.get_tensor(stored.key))
     if found != stored.checksum:
-        raise CheckpointError(f"{path}: {stored.key} is damaged: {found}, written as {stored.checksum}")
+        raise CheckpointError(
+            f"{path}: {stored.key} is damaged: {found}, written as {stored.checksum}"
+        )
 
 
 def _within(tensor: torch.Tensor, box: Box) -> torch.Tensor:
@@ -174,7 +211,10 @@ def _within(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 
 def _relative(box: Box, frame: Box) -> Box:
-    return tuple((start - origin, stop - origin) for (start, stop), (origin, _) in zip(box, frame, strict=True))
+    return tuple(
+        (start - origin, stop - origin)
+        for (start, stop), (origin, _) in zip(box, frame, strict=True)
+    )
 
 
 def _volume(box: Box) -> int:

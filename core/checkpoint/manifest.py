@@ -53,7 +53,9 @@ class Slice:
 
     @property
     def box(self) -> "Box":
-        return tuple((start, start + size) for start, size in zip(self.offsets, self.shape, strict=True))
+        return tuple(
+            (start, start + size) for start, size in zip(self.offsets, self.shape, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ class Manifest:
 
     def text(self) -> str:
         """As JSON, a line per tensor, so that a person can grep it."""
-        lines = (f"{json.dumps(name)}: {json.dumps(_plain(entry))}" for name, entry in sorted(self.tensors.items()))
+        lines = (
+            f"{json.dumps(name)}: {json.dumps(_plain(entry))}"
+            for name, entry in sorted(self.tensors.items())
+        )
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @staticmethod
@@ -91,19 +96,30 @@ class Manifest:
             for name, entry in part.tensors.items():
                 head = heads.setdefault(name, entry)
                 if (head.shape, head.dtype) != (entry.shape, entry.dtype):
-                    raise CheckpointError(f"{name} is {head.dtype} {list(head.shape)} on one rank and {entry.dtype} {list(entry.shape)} on another")
+                    raise CheckpointError(
+                        f"{name} is {head.dtype} {list(head.shape)} on one rank and {entry.dtype} {list(entry.shape)} on another"
+                    )
                 slices[name] += entry.slices
-        return Manifest({name: Entry(head.shape, head.dtype, tuple(slices[name])) for name, head in heads.items()})
+        return Manifest(
+            {
+                name: Entry(head.shape, head.dtype, tuple(slices[name]))
+                for name, head in heads.items()
+            }
+        )
 
     def check_cover(self, where: Path) -> None:
         """Raises CheckpointError, beginning with `where`, unless the slices of each tensor cover each of its elements exactly once."""
         for name, entry in self.tensors.items():
             stored, wanted = sum(prod(piece.shape) for piece in entry.slices), prod(entry.shape)
             if stored != wanted:
-                raise CheckpointError(f"{where}: the slices of {name} hold {stored} elements, its shape {list(entry.shape)} has {wanted}")
+                raise CheckpointError(
+                    f"{where}: the slices of {name} hold {stored} elements, its shape {list(entry.shape)} has {wanted}"
+                )
             overlap = _first_overlap(entry.slices)
             if overlap:
-                raise CheckpointError(f"{where}: two slices of {name} overlap, at offsets {list(overlap[0].offsets)} and {list(overlap[1].offsets)}")
+                raise CheckpointError(
+                    f"{where}: two slices of {name} overlap, at offsets {list(overlap[0].offsets)} and {list(overlap[1].offsets)}"
+                )
 
 
 def intersect(a: "Box", b: "Box") -> "Box | None":
@@ -129,7 +145,10 @@ def read_json(path: Path) -> dict:
     text = read_text(path)
     try:
         tree = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: also a number of thousands of digits
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path} holds a {type(tree).__name__}, not an object")
@@ -145,12 +164,18 @@ def check_file(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path} is {'a symbolic link' if stat.S_ISLNK(mode) else 'no file'}; a checkpoint holds files of its own")
+        raise CheckpointError(
+            f"{path} is {'a symbolic link' if stat.S_ISLNK(mode) else 'no file'}; a checkpoint holds files of its own"
+        )
 
 
 def one_line(error: Exception) -> str:
     """What a person is told of an error: ours says it all, another's needs its type."""
-    return " ".join((str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}").split())
+    return " ".join(
+        (
+            str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        ).split()
+    )
 
 
 def is_plain_name(name: object) -> bool:
@@ -160,12 +185,25 @@ def is_plain_name(name: object) -> bool:
 
 def _plain(entry: Entry) -> dict:
     """The JSON form, less the slices' box: `dataclasses.asdict` takes seconds on the 10^5 slices of a large run."""
-    slices = [{"file": s.file, "key": s.key, "offsets": s.offsets, "shape": s.shape, "checksum": s.checksum} for s in entry.slices]
+    slices = [
+        {
+            "file": s.file,
+            "key": s.key,
+            "offsets": s.offsets,
+            "shape": s.shape,
+            "checksum": s.checksum,
+        }
+        for s in entry.slices
+    ]
     return {"shape": entry.shape, "dtype": entry.dtype, "slices": slices}
 
 
 def _entry(fields: object, where: str) -> Entry:
-    _expect(isinstance(fields, dict) and fields.keys() == {"shape", "dtype", "slices"}, where, "needs exactly shape, dtype and slices")
+    _expect(
+        isinstance(fields, dict) and fields.keys() == {"shape", "dtype", "slices"},
+        where,
+        "needs exactly shape, dtype and slices",
+    )
     shape = _sizes(fields["shape"], where, "shape")
     dtype = fields["dtype"]
     _expect(isinstance(dtype, str) and dtype in DTYPES, where, f"has unknown dtype {dtype!r}")
@@ -175,20 +213,41 @@ def _entry(fields: object, where: str) -> Entry:
 
 def _slice(fields: object, whole: tuple[int, ...], where: str) -> Slice:
     wanted = {"file", "key", "offsets", "shape", "checksum"}
-    _expect(isinstance(fields, dict) and fields.keys() == wanted, where, f"has a slice without exactly {', '.join(sorted(wanted))}")
+    _expect(
+        isinstance(fields, dict) and fields.keys() == wanted,
+        where,
+        f"has a slice without exactly {', '.join(sorted(wanted))}",
+    )
     file, key, checksum = fields["file"], fields["key"], fields["checksum"]
     _expect(is_plain_name(file), where, f"has a slice in {file!r}, which is not a plain file name")
     _expect(isinstance(key, str), where, f"has a slice with key {key!r}")
-    _expect(isinstance(checksum, str) and _CHECKSUM.fullmatch(checksum) is not None, where, f"has a slice with checksum {checksum!r}")
-    offsets, shape = _sizes(fields["offsets"], where, "slice offsets"), _sizes(fields["shape"], where, "slice shape")
-    inside = len(offsets) == len(shape) == len(whole) and all(o + n <= w for o, n, w in zip(offsets, shape, whole, strict=True))
-    _expect(inside, where, f"has a slice at {list(offsets)} of shape {list(shape)}, outside its shape {list(whole)}")
+    _expect(
+        isinstance(checksum, str) and _CHECKSUM.fullmatch(checksum) is not None,
+        where,
+        f"has a slice with checksum {checksum!r}",
+    )
+    offsets, shape = (
+        _sizes(fields["offsets"], where, "slice offsets"),
+        _sizes(fields["shape"], where, "slice shape"),
+    )
+    inside = len(offsets) == len(shape) == len(whole) and all(
+        o + n <= w for o, n, w in zip(offsets, shape, whole, strict=True)
+    )
+    _expect(
+        inside,
+        where,
+        f"has a slice at {list(offsets)} of shape {list(shape)}, outside its shape {list(whole)}",
+    )
     return Slice(file, key, offsets, shape, checksum)
 
 
 def _sizes(value: object, where: str, what: str) -> tuple[int, ...]:
     # type() rather than isinstance: True is an int, and indexes as 1.
-    _expect(isinstance(value, list) and all(type(n) is int and n >= 0 for n in value), where, f"has {what} {value!r}, not non-negative integers")
+    _expect(
+        isinstance(value, list) and all(type(n) is int and n >= 0 for n in value),
+        where,
+        f"has {what} {value!r}, not non-negative integers",
+    )
     return tuple(value)
 
 

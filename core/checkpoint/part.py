@@ -30,20 +30,34 @@ class Block:
     @property
     def stored(self) -> Stored:
         """The block in a file, under a key that is unique, and readable with any safetensors tool."""
-        return Stored(f"{self.name}@{','.join(map(str, self.offsets))}", self.dtype, self.shape, self.data)
+        return Stored(
+            f"{self.name}@{','.join(map(str, self.offsets))}", self.dtype, self.shape, self.data
+        )
 
 
-def write_part(folder: Path, rank: int, blocks: Iterable[Block], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def write_part(
+    folder: Path, rank: int, blocks: Iterable[Block], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Write one rank's shards and, last, its part of the manifest, which appears whole. A new file begins where one would exceed `max_shard_bytes`.
 
     One tensor is held at a time. Raises CheckpointError where a file cannot be written or two blocks contradict each other.
     """
     entries: dict[str, Entry] = {}
     for index, shard in enumerate(_shards(blocks, max_shard_bytes)):
-        file = f"shard_{rank:05d}.safetensors" if index == 0 else f"shard_{rank:05d}_{index:04d}.safetensors"
+        file = (
+            f"shard_{rank:05d}.safetensors"
+            if index == 0
+            else f"shard_{rank:05d}_{index:04d}.safetensors"
+        )
         tensors = [block.stored for block in shard]
-        for block, tensor, checksum in zip(shard, tensors, write_shard(folder / file, tensors), strict=True):
-            mine = Entry(block.whole, block.dtype, (Slice(file, tensor.key, block.offsets, block.shape, checksum),))
+        for block, tensor, checksum in zip(
+            shard, tensors, write_shard(folder / file, tensors), strict=True
+        ):
+            mine = Entry(
+                block.whole,
+                block.dtype,
+                (Slice(file, tensor.key, block.offsets, block.shape, checksum),),
+            )
             known = {block.name: entries[block.name]} if block.name in entries else {}
             entries |= Manifest.merge((Manifest(known), Manifest({block.name: mine}))).tensors
     publish.write_text(part_path(folder, rank), Manifest(entries).text())
@@ -54,7 +68,14 @@ def part_path(folder: Path, rank: int) -> Path:
     return folder / f"manifest_{rank:05d}.json"
 
 
-def complete(save_dir: Path, iteration: int, world_size: int, state: dict, config_yaml: str, retention: Retention) -> None:
+def complete(
+    save_dir: Path,
+    iteration: int,
+    world_size: int,
+    state: dict,
+    config_yaml: str,
+    retention: Retention,
+) -> None:
     """Join the parts of all ranks, publish the iteration and retire old ones. The first rank does this, when all parts are there.
 
     Raises CheckpointError for a part that is not there, and where the slices do not cover each tensor exactly once.
@@ -103,10 +124,16 @@ def _join(folder: Path, world_size: int, state: dict, config_yaml: str) -> None:
     parts = [part_path(folder, rank) for rank in range(world_size)]
     for rank, part in enumerate(parts):
         if not part.exists():
-            raise CheckpointError(f"{folder} has nothing from rank {rank}: all ranks must see one file system")
+            raise CheckpointError(
+                f"{folder} has nothing from rank {rank}: all ranks must see one file system"
+            )
     manifest = Manifest.merge(Manifest.read(part) for part in parts)
     manifest.check_cover(folder)
-    for name, text in ((FILE_NAME, manifest.text()), (CONFIG_FILE, config_yaml), (STATE_FILE, json.dumps(state, indent=1) + "\n")):
+    for name, text in (
+        (FILE_NAME, manifest.text()),
+        (CONFIG_FILE, config_yaml),
+        (STATE_FILE, json.dumps(state, indent=1) + "\n"),
+    ):
         (folder / name).write_text(text)
         publish.sync(folder / name)
     for part in parts:

@@ -140,12 +140,16 @@ def candidates(load_dir: Path, ckpt_step: int | None = None) -> list[int]:
         if not load_dir.is_dir():
             raise CheckpointError(f"{load_dir} does not exist")
         if ckpt_step not in (None, named):
-            raise CheckpointError(f"{load_dir} holds iteration {named}, not the {ckpt_step} asked for")
+            raise CheckpointError(
+                f"{load_dir} holds iteration {named}, not the {ckpt_step} asked for"
+            )
         return [named]
     published = published_iterations(load_dir)
     if ckpt_step is not None:
         if ckpt_step not in published:
-            raise CheckpointError(f"{load_dir} has no iteration {ckpt_step}; published: {_listed(published)}")
+            raise CheckpointError(
+                f"{load_dir} has no iteration {ckpt_step}; published: {_listed(published)}"
+            )
         return [ckpt_step]
     newest = _newest(load_dir, published)
     return [n for n in reversed(published) if n <= newest]
@@ -175,8 +179,12 @@ def _newest(load_dir: Path, published: list[int]) -> int:
     if tracked is None or tracked in published:
         return newest if tracked is None else tracked
     if not published:
-        raise CheckpointError(f"{load_dir / TRACKER} names iteration {tracked}, but no iteration is published there")
-    get_logger().warning(f"{load_dir / TRACKER} names iteration {tracked}, which is not there; taking the newest published, iteration {newest}")
+        raise CheckpointError(
+            f"{load_dir / TRACKER} names iteration {tracked}, but no iteration is published there"
+        )
+    get_logger().warning(
+        f"{load_dir / TRACKER} names iteration {tracked}, which is not there; taking the newest published, iteration {newest}"
+    )
     return newest
 
 

@@ -38,12 +38,18 @@ def retain(save_dir: Path, rule: Retention) -> list[int]:
             folder.rename(removed)
             publish.remove(removed)
     except OSError as error:
-        raise CheckpointError(f"{save_dir}: an old checkpoint cannot be removed: {error}") from error
+        raise CheckpointError(
+            f"{save_dir}: an old checkpoint cannot be removed: {error}"
+        ) from error
     return retired
 
 
 def _retired(save_dir: Path, rule: Retention) -> list[int]:
-    ours = {n: folder for n, folder in publish.published_folders(save_dir).items() if (folder / FILE_NAME).is_file()}
+    ours = {
+        n: folder
+        for n, folder in publish.published_folders(save_dir).items()
+        if (folder / FILE_NAME).is_file()
+    }
     marks = {n: read_marks(folder) for n, folder in ours.items()}
     persistent = [n for n in ours if marks[n].persistent]
     kept = {*list(ours)[-1:], publish.tracked_iteration(save_dir)}
@@ -55,5 +61,7 @@ def _retired(save_dir: Path, rule: Retention) -> list[int]:
         kept.update(n for n in persistent if n % rule.interval == 0)
     if rule.keep_best:
         measured = [n for n in persistent if marks[n].validation_loss is not None]
-        kept.update(sorted(measured, key=lambda n: (marks[n].validation_loss, -n))[: rule.keep_best])
+        kept.update(
+            sorted(measured, key=lambda n: (marks[n].validation_loss, -n))[: rule.keep_best]
+        )
     return [n for n in ours if n not in kept]

@@ -37,7 +37,9 @@ def save(
     save_dir = Path(save_dir)
     folder = begin(save_dir, iteration, world, device)
     try:
-        together(lambda: _write(save_dir, iteration, world.rank, pieces, max_shard_bytes), world, device)
+        together(
+            lambda: _write(save_dir, iteration, world.rank, pieces, max_shard_bytes), world, device
+        )
         finish = partial(complete, save_dir, iteration, world.size, state, config_yaml, retention)
         together(lambda: finish() if world.rank == 0 else None, world, device)
     except CheckpointError:
@@ -63,12 +65,31 @@ def blocks_of(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Block]]:
     for piece in pieces:
         shape = tuple(piece.tensor.shape)
         if shape != tuple(stop - start for start, stop in piece.box):
-            raise CheckpointError(f"{piece.name}: a tensor of shape {list(shape)} is given for box {piece.box}")
+            raise CheckpointError(
+                f"{piece.name}: a tensor of shape {list(shape)} is given for box {piece.box}"
+            )
         offsets = tuple(start for start, _ in piece.box)
         data = partial(host_bytes, piece.tensor)
-        yield piece, Block(piece.name, tuple(piece.shape), offsets, dtype_name(piece.tensor, piece.name), shape, data)
+        yield (
+            piece,
+            Block(
+                piece.name,
+                tuple(piece.shape),
+                offsets,
+                dtype_name(piece.tensor, piece.name),
+                shape,
+                data,
+            ),
+        )
 
 
-def _write(save_dir: Path, iteration: int, rank: int, pieces: Iterable[Piece], max_shard_bytes: int) -> None:
+def _write(
+    save_dir: Path, iteration: int, rank: int, pieces: Iterable[Piece], max_shard_bytes: int
+) -> None:
     with reported(save_dir, iteration):
-        write_part(publish.begun(save_dir, iteration), rank, (block for _, block in blocks_of(pieces)), max_shard_bytes)
+        write_part(
+            publish.begun(save_dir, iteration),
+            rank,
+            (block for _, block in blocks_of(pieces)),
+            max_shard_bytes,
+        )

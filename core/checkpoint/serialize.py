@@ -41,7 +41,9 @@ class Stored:
         return prod(self.shape) * DTYPES[self.dtype].item_size
 
 
-def write_shard(path: Path, tensors: Sequence[Stored], metadata: dict[str, str] | None = None) -> list[str]:
+def write_shard(
+    path: Path, tensors: Sequence[Stored], metadata: dict[str, str] | None = None
+) -> list[str]:
     """Write the file and sync it to the disk; the checksum of each tensor's bytes, "crc32:%08x", in the order they are given in.
 
     The bytes lie in the order given, but larger elements first. Raises CheckpointError that names the file where it cannot be written
@@ -74,7 +76,11 @@ def _header(tensors: Sequence[Stored], metadata: dict[str, str] | None) -> bytes
         if tensor.key in header:
             raise CheckpointError(f"two tensors are named {tensor.key}")
         end = begin + tensor.num_bytes
-        header[tensor.key] = {"dtype": DTYPES[tensor.dtype].stored_as, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[tensor.key] = {
+            "dtype": DTYPES[tensor.dtype].stored_as,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -84,7 +90,9 @@ def _header(tensors: Sequence[Stored], metadata: dict[str, str] | None) -> bytes
 def _write_tensor(file: BinaryIO, path: Path, tensor: Stored) -> str:
     data = memoryview(tensor.data())
     if data.nbytes != tensor.num_bytes:
-        raise CheckpointError(f"{path}: {tensor.key} gave {data.nbytes} bytes, its shape {list(tensor.shape)} has {tensor.num_bytes}")
+        raise CheckpointError(
+            f"{path}: {tensor.key} gave {data.nbytes} bytes, its shape {list(tensor.shape)} has {tensor.num_bytes}"
+        )
     value = 0
     if data.nbytes:  # a view with a zero in its shape cannot be cast
         data = data.cast("B")

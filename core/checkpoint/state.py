@@ -24,7 +24,9 @@ def read_state(path: Path, iteration: int) -> dict:
     state = read_json(path)
     _check(state, _FIELDS, f"{path}:")
     if state["iteration"] != iteration:
-        raise CheckpointError(f"{path} is of iteration {state['iteration']}, in the folder of iteration {iteration}")
+        raise CheckpointError(
+            f"{path} is of iteration {state['iteration']}, in the folder of iteration {iteration}"
+        )
     return state
 
 
@@ -72,13 +74,22 @@ _FIELDS: dict[str, "_Rule | dict[str, _Rule]"] = {
         "dynamic": ("true or false", _is_flag),
         "scale": ("a finite number above 0", _is_scale),
         "good_updates": _COUNT,
-        "bad_updates_left": ("a whole number", lambda value: type(value) is int and abs(value) <= _LARGEST),
+        "bad_updates_left": (
+            "a whole number",
+            lambda value: type(value) is int and abs(value) <= _LARGEST,
+        ),
     },
     "random": {"seed": _COUNT},
     "fingerprints": {"tokenizer": ("text", _is_text), "data": ("text", _is_text)},
     # Not in checkpoints of earlier versions.
-    "data_samples": ("absent, or a whole number from 0 to 2^53", lambda value: value is None or _is_count(value)),
-    "validation_loss": ("absent, null or a finite number", lambda value: value is None or _is_number(value)),
+    "data_samples": (
+        "absent, or a whole number from 0 to 2^53",
+        lambda value: value is None or _is_count(value),
+    ),
+    "validation_loss": (
+        "absent, null or a finite number",
+        lambda value: value is None or _is_number(value),
+    ),
     "persistent": ("absent, or true or false", lambda value: value is None or _is_flag(value)),
 }
 

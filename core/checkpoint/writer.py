@@ -49,12 +49,26 @@ def _do(job: dict, memory: memoryview) -> None:
         if rest:
             _wait_for_parts(folder, rest["world_size"])
     if rest:
-        complete(save_dir, iteration, rest["world_size"], rest["state"], rest["config_yaml"], Retention(**rest["retention"]))
+        complete(
+            save_dir,
+            iteration,
+            rest["world_size"],
+            rest["state"],
+            rest["config_yaml"],
+            Retention(**rest["retention"]),
+        )
 
 
 def _blocks(items: list[list], memory: memoryview) -> Iterator[Block]:
     for name, whole, offsets, dtype, shape, start, stop in items:
-        yield Block(name, tuple(whole), tuple(offsets), dtype, tuple(shape), partial(memory.__getitem__, slice(start, stop)))
+        yield Block(
+            name,
+            tuple(whole),
+            tuple(offsets),
+            dtype,
+            tuple(shape),
+            partial(memory.__getitem__, slice(start, stop)),
+        )
 
 
 def _wait_for_parts(folder: Path, world_size: int) -> None:

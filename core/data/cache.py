@@ -30,9 +30,17 @@ class IndexCache:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise DataError(f"--data-cache-path {path}: {error.strerror.lower()}; name a folder that can be written") from None
+                raise DataError(
+                    f"--data-cache-path {path}: {error.strerror.lower()}; name a folder that can be written"
+                ) from None
 
-    def arrays(self, prefix: str, key: str, shapes: dict[str, tuple[int, ...]], build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def arrays(
+        self,
+        prefix: str,
+        key: str,
+        shapes: dict[str, tuple[int, ...]],
+        build: Callable[[], dict[str, np.ndarray]],
+    ) -> dict[str, np.ndarray]:
         """The arrays behind `key`, memory-mapped where a cache folder of `prefix` holds or takes them; else as `build` returns them."""
         folders = self._folders(prefix)
         for folder in folders:
@@ -42,7 +50,9 @@ class IndexCache:
         for folder in folders:
             if _store(folder, key, built) and (found := _load(folder, key, shapes)) is not None:
                 return found
-        logs.get_logger().warning(f"no folder for the index cache can be written ({', '.join(map(str, folders))}); give --data-cache-path")
+        logs.get_logger().warning(
+            f"no folder for the index cache can be written ({', '.join(map(str, folders))}); give --data-cache-path"
+        )
         return built
 
     def _folders(self, prefix: str) -> list[Path]:
@@ -56,7 +66,9 @@ def _file(folder: Path, key: str, name: str) -> Path:
     return folder / f"{key}-{name}-v{VERSION}.npy"
 
 
-def _load(folder: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray] | None:
+def _load(
+    folder: Path, key: str, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, np.ndarray] | None:
     found = {}
     for name, shape in shapes.items():
         path = _file(folder, key, name)

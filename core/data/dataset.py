@@ -13,7 +13,9 @@ from .errors import DataError
 from .indexed import IndexedDataset, bin_path
 
 MOCK_SAMPLES = 1024  # of a mock split whose size is not given
-MOCK_ALPHABET = 256  # ids a mock sample walks through, so that a small model learns them within minutes
+MOCK_ALPHABET = (
+    256  # ids a mock sample walks through, so that a small model learns them within minutes
+)
 
 
 class Samples(Protocol):
@@ -37,7 +39,15 @@ class GPTDataset:
     num_samples: how many must be there, which decides the number of epochs; None for one epoch. It can hold more.
     """
 
-    def __init__(self, indexed: IndexedDataset, bounds: tuple[int, int], seq_length: int, seed: int, num_samples: int | None, cache: IndexCache):
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        bounds: tuple[int, int],
+        seq_length: int,
+        seed: int,
+        num_samples: int | None,
+        cache: IndexCache,
+    ):
         self._made_of = (indexed, bounds, seq_length, seed, num_samples, cache)
         self.indexed, self.seq_length = indexed, seq_length
         start, stop = bounds
@@ -54,10 +64,14 @@ class GPTDataset:
             indexed.prefix,
             order.fingerprint(facts | {"modified": indexed.modified()}),
             order.index_shapes(stop - start, epochs),
-            lambda: order.build_indices(indexed.sequence_lengths[start:stop], start, epochs, seq_length, seed),
+            lambda: order.build_indices(
+                indexed.sequence_lengths[start:stop], start, epochs, seq_length, seed
+            ),
         )
         # Plain arrays over the same mapping: an item of a memmap costs several times as much.
-        self._document, self._sample, self._shuffle = (np.asarray(arrays[name]) for name in ("document", "sample", "shuffle"))
+        self._document, self._sample, self._shuffle = (
+            np.asarray(arrays[name]) for name in ("document", "sample", "shuffle")
+        )
 
     def __reduce__(self):
         return GPTDataset, self._made_of
@@ -71,7 +85,9 @@ class GPTDataset:
         out = np.empty(self.seq_length + 1, np.int64)
         filled = 0
         for position in range(first, last + 1):
-            part = self.indexed.get(self._document[position], begin, end + 1 - begin if position == last else None)
+            part = self.indexed.get(
+                self._document[position], begin, end + 1 - begin if position == last else None
+            )
             out[filled : filled + len(part)] = part
             filled, begin = filled + len(part), 0
         return out
@@ -98,21 +114,40 @@ class BlendedDataset:
     Raises DataError if the blend needs more samples of a dataset than there are.
     """
 
-    def __init__(self, datasets: list[GPTDataset], weights: list[float] | None, size: int | None, cache: IndexCache):
+    def __init__(
+        self,
+        datasets: list[GPTDataset],
+        weights: list[float] | None,
+        size: int | None,
+        cache: IndexCache,
+    ):
         self._made_of = (datasets, weights, size, cache)
         self.datasets, self.seq_length = datasets, datasets[0].seq_length
         lengths = [len(dataset) for dataset in datasets]
         exhaustive = size is None
         size = sum(lengths) if size is None else size
-        facts = {"datasets": [dataset.fingerprint for dataset in datasets], "weights": weights or lengths, "exhaustive": exhaustive}
+        facts = {
+            "datasets": [dataset.fingerprint for dataset in datasets],
+            "weights": weights or lengths,
+            "exhaustive": exhaustive,
+        }
         self.fingerprint = order.fingerprint(facts)
 
         def build() -> dict[str, np.ndarray]:
-            index = order.exhaustive_blend_index(lengths) if exhaustive else order.blend_index(weights or lengths, size)
+            index = (
+                order.exhaustive_blend_index(lengths)
+                if exhaustive
+                else order.blend_index(weights or lengths, size)
+            )
             return dict(zip(("dataset", "sample"), index, strict=True))
 
         prefix = datasets[0].indexed.prefix
-        arrays = cache.arrays(prefix, order.fingerprint(facts | {"size": size}), {"dataset": (size,), "sample": (size,)}, build)
+        arrays = cache.arrays(
+            prefix,
+            order.fingerprint(facts | {"size": size}),
+            {"dataset": (size,), "sample": (size,)},
+            build,
+        )
         self._dataset, self._sample = np.asarray(arrays["dataset"]), np.asarray(arrays["sample"])
         self._check(lengths)
 
@@ -144,8 +179,15 @@ class MockDataset:
 
     def __init__(self, vocab_size: int, seq_length: int, seed: int, num_samples: int):
         if vocab_size < 2:
-            raise DataError(f"--mock-data needs a vocabulary of 2 or more; --vocab-size gives {vocab_size}")
-        self.vocab_size, self.seq_length, self.seed, self.num_samples = vocab_size, seq_length, seed, num_samples
+            raise DataError(
+                f"--mock-data needs a vocabulary of 2 or more; --vocab-size gives {vocab_size}"
+            )
+        self.vocab_size, self.seq_length, self.seed, self.num_samples = (
+            vocab_size,
+            seq_length,
+            seed,
+            num_samples,
+        )
         self.fingerprint = order.fingerprint({"mock": [vocab_size, seq_length, seed]})
 
     def __len__(self) -> int:
@@ -201,25 +243,42 @@ def build_datasets(
     if mock:
         sizes = [MOCK_SAMPLES if n is None else n for n in num_samples]
         # Any three seeds that differ; a sample's own seed is the pair (this, k).
-        return Datasets(*(MockDataset(vocab_size, seq_length, 3 * seed + i, n) if n else None for i, n in enumerate(sizes)))
+        return Datasets(
+            *(
+                MockDataset(vocab_size, seq_length, 3 * seed + i, n) if n else None
+                for i, n in enumerate(sizes)
+            )
+        )
     builder = _Builder(seq_length, seed, IndexCache(cache_path), may_run_dry)
     if not order.NATIVE:
         logs.get_logger().info(" no native module: the indices are built by numpy")
     if train_data_path or valid_data_path or test_data_path:
         paths = (train_data_path, valid_data_path, test_data_path)
-        return Datasets(*(builder.whole(i, path, n) if path and n != 0 else None for i, (path, n) in enumerate(zip(paths, num_samples, strict=True))))
+        return Datasets(
+            *(
+                builder.whole(i, path, n) if path and n != 0 else None
+                for i, (path, n) in enumerate(zip(paths, num_samples, strict=True))
+            )
+        )
     prefixes, weights = order.parse_data_path(data_path or ())
     sources = open_all(prefixes)
     bounds = [order.split_bounds(split, source.num_sequences) for source in sources]
     return Datasets(
-        *(builder.split(i, sources, [of_source[i] for of_source in bounds], weights, n) if n != 0 else None for i, n in enumerate(num_samples))
+        *(
+            builder.split(i, sources, [of_source[i] for of_source in bounds], weights, n)
+            if n != 0
+            else None
+            for i, n in enumerate(num_samples)
+        )
     )
 
 
 def open_all(prefixes: list[str]) -> list[IndexedDataset]:
     """Open and check datasets, several at a time: the wait for a disk is most of the work. Raises DataError above the 32,766 of a blend."""
     if len(prefixes) >= order.MAX_DATASETS:
-        raise DataError(f"--data-path names {len(prefixes)} datasets, a blend holds at most {order.MAX_DATASETS - 1}; use tools/merge_datasets.py")
+        raise DataError(
+            f"--data-path names {len(prefixes)} datasets, a blend holds at most {order.MAX_DATASETS - 1}; use tools/merge_datasets.py"
+        )
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(IndexedDataset, prefixes))
 
@@ -233,11 +292,19 @@ class _Builder:
     cache: IndexCache
     may_run_dry: bool
 
-    def whole(self, kind: int, data_path: list[str] | tuple[str, ...], num_samples: int | None) -> Samples:
+    def whole(
+        self, kind: int, data_path: list[str] | tuple[str, ...], num_samples: int | None
+    ) -> Samples:
         """A split with a data path of its own; the weight of a single dataset means nothing."""
         prefixes, weights = order.parse_data_path(data_path)
         sources = open_all(prefixes)
-        return self.split(kind, sources, [(0, source.num_sequences) for source in sources], weights if len(prefixes) > 1 else None, num_samples)
+        return self.split(
+            kind,
+            sources,
+            [(0, source.num_sequences) for source in sources],
+            weights if len(prefixes) > 1 else None,
+            num_samples,
+        )
 
     def split(
         self,
@@ -250,42 +317,70 @@ class _Builder:
         name = order.SPLITS[kind]
         if bounds[0] is None:  # a share of zero, so of every dataset
             if kind == 0:
-                raise DataError("--split gives training no share; the first of its numbers must be above 0")
+                raise DataError(
+                    "--split gives training no share; the first of its numbers must be above 0"
+                )
             return None
         if len(sources) == 1 and weights is None:
             if kind > 0 and bounds[0][0] == bounds[0][1]:
-                logs.get_logger().warning(f"{sources[0].prefix}: {_too_small(name, sources[0], bounds[0])}; there is none")
+                logs.get_logger().warning(
+                    f"{sources[0].prefix}: {_too_small(name, sources[0], bounds[0])}; there is none"
+                )
                 return None
             return self._one(name, sources[0], bounds[0], num_samples)
         if weights is None:
             return self._unweighted(name, sources, bounds, num_samples)
         if num_samples is None:
-            raise DataError(f"--data-path: a blend with weights has no end; say how many {name} samples, or leave the weights out")
+            raise DataError(
+                f"--data-path: a blend with weights has no end; say how many {name} samples, or leave the weights out"
+            )
         drawn, built = order.blend_sizes(weights, num_samples)
-        datasets = [self._one(name, source, of_source, n) for source, of_source, n in zip(sources, bounds, built, strict=True)]
+        datasets = [
+            self._one(name, source, of_source, n)
+            for source, of_source, n in zip(sources, bounds, built, strict=True)
+        ]
         return BlendedDataset(datasets, order.normalized(weights), sum(drawn), self.cache)
 
-    def _unweighted(self, name: str, sources: list[IndexedDataset], bounds: list[tuple[int, int]], num_samples: int | None) -> Samples:
-        datasets = [self._one(name, source, of_source, None) for source, of_source in zip(sources, bounds, strict=True)]
+    def _unweighted(
+        self,
+        name: str,
+        sources: list[IndexedDataset],
+        bounds: list[tuple[int, int]],
+        num_samples: int | None,
+    ) -> Samples:
+        datasets = [
+            self._one(name, source, of_source, None)
+            for source, of_source in zip(sources, bounds, strict=True)
+        ]
         total = sum(map(len, datasets))
         if num_samples is None:
             return BlendedDataset(datasets, None, None, self.cache)
         if num_samples > total:
             dry = f"{num_samples} {name} samples are asked of {len(sources)} datasets without weights, which hold {total} in their one epoch"
             if name == "train" and not self.may_run_dry:
-                raise DataError(f"--data-path: {dry}; give weights to repeat them, or train for at most {total} samples")
+                raise DataError(
+                    f"--data-path: {dry}; give weights to repeat them, or train for at most {total} samples"
+                )
             logs.get_logger().warning(f"{dry}; those {total} are all there are")
         return BlendedDataset(datasets, None, min(num_samples, total), self.cache)
 
-    def _one(self, name: str, source: IndexedDataset, bounds: tuple[int, int], num_samples: int | None) -> GPTDataset:
+    def _one(
+        self, name: str, source: IndexedDataset, bounds: tuple[int, int], num_samples: int | None
+    ) -> GPTDataset:
         tokens = source.num_tokens(*bounds)
-        remedy = "add documents, or give the split a larger share in --split" + ("" if name == "train" else " or none (--split 100,0,0)")
+        remedy = "add documents, or give the split a larger share in --split" + (
+            "" if name == "train" else " or none (--split 100,0,0)"
+        )
         if bounds[0] == bounds[1]:
             raise DataError(f"{source.prefix}: {_too_small(name, source, bounds)}; {remedy}")
         if tokens == 0:
-            raise DataError(f"{source.prefix}: the {bounds[1] - bounds[0]} sequences of its {name} split hold no token; {remedy}")
+            raise DataError(
+                f"{source.prefix}: the {bounds[1] - bounds[0]} sequences of its {name} split hold no token; {remedy}"
+            )
         if num_samples is None and tokens < self.seq_length + 1:
-            raise DataError(f"{source.prefix}: its {name} split holds {tokens} tokens, one sample needs {self.seq_length + 1}; {remedy}")
+            raise DataError(
+                f"{source.prefix}: its {name} split holds {tokens} tokens, one sample needs {self.seq_length + 1}; {remedy}"
+            )
         return GPTDataset(source, bounds, self.seq_length, self.seed, num_samples, self.cache)
 
 

@@ -17,8 +17,22 @@ from .digest import content_digest
 from .errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number of sequences, length of the document index
-DTYPES = {code: np.dtype(name).newbyteorder("<") for code, name in {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 6: "f8", 7: "f4", 8: "u2"}.items()}
+HEADER = struct.Struct(
+    "<9sQBQQ"
+)  # magic, version, dtype code, number of sequences, length of the document index
+DTYPES = {
+    code: np.dtype(name).newbyteorder("<")
+    for code, name in {
+        1: "u1",
+        2: "i1",
+        3: "i2",
+        4: "i4",
+        5: "i8",
+        6: "f8",
+        7: "f4",
+        8: "u2",
+    }.items()
+}
 LENGTH, POINTER = np.dtype("<i4"), np.dtype("<i8")
 MAX_SEQUENCE = np.iinfo(LENGTH).max
 REMEDY = "make it again with tools/preprocess_data.py, or copy it again"
@@ -49,14 +63,26 @@ class IndexedDataset:
         bin_size = _size(bin_path(prefix))
         idx_size = _size(idx_path(prefix))
         if idx_size < HEADER.size:
-            raise DataError(f"{idx_path(prefix)}: {idx_size} bytes are too few for the header of {HEADER.size}; {REMEDY}")
+            raise DataError(
+                f"{idx_path(prefix)}: {idx_size} bytes are too few for the header of {HEADER.size}; {REMEDY}"
+            )
         index = np.memmap(idx_path(prefix), mode="r", dtype=np.uint8)
-        self.dtype, num_sequences, num_entries = self._header(index[: HEADER.size].tobytes(), idx_size)
+        self.dtype, num_sequences, num_entries = self._header(
+            index[: HEADER.size].tobytes(), idx_size
+        )
         self.sequence_lengths = np.frombuffer(index, LENGTH, num_sequences, HEADER.size)
-        self.pointers = np.frombuffer(index, POINTER, num_sequences, HEADER.size + self.sequence_lengths.nbytes)
-        self.document_indices = np.frombuffer(index, POINTER, num_entries, idx_size - num_entries * POINTER.itemsize)
+        self.pointers = np.frombuffer(
+            index, POINTER, num_sequences, HEADER.size + self.sequence_lengths.nbytes
+        )
+        self.document_indices = np.frombuffer(
+            index, POINTER, num_entries, idx_size - num_entries * POINTER.itemsize
+        )
         self._check(bin_size)
-        self._tokens = np.asarray(np.memmap(bin_path(prefix), mode="r", dtype=np.uint8)) if bin_size else np.empty(0, np.uint8)
+        self._tokens = (
+            np.asarray(np.memmap(bin_path(prefix), mode="r", dtype=np.uint8))
+            if bin_size
+            else np.empty(0, np.uint8)
+        )
 
     def __reduce__(self):
         return IndexedDataset, (self.prefix, self.allow_empty)
@@ -92,47 +118,75 @@ class IndexedDataset:
 
     def modified(self) -> tuple[int, int]:
         """Times of last change of `.idx` and `.bin` in nanoseconds."""
-        return os.stat(idx_path(self.prefix)).st_mtime_ns, os.stat(bin_path(self.prefix)).st_mtime_ns
+        return os.stat(idx_path(self.prefix)).st_mtime_ns, os.stat(
+            bin_path(self.prefix)
+        ).st_mtime_ns
 
     def _header(self, header: bytes, idx_size: int) -> tuple[np.dtype, int, int]:
         path = idx_path(self.prefix)
         magic, version, code, num_sequences, num_entries = HEADER.unpack(header)
         if magic != MAGIC:
-            raise DataError(f"{path}: not an index of a .bin (it begins with {magic!r} instead of {MAGIC!r}); {REMEDY}")
+            raise DataError(
+                f"{path}: not an index of a .bin (it begins with {magic!r} instead of {MAGIC!r}); {REMEDY}"
+            )
         if version != 1:
             raise DataError(f"{path}: version {version} at byte 9, only 1 is known; {REMEDY}")
         if code not in DTYPES or DTYPES[code].kind == "f":
-            raise DataError(f"{path}: dtype code {code} at byte 17 is no integer type of token ids; {REMEDY}")
-        expected = HEADER.size + num_sequences * (LENGTH.itemsize + POINTER.itemsize) + num_entries * POINTER.itemsize
+            raise DataError(
+                f"{path}: dtype code {code} at byte 17 is no integer type of token ids; {REMEDY}"
+            )
+        expected = (
+            HEADER.size
+            + num_sequences * (LENGTH.itemsize + POINTER.itemsize)
+            + num_entries * POINTER.itemsize
+        )
         if idx_size != expected:
             what = "truncated" if idx_size < expected else "too long"
-            raise DataError(f"{path}: {what}: {idx_size} bytes, {expected} for the {num_sequences} sequences its header names; {REMEDY}")
+            raise DataError(
+                f"{path}: {what}: {idx_size} bytes, {expected} for the {num_sequences} sequences its header names; {REMEDY}"
+            )
         return DTYPES[code], num_sequences, num_entries
 
     def _check(self, bin_size: int) -> None:
-        path, lengths, documents = idx_path(self.prefix), self.sequence_lengths, self.document_indices
+        path, lengths, documents = (
+            idx_path(self.prefix),
+            self.sequence_lengths,
+            self.document_indices,
+        )
         if len(documents) == 0 or documents[0] != 0 or documents[-1] != self.num_sequences:
-            raise DataError(f"{path}: its document index does not run from 0 to its {self.num_sequences} sequences; {REMEDY}")
+            raise DataError(
+                f"{path}: its document index does not run from 0 to its {self.num_sequences} sequences; {REMEDY}"
+            )
         if (falls := np.flatnonzero(documents[1:] < documents[:-1])).size:
             raise DataError(f"{path}: its document index falls after document {falls[0]}; {REMEDY}")
         if (negative := np.flatnonzero(lengths < 0)).size:
-            raise DataError(f"{path}: sequence {negative[0]} has length {lengths[negative[0]]}; {REMEDY}")
+            raise DataError(
+                f"{path}: sequence {negative[0]} has length {lengths[negative[0]]}; {REMEDY}"
+            )
         needed = self.num_tokens() * self.dtype.itemsize
         if bin_size != needed:
             what = "truncated" if bin_size < needed else "longer than its index"
-            raise DataError(f"{bin_path(self.prefix)}: {what}: {bin_size} bytes, {needed} by {path.name}; {REMEDY}")
+            raise DataError(
+                f"{bin_path(self.prefix)}: {what}: {bin_size} bytes, {needed} by {path.name}; {REMEDY}"
+            )
         ends = self.pointers + lengths * np.int64(self.dtype.itemsize)
         if (outside := np.flatnonzero((self.pointers < 0) | (ends > bin_size))).size:
-            raise DataError(f"{path}: sequence {outside[0]} lies outside the {bin_size} bytes of the .bin; {REMEDY}")
+            raise DataError(
+                f"{path}: sequence {outside[0]} lies outside the {bin_size} bytes of the .bin; {REMEDY}"
+            )
         if not needed and not self.allow_empty:
-            raise DataError(f"{path}: an empty dataset: {self.num_documents} documents without a token; check the input of tools/preprocess_data.py")
+            raise DataError(
+                f"{path}: an empty dataset: {self.num_documents} documents without a token; check the input of tools/preprocess_data.py"
+            )
 
 
 def _size(path: Path) -> int:
     try:
         return os.stat(path).st_size
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{path}: no such file; a dataset is a .bin and an .idx, named by their path without the ending") from None
+        raise DataError(
+            f"{path}: no such file; a dataset is a .bin and an .idx, named by their path without the ending"
+        ) from None
 
 
 class IndexedDatasetWriter:
@@ -146,12 +200,16 @@ class IndexedDatasetWriter:
         self.prefix, self.dtype = Path(prefix), np.dtype(dtype).newbyteorder("<")
         self._code = next((code for code, known in DTYPES.items() if known == self.dtype), None)
         if self._code is None:
-            raise DataError(f"{bin_path(prefix)}: dtype {self.dtype} has no code in the format; use one of {[str(d) for d in DTYPES.values()]}")
+            raise DataError(
+                f"{bin_path(prefix)}: dtype {self.dtype} has no code in the format; use one of {[str(d) for d in DTYPES.values()]}"
+            )
         self._lengths: list[np.ndarray] = []
         self._documents: list[np.ndarray] = [np.zeros(1, POINTER)]
         self._num_sequences = 0
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = {path: Path(f"{path}.tmp{os.getpid()}") for path in (bin_path(prefix), idx_path(prefix))}
+        self._temporary = {
+            path: Path(f"{path}.tmp{os.getpid()}") for path in (bin_path(prefix), idx_path(prefix))
+        }
         self._bin = open(self._temporary[bin_path(prefix)], "wb")  # noqa: SIM115  (closed by finish or abandon)
 
     def __enter__(self) -> "IndexedDatasetWriter":
@@ -167,13 +225,17 @@ class IndexedDatasetWriter:
         """One document of one sequence; an empty one adds no sequence, only an entry of the document index."""
         self.add_documents(tokens, [len(tokens)])
 
-    def add_documents(self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int]) -> None:
+    def add_documents(
+        self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int]
+    ) -> None:
         """Documents of one sequence each: their ids back to back, and the length of each."""
         lengths = self._checked_lengths(lengths, len(tokens))
         self._write(tokens)
         self._extend(lengths[lengths > 0], np.cumsum(lengths > 0, dtype=POINTER))
 
-    def add_sequences(self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int]) -> None:
+    def add_sequences(
+        self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int]
+    ) -> None:
         """One document of several sequences: its ids back to back, and the length of each sequence."""
         lengths = self._checked_lengths(lengths, len(tokens))
         self._write(tokens)
@@ -183,9 +245,15 @@ class IndexedDatasetWriter:
         """Append another dataset of the same dtype, its bytes copied as they are."""
         other = IndexedDataset(prefix, allow_empty=True)
         if other.dtype != self.dtype:
-            raise DataError(f"{idx_path(prefix)}: its ids are {other.dtype}, those of {self.prefix} {self.dtype}; merge datasets of one tokenizer")
-        if not np.array_equal(other.pointers, _pointers(other.sequence_lengths, other.dtype.itemsize)):
-            raise DataError(f"{idx_path(prefix)}: its sequences do not lie back to back in the .bin; {REMEDY}")
+            raise DataError(
+                f"{idx_path(prefix)}: its ids are {other.dtype}, those of {self.prefix} {self.dtype}; merge datasets of one tokenizer"
+            )
+        if not np.array_equal(
+            other.pointers, _pointers(other.sequence_lengths, other.dtype.itemsize)
+        ):
+            raise DataError(
+                f"{idx_path(prefix)}: its sequences do not lie back to back in the .bin; {REMEDY}"
+            )
         with open(bin_path(prefix), "rb") as source:
             shutil.copyfileobj(source, self._bin, 16 << 20)
         self._extend(np.array(other.sequence_lengths), np.array(other.document_indices[1:]))
@@ -214,9 +282,13 @@ class IndexedDatasetWriter:
     def _checked_lengths(self, lengths: np.ndarray | list[int], total: int) -> np.ndarray:
         lengths = np.asarray(lengths, dtype=np.int64)
         if lengths.sum() != total or (lengths.size and lengths.min() < 0):
-            raise DataError(f"{bin_path(self.prefix)}: {total} tokens do not have the lengths {lengths.tolist()[:8]}")
+            raise DataError(
+                f"{bin_path(self.prefix)}: {total} tokens do not have the lengths {lengths.tolist()[:8]}"
+            )
         if lengths.size and lengths.max() > MAX_SEQUENCE:
-            raise DataError(f"{bin_path(self.prefix)}: a document of {lengths.max()} tokens; the format holds {MAX_SEQUENCE} at most; split it")
+            raise DataError(
+                f"{bin_path(self.prefix)}: a document of {lengths.max()} tokens; the format holds {MAX_SEQUENCE} at most; split it"
+            )
         return lengths
 
     def _write(self, tokens: np.ndarray | list[int]) -> None:
@@ -224,7 +296,9 @@ class IndexedDatasetWriter:
         limits = np.iinfo(self.dtype)
         if tokens.size and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
             worst = tokens.max() if tokens.max() > limits.max else tokens.min()
-            raise DataError(f"{bin_path(self.prefix)}: token id {worst} does not fit {self.dtype}; use the dtype of the vocabulary (best_dtype)")
+            raise DataError(
+                f"{bin_path(self.prefix)}: token id {worst} does not fit {self.dtype}; use the dtype of the vocabulary (best_dtype)"
+            )
         self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
 
     def _extend(self, lengths: np.ndarray, documents: np.ndarray) -> None:

@@ -27,7 +27,12 @@ class Batch:
     samples: torch.Tensor  # [B] int64, global positions in the order of the run
 
     def pin_memory(self) -> "Batch":
-        return Batch(*(tensor.pin_memory() for tensor in (self.tokens, self.labels, self.loss_mask, self.samples)))
+        return Batch(
+            *(
+                tensor.pin_memory()
+                for tensor in (self.tokens, self.labels, self.loss_mask, self.samples)
+            )
+        )
 
 
 class MicroBatches:
@@ -57,7 +62,11 @@ class MicroBatches:
     ):
         end = len(dataset) if end is None else min(end, len(dataset))
         reader = _Reader(dataset, micro_batch_size, vocab_size, eod if eod_mask_loss else None, end)
-        firsts = range(start + dp_rank * micro_batch_size, end + dp_rank * micro_batch_size, micro_batch_size * dp_size)
+        firsts = range(
+            start + dp_rank * micro_batch_size,
+            end + dp_rank * micro_batch_size,
+            micro_batch_size * dp_size,
+        )
         self._closing = multiprocessing.Event() if num_workers else None
         loader = DataLoader(
             reader,
@@ -141,15 +150,30 @@ class _Worker:
 class _Reader(Dataset):
     """The micro-batch whose first sample is `first`; a problem travels as its message, so that no worker's traceback surrounds it."""
 
-    def __init__(self, dataset: Samples, micro_batch_size: int, vocab_size: int, masked_id: int | None, end: int):
-        self.dataset, self.micro_batch_size, self.vocab_size, self.masked_id, self.end = dataset, micro_batch_size, vocab_size, masked_id, end
+    def __init__(
+        self,
+        dataset: Samples,
+        micro_batch_size: int,
+        vocab_size: int,
+        masked_id: int | None,
+        end: int,
+    ):
+        self.dataset, self.micro_batch_size, self.vocab_size, self.masked_id, self.end = (
+            dataset,
+            micro_batch_size,
+            vocab_size,
+            masked_id,
+            end,
+        )
 
     def __getitem__(self, first: int) -> Batch | str:
         samples = torch.arange(first, first + self.micro_batch_size)
         ids = torch.zeros(self.micro_batch_size, self.dataset.seq_length + 1, dtype=torch.int64)
         mask = torch.zeros(self.micro_batch_size, self.dataset.seq_length)
         try:
-            for row, sample in enumerate(range(first, min(first + self.micro_batch_size, self.end))):
+            for row, sample in enumerate(
+                range(first, min(first + self.micro_batch_size, self.end))
+            ):
                 ids[row] = torch.from_numpy(self.dataset.tokens(sample))
                 mask[row] = 1
         except DataError as error:

@@ -19,7 +19,9 @@ except ImportError:  # installed without a compiler
 NATIVE = hasattr(_native, "sample_index_int32")
 SPLITS = ("train", "valid", "test")
 MAX_DATASETS = np.iinfo(np.int16).max
-SURPLUS = 0.005  # of samples built per dataset of a weighted blend, over those the blend means to draw
+SURPLUS = (
+    0.005  # of samples built per dataset of a weighted blend, over those the blend means to draw
+)
 
 
 def parse_data_path(items: list[str] | tuple[str, ...]) -> tuple[list[str], list[float] | None]:
@@ -35,7 +37,9 @@ def parse_data_path(items: list[str] | tuple[str, ...]) -> tuple[list[str], list
     prefixes = [item.strip() for item in items[1::2]]
     for weight, prefix in zip(weights, prefixes, strict=True):
         if not (weight > 0 and math.isfinite(weight)):
-            raise DataError(f"--data-path: weight {weight:g} of {prefix} must be above 0; leave the dataset out instead")
+            raise DataError(
+                f"--data-path: weight {weight:g} of {prefix} must be above 0; leave the dataset out instead"
+            )
     return prefixes, weights
 
 
@@ -52,14 +56,21 @@ def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int] | None]
     Raises DataError if `split` is not up to three shares.
     """
     shares = [_number(share) for share in split.split(",")]
-    if len(shares) > 3 or any(share is None or not 0 <= share < math.inf for share in shares) or sum(shares) == 0:
+    if (
+        len(shares) > 3
+        or any(share is None or not 0 <= share < math.inf for share in shares)
+        or sum(shares) == 0
+    ):
         raise DataError(f"--split {split!r} is not up to three shares such as 969,30,1")
     shares = normalized(shares + [0.0] * (3 - len(shares)))
     edges = [0.0]
     for share in shares:
         edges.append(edges[-1] + share)
     return [
-        (round(low * float(num_sequences)), round(high * float(num_sequences))) if high > low else None for low, high in itertools.pairwise(edges)
+        (round(low * float(num_sequences)), round(high * float(num_sequences)))
+        if high > low
+        else None
+        for low, high in itertools.pairwise(edges)
     ]
 
 
@@ -75,7 +86,9 @@ class Epochs:
 
     count: int  # E
     separate_final: bool  # the last epoch is shuffled by itself, because little of it is used
-    samples_before_final: int  # A, samples that end before the last epoch; all of them if it is not separate
+    samples_before_final: (
+        int  # A, samples that end before the last epoch; all of them if it is not separate
+    )
     num_samples: int  # n, everything the epochs hold
 
 
@@ -94,7 +107,9 @@ def plan_epochs(tokens: int, seq_length: int, num_samples: int | None) -> Epochs
     return Epochs(count, separate, before_final if separate else total, total)
 
 
-def build_indices(lengths: np.ndarray, start: int, epochs: Epochs, seq_length: int, seed: int) -> dict[str, np.ndarray]:
+def build_indices(
+    lengths: np.ndarray, start: int, epochs: Epochs, seq_length: int, seed: int
+) -> dict[str, np.ndarray]:
     """The three indices of one split; `lengths` are those of its sequences, the first of which is sequence `start`.
 
     document [E * S] int32: sequences in the order they are read. sample [n + 1, 2]: position in `document` and token offset at which
@@ -108,10 +123,16 @@ def build_indices(lengths: np.ndarray, start: int, epochs: Epochs, seq_length: i
 
 def index_shapes(num_sequences: int, epochs: Epochs) -> dict[str, tuple[int, ...]]:
     """The shapes that `build_indices` returns."""
-    return {"document": (epochs.count * num_sequences,), "sample": (epochs.num_samples + 1, 2), "shuffle": (epochs.num_samples,)}
+    return {
+        "document": (epochs.count * num_sequences,),
+        "sample": (epochs.num_samples + 1, 2),
+        "shuffle": (epochs.num_samples,),
+    }
 
 
-def _document_index(start: int, count: int, epochs: Epochs, random: np.random.RandomState) -> np.ndarray:
+def _document_index(
+    start: int, count: int, epochs: Epochs, random: np.random.RandomState
+) -> np.ndarray:
     together = epochs.count - 1 if epochs.separate_final else epochs.count
     once = np.arange(start, start + count, dtype=np.int32)
     index = np.tile(once, together)
@@ -130,7 +151,14 @@ def _shuffle_index(epochs: Epochs, random: np.random.RandomState) -> np.ndarray:
     return index
 
 
-def sample_index(lengths: np.ndarray, first: int, document: np.ndarray, seq_length: int, num_samples: int, native: bool = NATIVE) -> np.ndarray:
+def sample_index(
+    lengths: np.ndarray,
+    first: int,
+    document: np.ndarray,
+    seq_length: int,
+    num_samples: int,
+    native: bool = NATIVE,
+) -> np.ndarray:
     """[num_samples + 1, 2]: where token j * seq_length of the documents laid end to end lies; int32, or int64 where that is too small.
 
     lengths[d - first] is the length of document d. Both ways to build it give the same array.
@@ -154,7 +182,9 @@ def blend_sizes(weights: list[float], num_samples: int) -> tuple[list[int], list
     return drawn, [math.ceil(count * (1 + SURPLUS)) for count in drawn]
 
 
-def blend_index(weights: list[float], size: int, native: bool = NATIVE) -> tuple[np.ndarray, np.ndarray]:
+def blend_index(
+    weights: list[float], size: int, native: bool = NATIVE
+) -> tuple[np.ndarray, np.ndarray]:
     """For each of `size` samples the dataset it comes from, int16, and its number there, int64: always the dataset furthest behind its weight.
 
     The weights are normalized here even if they were before, as in Megatron: that can move a last bit, and with it a tie.
@@ -165,14 +195,18 @@ def blend_index(weights: list[float], size: int, native: bool = NATIVE) -> tuple
     return _furthest_behind(np.array(weights), [size] * len(weights), size)
 
 
-def exhaustive_blend_index(sizes: list[int], native: bool = NATIVE) -> tuple[np.ndarray, np.ndarray]:
+def exhaustive_blend_index(
+    sizes: list[int], native: bool = NATIVE
+) -> tuple[np.ndarray, np.ndarray]:
     """`blend_index` that takes exactly sizes[k] samples from dataset k, in proportion to the sizes."""
     if native:
         return _native.exhaustive_blend_index(np.array(sizes, np.int64))
     return _furthest_behind(np.array(sizes, np.float64) / sum(sizes), sizes, sum(sizes))
 
 
-def _furthest_behind(weights: np.ndarray, limits: list[int], size: int) -> tuple[np.ndarray, np.ndarray]:
+def _furthest_behind(
+    weights: np.ndarray, limits: list[int], size: int
+) -> tuple[np.ndarray, np.ndarray]:
     dataset, sample = np.empty(size, np.int16), np.empty(size, np.int64)
     used = np.zeros(len(weights))
     closed = np.array(limits) == 0

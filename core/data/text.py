@@ -41,7 +41,11 @@ def list_files(inputs: list[str]) -> list[TextFile]:
         path = Path(name)
         if not path.exists():
             raise DataError(f"--input {name}: no such file or folder")
-        files += [TextFile(found, False) for found in _walk(path)] if path.is_dir() else [TextFile(path, True)]
+        files += (
+            [TextFile(found, False) for found in _walk(path)]
+            if path.is_dir()
+            else [TextFile(path, True)]
+        )
     if not files:
         raise DataError(f"--input {' '.join(inputs)}: no file in there")
     return files
@@ -67,7 +71,9 @@ def read_documents(files: list[TextFile], keys: list[str]) -> Iterator[tuple[str
         except DAMAGE as error:
             raise DataError(f"{file.path}: cannot be decompressed: {error}") from None
     if skipped:
-        logs.get_logger().warning(f"{len(skipped)} files that are not UTF-8 text are left out, such as {skipped[0]}")
+        logs.get_logger().warning(
+            f"{len(skipped)} files that are not UTF-8 text are left out, such as {skipped[0]}"
+        )
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -85,12 +91,16 @@ def _is_plain(file: TextFile, keys: list[str]) -> bool:
     """Whether a file is one document. A .json that was found in a folder is, unless its first line is a record with `keys`."""
     path = file.path
     kind = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-    return kind not in (*LINES, *COLUMNS) or (kind == ".json" and not file.named and not _has_records(path, keys))
+    return kind not in (*LINES, *COLUMNS) or (
+        kind == ".json" and not file.named and not _has_records(path, keys)
+    )
 
 
 def _plain(path: Path, keys: list[str]) -> str:
     if keys != [PLAIN_KEY]:
-        raise DataError(f"--json-keys {' '.join(keys)}: {path} is plain text, which has no keys; name files of JSON lines")
+        raise DataError(
+            f"--json-keys {' '.join(keys)}: {path} is plain text, which has no keys; name files of JSON lines"
+        )
     with _open(path) as file:
         text = file.read()
     if "\0" in text:  # a binary that decodes by chance
@@ -124,14 +134,21 @@ def _records(path: Path, keys: list[str]) -> Iterator[tuple[str, ...]]:
 
 def _columns(path: Path, keys: list[str]) -> Iterator[tuple[str, ...]]:
     try:
-        parquet, feather = importlib.import_module("pyarrow.parquet"), importlib.import_module("pyarrow.feather")
+        parquet, feather = (
+            importlib.import_module("pyarrow.parquet"),
+            importlib.import_module("pyarrow.feather"),
+        )
     except ImportError:
-        raise DataError(f"{path}: reading it needs the package pyarrow; install it with: pip install pyarrow") from None
+        raise DataError(
+            f"{path}: reading it needs the package pyarrow; install it with: pip install pyarrow"
+        ) from None
     try:
         if path.suffix == ".parquet":
             batches = parquet.ParquetFile(path).iter_batches(batch_size=COLUMN_ROWS, columns=keys)
         else:
-            batches = feather.read_table(path, columns=keys, memory_map=True).to_batches(max_chunksize=COLUMN_ROWS)
+            batches = feather.read_table(path, columns=keys, memory_map=True).to_batches(
+                max_chunksize=COLUMN_ROWS
+            )
         row = 0
         for batch in batches:
             for record in batch.to_pylist():
@@ -147,7 +164,11 @@ def _value(record: object, key: str, where: str) -> str:
     if not isinstance(record, dict):
         raise DataError(f"{where}: a JSON object is expected, such as {{{key!r}: ...}}")
     if not isinstance(text := record.get(key), str):
-        what = f"holds {type(text).__name__}" if key in record else f"is missing among {', '.join(map(str, list(record)[:8]))}"
+        what = (
+            f"holds {type(text).__name__}"
+            if key in record
+            else f"is missing among {', '.join(map(str, list(record)[:8]))}"
+        )
         raise DataError(f"{where}: key {key!r} {what}; name the keys of the texts with --json-keys")
     return text
 

@@ -71,22 +71,31 @@ def build_tokenizer(
     """
     if tokenizer_type == "NullTokenizer":
         if vocab_size is None or vocab_size < 1:
-            raise DataError("--tokenizer-type NullTokenizer needs --vocab-size, the number of ids without the end of document")
+            raise DataError(
+                "--tokenizer-type NullTokenizer needs --vocab-size, the number of ids without the end of document"
+            )
         return NullTokenizer(vocab_size)
     if tokenizer_type == "HuggingFaceTokenizer":
         tokenizer = _hugging_face(_existing("--tokenizer-model", tokenizer_model, tokenizer_type))
     elif tokenizer_type == "GPT2BPETokenizer":
-        vocab, merges = _existing("--vocab-file", vocab_file, tokenizer_type), _existing("--merge-file", merge_file, tokenizer_type)
+        vocab, merges = (
+            _existing("--vocab-file", vocab_file, tokenizer_type),
+            _existing("--merge-file", merge_file, tokenizer_type),
+        )
         tokenizer = _gpt2(vocab, merges, "--vocab-file")
     elif tokenizer_type == "SentencePieceTokenizer":
-        tokenizer = SentencePieceTokenizer(_existing("--tokenizer-model", tokenizer_model, tokenizer_type))
+        tokenizer = SentencePieceTokenizer(
+            _existing("--tokenizer-model", tokenizer_model, tokenizer_type)
+        )
     elif tokenizer_type == "TikTokenizer":
         tokenizer = TikTokenizer(_existing("--tokenizer-model", tokenizer_model, tokenizer_type))
     else:
         kinds = "HuggingFaceTokenizer, GPT2BPETokenizer, NullTokenizer, SentencePieceTokenizer, TikTokenizer"
         raise DataError(f"--tokenizer-type {tokenizer_type} is unknown; use one of {kinds}")
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
-        raise DataError(f"--vocab-size {vocab_size} is below the {tokenizer.vocab_size} ids of the tokenizer; leave it out, or enlarge it")
+        raise DataError(
+            f"--vocab-size {vocab_size} is below the {tokenizer.vocab_size} ids of the tokenizer; leave it out, or enlarge it"
+        )
     tokenizer.vocab_size = vocab_size or tokenizer.vocab_size
     return tokenizer
 
@@ -101,9 +110,18 @@ class NullTokenizer:
     def encode(self, text: str) -> list[int]:
         """Raises DataError on anything but an integer from 0 to `eod`."""
         words = text.split()
-        bad = next((word for word in words if not (word.isascii() and word.isdigit() and int(word) <= self.eod)), None)
+        bad = next(
+            (
+                word
+                for word in words
+                if not (word.isascii() and word.isdigit() and int(word) <= self.eod)
+            ),
+            None,
+        )
         if bad is not None:
-            raise DataError(f"NullTokenizer: {bad[:40]!r} is no id from 0 to {self.eod}; the text must be such ids between spaces")
+            raise DataError(
+                f"NullTokenizer: {bad[:40]!r} is no id from 0 to {self.eod}; the text must be such ids between spaces"
+            )
         return [int(word) for word in words]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -150,7 +168,9 @@ class SentencePieceTokenizer:
         if self.eod == self._model.unk_id():
             self.eod = self._model.eos_id()
         if self.eod < 0:
-            raise DataError(f"--tokenizer-model {path}: neither {END_OF_TEXT} nor an end-of-sentence token; train it with one")
+            raise DataError(
+                f"--tokenizer-model {path}: neither {END_OF_TEXT} nor an end-of-sentence token; train it with one"
+            )
         self.fingerprint = _sha256(path.read_bytes())
 
     def encode(self, text: str) -> list[int]:
@@ -172,10 +192,17 @@ class TikTokenizer:
         special = {token: i for i, token in enumerate([*TIKTOKEN_SPECIAL, *fillers])}
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
-            ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] + TIKTOKEN_NUM_SPECIAL for entry in entries}
-            self._encoding = library.Encoding(path.stem, pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+            ranks = {
+                base64.b64decode(entry["token_bytes"]): entry["rank"] + TIKTOKEN_NUM_SPECIAL
+                for entry in entries
+            }
+            self._encoding = library.Encoding(
+                path.stem, pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens=special
+            )
         except (ValueError, TypeError, KeyError, IsADirectoryError):
-            raise DataError(f"--tokenizer-model {path}: not a JSON list of rank, token_bytes, token_str") from None
+            raise DataError(
+                f"--tokenizer-model {path}: not a JSON list of rank, token_bytes, token_str"
+            ) from None
         self.vocab_size, self.eod, self.files = self._encoding.n_vocab, special["</s>"], (path,)
         self.fingerprint = _sha256(path.read_bytes())
 
@@ -195,10 +222,14 @@ def _hugging_face(path: Path) -> HuggingFaceTokenizer:
     if not file.exists() and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return _gpt2(folder / "vocab.json", folder / "merges.txt", "--tokenizer-model")
     if not file.exists():
-        raise DataError(f"--tokenizer-model {path}: no tokenizer.json in this folder; make one with tools/train_tokenizer.py")
+        raise DataError(
+            f"--tokenizer-model {path}: no tokenizer.json in this folder; make one with tools/train_tokenizer.py"
+        )
     tokenizer = _load("--tokenizer-model", file, HFTokenizer.from_file)
     files = tuple(folder / name for name in HF_FILES if (folder / name).exists())
-    return HuggingFaceTokenizer(tokenizer, _eod(tokenizer, folder, path), files if file in files else (file,))
+    return HuggingFaceTokenizer(
+        tokenizer, _eod(tokenizer, folder, path), files if file in files else (file,)
+    )
 
 
 def _eod(tokenizer: HFTokenizer, folder: Path, path: Path) -> int:
@@ -206,18 +237,30 @@ def _eod(tokenizer: HFTokenizer, folder: Path, path: Path) -> int:
     if (eod := tokenizer.token_to_id(END_OF_TEXT)) is not None:
         return eod
     config = folder / "tokenizer_config.json"
-    settings = _load("--tokenizer-model", config, lambda name: json.loads(Path(name).read_text(encoding="utf-8"))) if config.exists() else {}
+    settings = (
+        _load(
+            "--tokenizer-model",
+            config,
+            lambda name: json.loads(Path(name).read_text(encoding="utf-8")),
+        )
+        if config.exists()
+        else {}
+    )
     token = settings.get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     eod = tokenizer.token_to_id(token) if isinstance(token, str) else None
     if eod is None:
-        raise DataError(f"--tokenizer-model {path}: no end of document: neither {END_OF_TEXT} nor an eos_token of tokenizer_config.json is in it")
+        raise DataError(
+            f"--tokenizer-model {path}: no end of document: neither {END_OF_TEXT} nor an eos_token of tokenizer_config.json is in it"
+        )
     return eod
 
 
 def _gpt2(vocab: Path, merges: Path, flag: str) -> HuggingFaceTokenizer:
     """GPT-2's byte-level BPE from vocab.json and merges.txt."""
-    tokenizer = HFTokenizer(_load(flag, vocab, lambda name: models.BPE.from_file(name, str(merges))))
+    tokenizer = HFTokenizer(
+        _load(flag, vocab, lambda name: models.BPE.from_file(name, str(merges)))
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     eod = tokenizer.token_to_id(END_OF_TEXT)
@@ -248,7 +291,9 @@ def _library(name: str, tokenizer_type: str):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise DataError(f"--tokenizer-type {tokenizer_type} needs the package {name}; install it with: pip install {name}") from None
+        raise DataError(
+            f"--tokenizer-type {tokenizer_type} needs the package {name}; install it with: pip install {name}"
+        ) from None
 
 
 def _sha256(*parts: bytes) -> str:

@@ -44,7 +44,10 @@ class Cut:
     @staticmethod
     def of(config: Config) -> "Cut":
         parallel, on_cpu = config.parallel, config.parallel.device == "cpu"
-        masked = config.data.reset_attention_mask or _window_share(config.model, config.batch.seq_length) == 1
+        masked = (
+            config.data.reset_attention_mask
+            or _window_share(config.model, config.batch.seq_length) == 1
+        )
         return Cut(
             config.batch.micro_batch_size,
             config.batch.seq_length,
@@ -56,7 +59,8 @@ class Cut:
             parallel.recompute_granularity,
             parallel.recompute_method,
             parallel.recompute_num_layers,
-            (masked or parallel.attention_backend not in ("unfused", "local")) and not (on_cpu and config.model.attention_dropout > 0),
+            (masked or parallel.attention_backend not in ("unfused", "local"))
+            and not (on_cpu and config.model.attention_dropout > 0),
             config.data.reset_attention_mask,
             "cpu" if on_cpu else "gpu",
             _fused(parallel.kernels, on_cpu, config.precision.fp16),
@@ -78,9 +82,13 @@ def _fused(kernels: str, on_cpu: bool, fp16: bool) -> frozenset[str]:
     general, *exceptions = kernels.split(",")
     if general == "auto":
         general = "triton" if not on_cpu else "torch" if fp16 else "native"
-    chosen = dict.fromkeys(("rms_norm", "layer_norm", "rope", "activation", "cross_entropy"), general)
+    chosen = dict.fromkeys(
+        ("rms_norm", "layer_norm", "rope", "activation", "cross_entropy"), general
+    )
     chosen |= dict(exception.split("=") for exception in exceptions)
-    return frozenset(op for op, one in chosen.items() if one == "native" or (op, one) == ("rms_norm", "triton"))
+    return frozenset(
+        op for op, one in chosen.items() if one == "native" or (op, one) == ("rms_norm", "triton")
+    )
 
 
 def layer_saved(model: ModelConfig, cut: Cut) -> dict[str, int]:
@@ -94,7 +102,9 @@ def layer_saved(model: ModelConfig, cut: Cut) -> dict[str, int]:
     """
     bt, bs, e = cut.tokens, cut.norm_tokens, cut.e
     f = local_widths(model, cut.tp)[2]
-    shared = e * bs * model.hidden_size * (model.parallel_residual and _norm_input(model, cut) == e)  # two norms keep one x
+    shared = (
+        e * bs * model.hidden_size * (model.parallel_residual and _norm_input(model, cut) == e)
+    )  # two norms keep one x
     saved = {
         "norms": model.norms_per_layer * _norm_saved(model, cut, bs, model.hidden_size) - shared,
         "inputs of qkv and up": 2 * e * bs * model.hidden_size,
@@ -136,10 +146,16 @@ def _attention_saved(model: ModelConfig, cut: Cut) -> int:
     (q, k, _), bt, e = local_widths(model, cut.tp), cut.tokens, cut.e
     heads = model.num_attention_heads // cut.tp
     # Where they are no longer views of the projection: our own rope turns them where they stand.
-    moved = model.qk_layernorm or (model.position_embedding_type == "rope" and "rope" not in cut.fused)
+    moved = model.qk_layernorm or (
+        model.position_embedding_type == "rope" and "rope" not in cut.fused
+    )
     projection, output = e * bt * (q + 2 * k), e * bt * q
     norms, viewed = _qk_norms_saved(model, cut)
-    kept, inputs, views = _tables_saved(model, cut) + norms, projection + e * bt * (q + k) * moved, projection * viewed
+    kept, inputs, views = (
+        _tables_saved(model, cut) + norms,
+        projection + e * bt * (q + k) * moved,
+        projection * viewed,
+    )
     if cut.granularity == "selective":
         return kept + inputs + output
     way = cut.cp_comm_type if cut.cp > 1 else None
@@ -152,13 +168,25 @@ def _attention_saved(model: ModelConfig, cut: Cut) -> int:
     a = FP32 if wide else e
     kept += a * bt * q + FP32 * bt * heads  # o, log of the sum
     if way != "p2p":  # the ring makes its masks again
-        share = 1 if cut.documents or not (cut.flash or capped) else _window_share(model, cut.seq_length) / cut.micro_batch
-        kept += int((1 if capped else a) * bt * cut.seq_length * (cut.cp if way == "a2a" else 1) * share)  # in the dtype of the scores
+        share = (
+            1
+            if cut.documents or not (cut.flash or capped)
+            else _window_share(model, cut.seq_length) / cut.micro_batch
+        )
+        kept += int(
+            (1 if capped else a) * bt * cut.seq_length * (cut.cp if way == "a2a" else 1) * share
+        )  # in the dtype of the scores
     if way in (None, "p2p"):
         return kept + (a * bt * (q + 2 * k) + views + output if wide else inputs)
     kept += views + output  # o is put together again
-    if way == "allgather":  # in fp32 each of the two chunks of queries has a copy of the keys it sees
-        return kept + (a * bt * (q + (2 * cut.cp + 1) * k) if wide else (output if moved else projection) + e * bt * cut.cp * 2 * k)
+    if (
+        way == "allgather"
+    ):  # in fp32 each of the two chunks of queries has a copy of the keys it sees
+        return kept + (
+            a * bt * (q + (2 * cut.cp + 1) * k)
+            if wide
+            else (output if moved else projection) + e * bt * cut.cp * 2 * k
+        )
     repeated = k * (cut.cp // gcd(k // model.head_size, cut.cp))
     return kept + a * bt * (q + 2 * repeated)
 
@@ -171,7 +199,13 @@ def _window_share(model: ModelConfig, seq_length: int) -> float:
 
 def _tables_saved(model: ModelConfig, cut: Cut) -> int:
     """cos and sin, where every layer casts them for q and for k."""
-    return 2 * _table(model, cut) * cut.e * _casts_tables(cut) * (model.position_embedding_type == "rope")
+    return (
+        2
+        * _table(model, cut)
+        * cut.e
+        * _casts_tables(cut)
+        * (model.position_embedding_type == "rope")
+    )
 
 
 def _casts_tables(cut: Cut) -> bool:
@@ -181,7 +215,12 @@ def _casts_tables(cut: Cut) -> bool:
 
 def _table(model: ModelConfig, cut: Cut) -> int:
     """Numbers in cos and sin, of layers without and with a window where they differ."""
-    return (1 if model.rotary_base_local is None else 2) * cut.seq_length // cut.cp * int(model.head_size * model.rotary_percent)
+    return (
+        (1 if model.rotary_base_local is None else 2)
+        * cut.seq_length
+        // cut.cp
+        * int(model.head_size * model.rotary_percent)
+    )
 
 
 def _qk_norms_saved(model: ModelConfig, cut: Cut) -> tuple[int, bool]:
@@ -189,9 +228,15 @@ def _qk_norms_saved(model: ModelConfig, cut: Cut) -> tuple[int, bool]:
     (q, k, _), bt = local_widths(model, cut.tp), cut.tokens
     if not model.qk_layernorm:
         return 0, False
-    if model.qk_layernorm_width == "projection":  # in plain PyTorch: the normalized, and x if it is an fp32 copy
-        return (cut.e if cut.e == FP32 else FP32 + cut.e) * bt * (q + k) + 2 * FP32 * bt, cut.e == FP32
-    return _norm_saved(model, cut, bt * (q + k) // model.head_size, model.head_size, view=True), not _norm_copies(model, cut)
+    if (
+        model.qk_layernorm_width == "projection"
+    ):  # in plain PyTorch: the normalized, and x if it is an fp32 copy
+        return (cut.e if cut.e == FP32 else FP32 + cut.e) * bt * (
+            q + k
+        ) + 2 * FP32 * bt, cut.e == FP32
+    return _norm_saved(
+        model, cut, bt * (q + k) // model.head_size, model.head_size, view=True
+    ), not _norm_copies(model, cut)
 
 
 @dataclass(frozen=True)
@@ -218,12 +263,17 @@ def activations_of(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut) 
     saved, group = _layers_saved(model, chunk.layers, cut)
     saved += _ends_saved(model, chunk, cut)
     output = 0 if chunk.predicts else cut.e * cut.norm_tokens * model.hidden_size
-    return Activations(saved, output, _deferred(model, chunk, cut), _working(model, vocab_size, chunk, cut, group))
+    return Activations(
+        saved, output, _deferred(model, chunk, cut), _working(model, vocab_size, chunk, cut, group)
+    )
 
 
 def _layers_saved(model: ModelConfig, layers: int, cut: Cut) -> tuple[int, int]:
     """Bytes kept, and those that one group makes again in backward (Chen et al. 2016; Korthikanti et al. 2022, section 5)."""
-    layer, hidden = sum(layer_saved(model, cut).values()), cut.e * cut.norm_tokens * model.hidden_size
+    layer, hidden = (
+        sum(layer_saved(model, cut).values()),
+        cut.e * cut.norm_tokens * model.hidden_size,
+    )
     tables = FP32 * _table(model, cut) if layers and model.position_embedding_type == "rope" else 0
     if cut.granularity != "full":
         return layers * layer + tables * (not _casts_tables(cut)), 0
@@ -238,14 +288,19 @@ def _ends_saved(model: ModelConfig, chunk: Chunk, cut: Cut) -> int:
     saved = 0
     if chunk.embeds:
         saved += (9 if cut.tp > 1 else 8) * bt  # ids; with tp also which of them are this rank's
-        saved += 8 * cut.seq_length // cut.cp * (model.position_embedding_type == "learned_absolute")
+        saved += (
+            8 * cut.seq_length // cut.cp * (model.position_embedding_type == "learned_absolute")
+        )
         saved += bs * h * (model.hidden_dropout > 0)
     return saved + _head_saved(model, cut) * chunk.predicts
 
 
 def _head_saved(model: ModelConfig, cut: Cut) -> int:
     """The last norm's, and the gradient of its output: the loss computes it, with that of the weight, while it has logits."""
-    return _norm_saved(model, cut, cut.norm_tokens, model.hidden_size) + cut.e * cut.norm_tokens * model.hidden_size
+    return (
+        _norm_saved(model, cut, cut.norm_tokens, model.hidden_size)
+        + cut.e * cut.norm_tokens * model.hidden_size
+    )
 
 
 def _logits(model: ModelConfig, vocab_size: int, cut: Cut) -> int:
@@ -255,7 +310,12 @@ def _logits(model: ModelConfig, vocab_size: int, cut: Cut) -> int:
 
 def _deferred(model: ModelConfig, chunk: Chunk, cut: Cut) -> int:
     """Each linear layer's x, cut by tokens where it was gathered, and dy, whole: b e ((2 s + 2 t) h + t (2 q + 2 k + 3 f))."""
-    (q, k, f), bt, bs, h = local_widths(model, cut.tp), cut.tokens, cut.norm_tokens, model.hidden_size
+    (q, k, f), bt, bs, h = (
+        local_widths(model, cut.tp),
+        cut.tokens,
+        cut.norm_tokens,
+        model.hidden_size,
+    )
     up = f * (2 if model.gated else 1)
     inputs, gradients = 2 * bs * h + bt * (q + f), bt * (2 * h + q + 2 * k + up)
     return chunk.layers * (cut.e * inputs + (FP32 if cut.widens else cut.e) * gradients)
@@ -265,7 +325,13 @@ def _working(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, group:
     """The fullest of a few moments: the loss; backward through down, the activation and up of the last layer, beside what a layer computes
     again; the embedding's, when all else is gone.
     """
-    f, bt, bs, h, e = local_widths(model, cut.tp)[2], cut.tokens, cut.norm_tokens, model.hidden_size, cut.e
+    f, bt, bs, h, e = (
+        local_widths(model, cut.tp)[2],
+        cut.tokens,
+        cut.norm_tokens,
+        model.hidden_size,
+        cut.e,
+    )
     up, found, head = f * (2 if model.gated else 1), [0], _head_saved(model, cut) * chunk.predicts
     if chunk.predicts:
         found.append(_loss_working(model, vocab_size, cut))
@@ -274,9 +340,19 @@ def _working(model: ModelConfig, vocab_size: int, chunk: Chunk, cut: Cut, group:
         gathered = e * bt * h * cut.sequence_parallel
         found.append(before + dy + gathered + _linear_working(cut, f, h))
         found.append(before + dy + e * bt * up)
-        found.append(before + dy + gathered + e * bt * (up - f * _mlp_widths(model, cut)) + _linear_working(cut, h, up))
+        found.append(
+            before
+            + dy
+            + gathered
+            + e * bt * (up - f * _mlp_widths(model, cut))
+            + _linear_working(cut, h, up)
+        )
     if chunk.embeds:
-        found.append(e * h * (bt + _logits(model, vocab_size, cut)) - _layers_saved(model, chunk.layers, cut)[0] - head)
+        found.append(
+            e * h * (bt + _logits(model, vocab_size, cut))
+            - _layers_saved(model, chunk.layers, cut)[0]
+            - head
+        )
     return max(found)
 
 
@@ -286,18 +362,36 @@ def _linear_working(cut: Cut, inputs: int, outputs: int) -> int:
     Where the product takes fp32 copies, those of dy and the weight, and dx as it comes out.
     """
     dx, weight = cut.tokens * inputs, inputs * outputs
-    return FP32 * (dx + weight + cut.tokens * outputs) if cut.widens else cut.e * (dx + weight * (cut.e != FP32))
+    return (
+        FP32 * (dx + weight + cut.tokens * outputs)
+        if cut.widens
+        else cut.e * (dx + weight * (cut.e != FP32))
+    )
 
 
 def _loss_working(model: ModelConfig, vocab_size: int, cut: Cut) -> int:
     """Beside the input of the head, in place of which its gradient will be kept: that gradient whole, the logits of some tokens, and more of
     their size in fp32: a cap's derivative, and in PyTorch two copies, three from 16 bits; or the weight's gradient in 16 bits.
     """
-    bt, h, words, narrow = cut.tokens, model.hidden_size, _logits(model, vocab_size, cut), cut.e != FP32 and not cut.widens
+    bt, h, words, narrow = (
+        cut.tokens,
+        model.hidden_size,
+        _logits(model, vocab_size, cut),
+        cut.e != FP32 and not cut.widens,
+    )
     e = FP32 if cut.widens else cut.e
     logits = min(bt, max(1, _LOGITS[cut.device] // words)) * words
-    copied = 0 if "cross_entropy" in cut.fused else min(logits, _LOGITS_IN_CACHE) if cut.device == "cpu" else logits
+    copied = (
+        0
+        if "cross_entropy" in cut.fused
+        else min(logits, _LOGITS_IN_CACHE)
+        if cut.device == "cpu"
+        else logits
+    )
     capped = logits * (model.final_logit_softcapping is not None)
-    most = max(FP32 * max(2 * capped, capped + copied * (3 if narrow else 2)), FP32 * capped + e * words * h * narrow)
+    most = max(
+        FP32 * max(2 * capped, capped + copied * (3 if narrow else 2)),
+        FP32 * capped + e * words * h * narrow,
+    )
     operands = FP32 * h * (bt + words) * cut.widens + cut.e * bt * h * cut.sequence_parallel
     return operands + e * (bt * h + logits) + most

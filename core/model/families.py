@@ -37,8 +37,12 @@ class Family:
     fixed: Values
     read: Callable[[Values], Values] = lambda hf: {}
     write: Callable[[ModelConfig], Values] = lambda config: {}
-    keys: Values = field(default_factory=dict)  # theirs -> ours, where not as in _KEYS; ours None: it has no such key
-    defaults: Values = field(default_factory=dict)  # what transformers takes where config.json leaves a key out
+    keys: Values = field(
+        default_factory=dict
+    )  # theirs -> ours, where not as in _KEYS; ours None: it has no such key
+    defaults: Values = field(
+        default_factory=dict
+    )  # what transformers takes where config.json leaves a key out
 
     @property
     def key_map(self) -> dict[str, str]:
@@ -64,20 +68,40 @@ def read_config(hf: Values) -> tuple[ModelConfig, int]:
     family = FAMILIES.get(hf.get("model_type"))
     if family is None:
         if hf.get("model_type") in _MIXTURES:
-            raise ValueError(f"model_type {hf['model_type']!r} is a mixture of experts, which is not available in this version")
+            raise ValueError(
+                f"model_type {hf['model_type']!r} is a mixture of experts, which is not available in this version"
+            )
         raise ValueError(f"model_type {hf.get('model_type')!r} is none of {', '.join(FAMILIES)}")
     hf = family.defaults | hf
     try:
-        values = {ours: hf[theirs] for theirs, ours in family.key_map.items() if hf.get(theirs) is not None}
+        values = {
+            ours: hf[theirs]
+            for theirs, ours in family.key_map.items()
+            if hf.get(theirs) is not None
+        }
         heads = values["num_attention_heads"]
-        values |= {"num_query_groups": values.get("num_query_groups", heads), "group_query_attention": True}
+        values |= {
+            "num_query_groups": values.get("num_query_groups", heads),
+            "group_query_attention": True,
+        }
         values.setdefault("kv_channels", values["hidden_size"] // heads)
-        values |= {"hidden_dropout": 0.0, "attention_dropout": 0.0} | {k: v for k, v in values.items() if k.endswith("_dropout")}
-        tied = hf.get("tie_word_embeddings", family.fixed.get("untie_embeddings_and_output_weights") is False)
+        values |= {"hidden_dropout": 0.0, "attention_dropout": 0.0} | {
+            k: v for k, v in values.items() if k.endswith("_dropout")
+        }
+        tied = hf.get(
+            "tie_word_embeddings", family.fixed.get("untie_embeddings_and_output_weights") is False
+        )
         values["untie_embeddings_and_output_weights"] = not tied
-        values |= {name: value for name, value in family.fixed.items() if name != "untie_embeddings_and_output_weights"}
+        values |= {
+            name: value
+            for name, value in family.fixed.items()
+            if name != "untie_embeddings_and_output_weights"
+        }
         values |= family.read(hf)
-        config, vocab_size = ModelConfig(**values, hf_model_type=family.model_type), hf["vocab_size"]
+        config, vocab_size = (
+            ModelConfig(**values, hf_model_type=family.model_type),
+            hf["vocab_size"],
+        )
     except KeyError as error:
         raise ValueError(f"{error.args[0]} is missing") from None
     except (TypeError, AttributeError, ZeroDivisionError) as error:
@@ -107,7 +131,9 @@ def read_flags(path_or_json: str) -> Values:
     if not isinstance(hf, dict):
         raise ValueError("not a JSON object")
     config, vocab_size = read_config(hf)
-    return {item.name: getattr(config, item.name) for item in fields(config)} | {"vocab_size": vocab_size}
+    return {item.name: getattr(config, item.name) for item in fields(config)} | {
+        "vocab_size": vocab_size
+    }
 
 
 def write_config(config: ModelConfig, vocab_size: int, special_ids: Values) -> Values:
@@ -129,13 +155,19 @@ def family_of(config: ModelConfig) -> Family:
     """The family that --hf-model-type names, or the first that has such a model. Raises ValueError, naming flags, where there is none."""
     if config.hf_model_type is not None and config.hf_model_type not in FAMILIES:
         raise ValueError(f"--hf-model-type {config.hf_model_type} is none of {', '.join(FAMILIES)}")
-    asked = list(FAMILIES.values()) if config.hf_model_type is None else [FAMILIES[config.hf_model_type]]
+    asked = (
+        list(FAMILIES.values())
+        if config.hf_model_type is None
+        else [FAMILIES[config.hf_model_type]]
+    )
     differ = {family.model_type: _differences(family, config) for family in asked}
     fitting = [FAMILIES[name] for name, problems in differ.items() if not problems]
     if fitting:
         return fitting[0]
     # A family that cannot even say it is further away than any that says it otherwise.
-    nearest = min(differ, key=lambda name: (not differ[name][0].startswith("--"), len(differ[name])))
+    nearest = min(
+        differ, key=lambda name: (not differ[name][0].startswith("--"), len(differ[name]))
+    )
     raise ValueError(
         f"no such model in {'any' if len(asked) > 1 else 'this'} family of Hugging Face's; nearest {nearest}: {'; '.join(differ[nearest])}"
     )
@@ -144,7 +176,11 @@ def family_of(config: ModelConfig) -> Family:
 def differences(there: ModelConfig, here: ModelConfig) -> list[str]:
     """In what two models differ, other than in dropout and initialisation: each flag with both values."""
     theirs, ours = _meaning(there), _meaning(here)
-    return [f"{flag} {theirs[flag]} there, {ours[flag]} here" for flag in ours if theirs[flag] != ours[flag]]
+    return [
+        f"{flag} {theirs[flag]} there, {ours[flag]} here"
+        for flag in ours
+        if theirs[flag] != ours[flag]
+    ]
 
 
 def export_problems(config: ModelConfig) -> list[str]:
@@ -159,7 +195,9 @@ def export_problems(config: ModelConfig) -> list[str]:
 def _differences(family: Family, config: ModelConfig) -> list[str]:
     """What the family cannot say of this model: flag, what it is there, what it is here."""
     try:
-        there, _ = read_config({"model_type": family.model_type, "vocab_size": 1, **_written(family, config)})
+        there, _ = read_config(
+            {"model_type": family.model_type, "vocab_size": 1, **_written(family, config)}
+        )
     except ValueError as error:
         return [str(error)]
     return differences(there, config)
@@ -182,8 +220,12 @@ def _meaning(config: ModelConfig) -> Values:
         "--rotary-base": config.rotary_base if rotates else None,
         "--rotary-percent": int(config.rotary_percent * config.head_size) if rotates else None,
         "--rotary-interleaved": config.rotary_interleaved and rotates,
-        "--use-rope-scaling, --rope-scaling": None if rule is None else {key: value for key, value in rule.items() if value is not None},
-        "--rotary-base-local": (config.rotary_base if config.rotary_base_local is None else config.rotary_base_local)
+        "--use-rope-scaling, --rope-scaling": None
+        if rule is None
+        else {key: value for key, value in rule.items() if value is not None},
+        "--rotary-base-local": (
+            config.rotary_base if config.rotary_base_local is None else config.rotary_base_local
+        )
         if rotates and any(windows)
         else None,
         "--swiglu, --geglu, --squared-relu, --exact-gelu": (
@@ -235,7 +277,11 @@ def _read_llama(hf: Values) -> Values:
     attention, mlp = hf.get("attention_bias", False), hf.get("mlp_bias", False)
     if mlp and not attention:
         raise ValueError("mlp_bias without attention_bias")
-    return values | {"disable_bias_linear": not mlp, "add_qkv_bias": attention, "add_attn_out_bias": attention}
+    return values | {
+        "disable_bias_linear": not mlp,
+        "add_qkv_bias": attention,
+        "add_attn_out_bias": attention,
+    }
 
 
 def _write_llama(config: ModelConfig) -> Values:
@@ -244,18 +290,31 @@ def _write_llama(config: ModelConfig) -> Values:
 
 
 def _read_mistral(hf: Values) -> Values:
-    return read_rope(hf) | activation(GATED, hf.get("hidden_act", "silu")) | read_windows(hf.get("sliding_window"), [True])
+    return (
+        read_rope(hf)
+        | activation(GATED, hf.get("hidden_act", "silu"))
+        | read_windows(hf.get("sliding_window"), [True])
+    )
 
 
 def _write_mistral(config: ModelConfig) -> Values:
-    return write_rope(config) | {"hidden_act": activation_name(config)} | write_window_everywhere(config)
+    return (
+        write_rope(config)
+        | {"hidden_act": activation_name(config)}
+        | write_window_everywhere(config)
+    )
 
 
 def _read_qwen(hf: Values) -> Values:
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
     layers = sliding_layers(hf, lambda layer: layer >= hf.get("max_window_layers", 28))
     biases = {"add_qkv_bias": True} if hf["model_type"] == "qwen2" else _attention_bias(hf)
-    return read_rope(hf) | activation(GATED, hf.get("hidden_act", "silu")) | read_windows(window, layers) | biases
+    return (
+        read_rope(hf)
+        | activation(GATED, hf.get("hidden_act", "silu"))
+        | read_windows(window, layers)
+        | biases
+    )
 
 
 def _write_qwen(config: ModelConfig) -> Values:
@@ -263,7 +322,11 @@ def _write_qwen(config: ModelConfig) -> Values:
     uses = "sliding_attention" in windows["layer_types"]
     first = windows["layer_types"].index("sliding_attention") if uses else config.num_layers
     windows |= {"use_sliding_window": uses, "max_window_layers": first}
-    return write_rope(config) | {"hidden_act": activation_name(config), "attention_bias": config.attention_out_bias} | windows
+    return (
+        write_rope(config)
+        | {"hidden_act": activation_name(config), "attention_bias": config.attention_out_bias}
+        | windows
+    )
 
 
 def _attention_bias(hf: Values) -> Values:
@@ -275,34 +338,53 @@ def _read_olmo2(hf: Values) -> Values:
 
 
 def _write_olmo2(config: ModelConfig) -> Values:
-    return write_rope(config) | {"hidden_act": activation_name(config), "attention_bias": config.attention_out_bias}
+    return write_rope(config) | {
+        "hidden_act": activation_name(config),
+        "attention_bias": config.attention_out_bias,
+    }
 
 
 def _read_gemma(hf: Values) -> Values:
     if hf.get("use_bidirectional_attention"):
         raise ValueError("use_bidirectional_attention: attention is causal here")
-    values = activation(GATED, hf.get("hidden_activation") or "gelu_pytorch_tanh") | _attention_bias(hf)
+    values = activation(
+        GATED, hf.get("hidden_activation") or "gelu_pytorch_tanh"
+    ) | _attention_bias(hf)
     if type(hf["query_pre_attn_scalar"]) is not int:
-        raise ValueError(f"query_pre_attn_scalar {hf['query_pre_attn_scalar']}: --softmax-scale is 1 / sqrt of a whole number there")
+        raise ValueError(
+            f"query_pre_attn_scalar {hf['query_pre_attn_scalar']}: --softmax-scale is 1 / sqrt of a whole number there"
+        )
     values["softmax_scale"] = hf["query_pre_attn_scalar"] ** -0.5
     values["final_logit_softcapping"] = hf["final_logit_softcapping"]
     is_gemma2 = hf["model_type"] == "gemma2"
     if is_gemma2:
         values["attn_logit_softcapping"] = hf["attn_logit_softcapping"]
     elif hf.get("attn_logit_softcapping") is not None:
-        raise ValueError("attn_logit_softcapping: transformers' gemma3_text leaves it out of attention, so it cannot be meant")
+        raise ValueError(
+            "attn_logit_softcapping: transformers' gemma3_text leaves it out of attention, so it cannot be meant"
+        )
     period = 2 if is_gemma2 else hf.get("sliding_window_pattern") or 6
-    values |= read_windows(hf["sliding_window"], sliding_layers(hf, lambda layer: bool((layer + 1) % period)))
+    values |= read_windows(
+        hf["sliding_window"], sliding_layers(hf, lambda layer: bool((layer + 1) % period))
+    )
     return values | (read_rope(hf) if is_gemma2 else _read_two_ropes(hf))
 
 
 def _read_two_ropes(hf: Values) -> Values:
     """Gemma 3: layers without a window have a base, and perhaps a scaling, of their own."""
     given = hf.get("rope_parameters") or {}
-    everywhere = {"rope_theta": hf.get("rope_theta", 1e6)} | (given.get("full_attention") or {}) | (hf.get("rope_scaling") or {})
-    local = {"rope_theta": hf.get("rope_local_base_freq", 1e4)} | (given.get("sliding_attention") or {})
+    everywhere = (
+        {"rope_theta": hf.get("rope_theta", 1e6)}
+        | (given.get("full_attention") or {})
+        | (hf.get("rope_scaling") or {})
+    )
+    local = {"rope_theta": hf.get("rope_local_base_freq", 1e4)} | (
+        given.get("sliding_attention") or {}
+    )
     if local.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type {local['rope_type']!r} in layers with a window: only default can be read")
+        raise ValueError(
+            f"rope_type {local['rope_type']!r} in layers with a window: only default can be read"
+        )
     return read_rope(hf, everywhere) | {"rotary_base_local": float(local["rope_theta"])}
 
 
@@ -317,7 +399,8 @@ def _write_gemma(config: ModelConfig) -> Values:
         "final_logit_softcapping": config.final_logit_softcapping,
         **write_rope(config),
         **windows,
-        "sliding_window": windows["sliding_window"] or _GEMMA2["sliding_window"],  # a number even where no layer has a window
+        "sliding_window": windows["sliding_window"]
+        or _GEMMA2["sliding_window"],  # a number even where no layer has a window
     }
 
 
@@ -327,28 +410,54 @@ def _write_gemma3(config: ModelConfig) -> Values:
 
 
 def _read_phi3(hf: Values) -> Values:
-    outside = {"rope_theta": hf.get("rope_theta", 10000.0), "partial_rotary_factor": hf.get("partial_rotary_factor", 1.0)}
+    outside = {
+        "rope_theta": hf.get("rope_theta", 10000.0),
+        "partial_rotary_factor": hf.get("partial_rotary_factor", 1.0),
+    }
     rope = rope_of(hf, outside)
     if rope.get("rope_type", rope.get("type")) in ("su", "yarn"):
         rope["rope_type"] = "longrope"
     windows = read_windows(hf.get("sliding_window"), [True])
-    return read_rope(hf, rope, ("default", "longrope")) | activation(GATED, hf.get("hidden_act", "silu")) | windows
+    return (
+        read_rope(hf, rope, ("default", "longrope"))
+        | activation(GATED, hf.get("hidden_act", "silu"))
+        | windows
+    )
 
 
 def _write_phi3(config: ModelConfig) -> Values:
     rule = config.rope_rule
-    original = (rule or {}).get("original_max_position_embeddings") or config.max_position_embeddings
-    if rule and rule.keys() == {"rope_type", *ROPE_SCALINGS["longrope"]} and rule["factor"] == config.max_position_embeddings / original:
+    original = (rule or {}).get(
+        "original_max_position_embeddings"
+    ) or config.max_position_embeddings
+    if (
+        rule
+        and rule.keys() == {"rope_type", *ROPE_SCALINGS["longrope"]}
+        and rule["factor"] == config.max_position_embeddings / original
+    ):
         # As release 4 wants it: these three keys and no others, the rest follows from the two lengths.
-        rule = {"type": "longrope", "short_factor": rule["short_factor"], "long_factor": rule["long_factor"]}
+        rule = {
+            "type": "longrope",
+            "short_factor": rule["short_factor"],
+            "long_factor": rule["long_factor"],
+        }
     values = (
-        write_rope(config) | {"rope_scaling": rule} | {"partial_rotary_factor": config.rotary_percent, "original_max_position_embeddings": original}
+        write_rope(config)
+        | {"rope_scaling": rule}
+        | {
+            "partial_rotary_factor": config.rotary_percent,
+            "original_max_position_embeddings": original,
+        }
     )
     return values | {"hidden_act": activation_name(config)} | write_window_everywhere(config)
 
 
 def _read_gpt2(hf: Values) -> Values:
-    for key, only in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)):
+    for key, only in (
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
         if hf.get(key, only) != only:
             raise ValueError(f"{key} {hf[key]}: only {only} can be read")
     ffn = hf.get("n_inner") or 4 * hf["n_embd"]
@@ -356,19 +465,39 @@ def _read_gpt2(hf: Values) -> Values:
 
 
 def _write_gpt2(config: ModelConfig) -> Values:
-    return {"activation_function": activation_name(config, "gelu_new"), "embd_pdrop": config.hidden_dropout}
+    return {
+        "activation_function": activation_name(config, "gelu_new"),
+        "embd_pdrop": config.hidden_dropout,
+    }
 
 
 def _read_neox(hf: Values) -> Values:
     if not hf.get("attention_bias", True):
         raise ValueError("attention_bias False: only True can be read")
-    rope = rope_of(hf, {"rope_theta": hf.get("rotary_emb_base", 10000), "partial_rotary_factor": hf.get("rotary_pct", 0.25)})
-    return read_rope(hf, rope) | {"parallel_residual": hf.get("use_parallel_residual", True)} | activation(SINGLE, hf.get("hidden_act", "gelu"))
+    rope = rope_of(
+        hf,
+        {
+            "rope_theta": hf.get("rotary_emb_base", 10000),
+            "partial_rotary_factor": hf.get("rotary_pct", 0.25),
+        },
+    )
+    return (
+        read_rope(hf, rope)
+        | {"parallel_residual": hf.get("use_parallel_residual", True)}
+        | activation(SINGLE, hf.get("hidden_act", "gelu"))
+    )
 
 
 def _write_neox(config: ModelConfig) -> Values:
-    values = {"rotary_emb_base": config.rotary_base, "rotary_pct": config.rotary_percent, "rope_scaling": config.rope_rule}
-    return values | {"use_parallel_residual": config.parallel_residual, "hidden_act": activation_name(config, "gelu_new")}
+    values = {
+        "rotary_emb_base": config.rotary_base,
+        "rotary_pct": config.rotary_percent,
+        "rope_scaling": config.rope_rule,
+    }
+    return values | {
+        "use_parallel_residual": config.parallel_residual,
+        "hidden_act": activation_name(config, "gelu_new"),
+    }
 
 
 _GEMMA = _RMS | {
@@ -397,19 +526,65 @@ _NEOX_KEYS = {
     "layer_norm_eps": "norm_epsilon",
     "hidden_dropout": "hidden_dropout",
 }
-_GEMMA2 = {"rms_norm_eps": 1e-6, "head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096, "query_pre_attn_scalar": 256}
-_GEMMA2 |= {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-_GEMMA3 = _GEMMA2 | {"max_position_embeddings": 131072, "attn_logit_softcapping": None, "final_logit_softcapping": None}
+_GEMMA2 = {
+    "rms_norm_eps": 1e-6,
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
+_GEMMA2 |= {
+    "max_position_embeddings": 8192,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+_GEMMA3 = _GEMMA2 | {
+    "max_position_embeddings": 131072,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
 _LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
-_MISTRAL_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8}
-_QWEN_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096, "num_key_value_heads": 32}
+_MISTRAL_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+    "num_key_value_heads": 8,
+}
+_QWEN_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "num_key_value_heads": 32,
+}
 _EPS_1E5 = {"rms_norm_eps": 1e-5}
 _ROWS = (
     Family("llama", "LlamaForCausalLM", _RMS, _read_llama, _write_llama, defaults=_LLAMA_DEFAULTS),
-    Family("gpt2", "GPT2LMHeadModel", {"untie_embeddings_and_output_weights": False}, _read_gpt2, _write_gpt2, _GPT2_KEYS, _GPT2_DEFAULTS),
-    Family("mistral", "MistralForCausalLM", _RMS, _read_mistral, _write_mistral, defaults=_MISTRAL_DEFAULTS),
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        {"untie_embeddings_and_output_weights": False},
+        _read_gpt2,
+        _write_gpt2,
+        _GPT2_KEYS,
+        _GPT2_DEFAULTS,
+    ),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        _RMS,
+        _read_mistral,
+        _write_mistral,
+        defaults=_MISTRAL_DEFAULTS,
+    ),
     Family("qwen2", "Qwen2ForCausalLM", _RMS, _read_qwen, _write_qwen, defaults=_QWEN_DEFAULTS),
-    Family("qwen3", "Qwen3ForCausalLM", _RMS | {"qk_layernorm": True}, _read_qwen, _write_qwen, defaults=_QWEN_DEFAULTS | {"head_dim": 128}),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        _RMS | {"qk_layernorm": True},
+        _read_qwen,
+        _write_qwen,
+        defaults=_QWEN_DEFAULTS | {"head_dim": 128},
+    ),
     Family(
         "olmo2",
         "Olmo2ForCausalLM",
@@ -418,9 +593,32 @@ _ROWS = (
         _write_olmo2,
         defaults=_EPS_1E5 | {"max_position_embeddings": 2048},
     ),
-    Family("phi3", "Phi3ForCausalLM", _RMS, _read_phi3, _write_phi3, {"head_dim": None}, _EPS_1E5 | {"max_position_embeddings": 4096}),
-    Family("gpt_neox", "GPTNeoXForCausalLM", {}, _read_neox, _write_neox, _NEOX_KEYS, {"layer_norm_eps": 1e-5, "max_position_embeddings": 2048}),
+    Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        _RMS,
+        _read_phi3,
+        _write_phi3,
+        {"head_dim": None},
+        _EPS_1E5 | {"max_position_embeddings": 4096},
+    ),
+    Family(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        {},
+        _read_neox,
+        _write_neox,
+        _NEOX_KEYS,
+        {"layer_norm_eps": 1e-5, "max_position_embeddings": 2048},
+    ),
     Family("gemma2", "Gemma2ForCausalLM", _GEMMA, _read_gemma, _write_gemma, defaults=_GEMMA2),
-    Family("gemma3_text", "Gemma3ForCausalLM", _GEMMA | {"qk_layernorm": True}, _read_gemma, _write_gemma3, defaults=_GEMMA3),
+    Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        _GEMMA | {"qk_layernorm": True},
+        _read_gemma,
+        _write_gemma3,
+        defaults=_GEMMA3,
+    ),
 )
 FAMILIES = {family.model_type: family for family in _ROWS}

@@ -33,15 +33,33 @@ def total_parameters(config: ModelConfig, vocab_size: int) -> int:
     h, f, d = config.hidden_size, config.ffn_hidden_size, config.head_size
     q, kv = config.num_attention_heads * d, config.num_kv_heads * d
     norm = 2 if config.normalization == "LayerNorm" else 1
-    biases = (q + 2 * kv) * config.qkv_bias + h * config.attention_out_bias + (h + (2 if config.gated else 1) * f) * config.linear_bias
-    qk_norms = (2 * d * norm if config.qk_layernorm_width == "head" else q + kv) * config.qk_layernorm
+    biases = (
+        (q + 2 * kv) * config.qkv_bias
+        + h * config.attention_out_bias
+        + (h + (2 if config.gated else 1) * f) * config.linear_bias
+    )
+    qk_norms = (
+        2 * d * norm if config.qk_layernorm_width == "head" else q + kv
+    ) * config.qk_layernorm
     per_layer = biases + qk_norms + config.norms_per_layer * h * norm
     embeddings = 0 if config.tied else vocab_size * h
-    positions = config.max_position_embeddings * h if config.position_embedding_type == "learned_absolute" else 0
-    return matrix_parameters(config, vocab_size) + config.num_layers * per_layer + h * norm + embeddings + positions
+    positions = (
+        config.max_position_embeddings * h
+        if config.position_embedding_type == "learned_absolute"
+        else 0
+    )
+    return (
+        matrix_parameters(config, vocab_size)
+        + config.num_layers * per_layer
+        + h * norm
+        + embeddings
+        + positions
+    )
 
 
-def flops_per_token(config: ModelConfig, vocab_size: int, seq_length: int, *, causal: bool) -> float:
+def flops_per_token(
+    config: ModelConfig, vocab_size: int, seq_length: int, *, causal: bool
+) -> float:
     """Training FLOP of one token, forward and backward: 6N + 12LhT with full attention, 6N + 6LhT counting the causal half alone."""
     attention = config.num_layers * config.num_attention_heads * config.head_size * seq_length
     return 6 * matrix_parameters(config, vocab_size) + (6 if causal else 12) * attention

@@ -18,7 +18,13 @@ class Sampling:
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompt: torch.Tensor, max_new_tokens: int, sampling: Sampling, generator: torch.Generator) -> Iterator[torch.Tensor]:
+def generate(
+    model: GPT,
+    prompt: torch.Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> Iterator[torch.Tensor]:
     """Yield the new tokens int64 [B], one position at a time, that continue prompt int64 [B, T]; the caller stops when it has enough.
 
     The generator lives on the CPU, so that a seed means the same on every device.
@@ -29,7 +35,10 @@ def generate(model: GPT, prompt: torch.Tensor, max_new_tokens: int, sampling: Sa
     sequence = tokens = prompt
     for _ in range(max_new_tokens):
         if caches[0].length and model.rotates_otherwise(caches[0].length, sequence.shape[1]):
-            caches, tokens = model.caches(prompt.shape[0], capacity), sequence  # the keys so far were rotated for a shorter sequence
+            caches, tokens = (
+                model.caches(prompt.shape[0], capacity),
+                sequence,
+            )  # the keys so far were rotated for a shorter sequence
         logits = model(tokens, caches=caches, last_only=True)[:, -1, : model.vocab_size].float()
         chosen = choose(logits, sampling, generator)
         yield chosen
@@ -48,7 +57,9 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     if sampling.top_p < 1:
         logits = _nucleus(logits, sampling.top_p)
     noise = torch.rand(logits.shape, generator=generator).to(logits.device)
-    return (logits - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))).argmax(dim=-1)  # Gumbel: argmax of this is a draw from softmax
+    return (logits - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))).argmax(
+        dim=-1
+    )  # Gumbel: argmax of this is a draw from softmax
 
 
 def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:

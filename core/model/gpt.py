@@ -46,26 +46,55 @@ class Block(nn.Module):
     read the same x.
     """
 
-    def __init__(self, layer: int, config: ModelConfig, sharding: Sharding, ops: Ops, seed: int | None, recompute: Recompute):
+    def __init__(
+        self,
+        layer: int,
+        config: ModelConfig,
+        sharding: Sharding,
+        ops: Ops,
+        seed: int | None,
+        recompute: Recompute,
+    ):
         super().__init__()
         name = self.name = f"layers.{layer}"
         self.dropout = config.hidden_dropout
         residual_std = config.init_method_std / math.sqrt(2 * config.num_layers)
-        norm = partial(Norm, size=config.hidden_size, config=config, sharding=sharding, ops=ops, seed=seed, cut_input=sharding.sequence_parallel)
-        before, after = (norm if config.norm_placement in (place, "both") else lambda name: NoNorm() for place in ("pre", "post"))
+        norm = partial(
+            Norm,
+            size=config.hidden_size,
+            config=config,
+            sharding=sharding,
+            ops=ops,
+            seed=seed,
+            cut_input=sharding.sequence_parallel,
+        )
+        before, after = (
+            norm if config.norm_placement in (place, "both") else lambda name: NoNorm()
+            for place in ("pre", "post")
+        )
         window = config.window(layer)
         self.windowed, self.parallel_residual = window is not None, config.parallel_residual
         self.attention_norm = before(f"{name}.attention_norm")
-        self.attention = Attention(f"{name}.attention", config, sharding, ops, seed, residual_std, recompute, window)
+        self.attention = Attention(
+            f"{name}.attention", config, sharding, ops, seed, residual_std, recompute, window
+        )
         self.attention_post_norm = after(f"{name}.attention_post_norm")
         self.mlp_norm = before(f"{name}.mlp_norm")
         self.mlp = MLP(f"{name}.mlp", config, sharding, ops, seed, residual_std)
         self.mlp_post_norm = after(f"{name}.mlp_post_norm")
 
-    def forward(self, x: torch.Tensor, angles: Angles | None, passage: Passage, cache: KVCache | None = None) -> torch.Tensor:
-        branch = self.attention_post_norm(self.attention(self.attention_norm(x), angles, passage.documents, cache))
+    def forward(
+        self, x: torch.Tensor, angles: Angles | None, passage: Passage, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        branch = self.attention_post_norm(
+            self.attention(self.attention_norm(x), angles, passage.documents, cache)
+        )
         branch = rng.dropout(branch, self.dropout, passage.stream, f"{self.name}.attention")
-        attended, normalized = (x + branch, self.mlp_norm(x)) if self.parallel_residual else self.mlp_norm.add(x, branch)
+        attended, normalized = (
+            (x + branch, self.mlp_norm(x))
+            if self.parallel_residual
+            else self.mlp_norm.add(x, branch)
+        )
         branch = self.mlp_post_norm(self.mlp(normalized))
         return attended + rng.dropout(branch, self.dropout, passage.stream, f"{self.name}.mlp")
 
@@ -88,9 +117,20 @@ class Block(nn.Module):
             parallel_residual=config.parallel_residual,
             activation=config.activation,
         )
-        attends = (self.attention_norm, attention.qkv, attention.q_norm, attention.k_norm, attention.out, self.attention_post_norm)
+        attends = (
+            self.attention_norm,
+            attention.qkv,
+            attention.q_norm,
+            attention.k_norm,
+            attention.out,
+            self.attention_post_norm,
+        )
         parts = (*attends, self.mlp_norm, mlp.up, mlp.down, self.mlp_post_norm)
-        return attention.ops.block_step(shape, [getattr(part, kind, None) for part in parts for kind in ("weight", "bias")], sequences)
+        return attention.ops.block_step(
+            shape,
+            [getattr(part, kind, None) for part in parts for kind in ("weight", "bias")],
+            sequences,
+        )
 
 
 class GPT(nn.Module):
@@ -116,33 +156,63 @@ class GPT(nn.Module):
         recompute: Recompute | None = None,
     ):
         super().__init__()
-        self.config, self.vocab_size, self.embeds, self.predicts = config, vocab_size, embeds, predicts
+        self.config, self.vocab_size, self.embeds, self.predicts = (
+            config,
+            vocab_size,
+            embeds,
+            predicts,
+        )
         self.sharding, self.ops = sharding or Sharding(), ops
         sharding = self.sharding
         self.recompute = recompute = recompute or Recompute()
-        tp, sequence_parallel, init = sharding.tp, sharding.sequence_parallel, rng.Init(seed, config.init_method_std)
+        tp, sequence_parallel, init = (
+            sharding.tp,
+            sharding.sequence_parallel,
+            rng.Init(seed, config.init_method_std),
+        )
         padded = config.padded_vocabulary(vocab_size, tp.size)
-        words = Layout.vocabulary_cut("embedding.word.weight", vocab_size, padded, config.hidden_size, tp)
+        words = Layout.vocabulary_cut(
+            "embedding.word.weight", vocab_size, padded, config.hidden_size, tp
+        )
         if config.tied:
             words = words.tied(sharding.embedding, uses=2 if sharding.embedding.size == 1 else 1)
         self.embedding = VocabParallelEmbedding(words, sharding, init) if embeds else None
         self.positions = None
         if embeds and config.position_embedding_type == "learned_absolute":
             shape = (config.max_position_embeddings, config.hidden_size)
-            self.positions = rng.new_parameter(Layout.whole("embedding.position.weight", shape, tp, partial=sequence_parallel), init)
+            self.positions = rng.new_parameter(
+                Layout.whole("embedding.position.weight", shape, tp, partial=sequence_parallel),
+                init,
+            )
         layers = range(config.num_layers) if layers is None else layers
-        self.layers = nn.ModuleList(Block(layer, config, sharding, ops, seed, recompute) for layer in layers)
+        self.layers = nn.ModuleList(
+            Block(layer, config, sharding, ops, seed, recompute) for layer in layers
+        )
         self.final_norm = self.head = None
         if predicts:
-            self.final_norm = Norm("final_norm", config.hidden_size, config, sharding, ops, seed, cut_input=sequence_parallel)
+            self.final_norm = Norm(
+                "final_norm",
+                config.hidden_size,
+                config,
+                sharding,
+                ops,
+                seed,
+                cut_input=sequence_parallel,
+            )
             if not config.tied:
-                words = Layout.vocabulary_cut("head.weight", vocab_size, padded, config.hidden_size, tp)
+                words = Layout.vocabulary_cut(
+                    "head.weight", vocab_size, padded, config.hidden_size, tp
+                )
             if not (config.tied and embeds):
-                self.head = tied_weight if tied_weight is not None else rng.new_parameter(words, init)
+                self.head = (
+                    tied_weight if tied_weight is not None else rng.new_parameter(words, init)
+                )
         self.rotary = self.local_rotary = None  # of layers without and with a window
         if config.position_embedding_type == "rope":
             self.rotary = Rotary(config)
-            self.local_rotary = self.rotary if config.rotary_base_local is None else Rotary(config, local=True)
+            self.local_rotary = (
+                self.rotary if config.rotary_base_local is None else Rotary(config, local=True)
+            )
 
     def place(self, device: torch.device, dtype: torch.dtype) -> "GPT":
         """Move to `device` with weights in `dtype`; the rotary frequencies stay fp32, in which positions are exact."""
@@ -170,42 +240,81 @@ class GPT(nn.Module):
         steps = caches and passage is None and x.shape[1] == 1 and not torch.is_grad_enabled()
         if passage is None:
             start = caches[0].length if caches else 0
-            passage = Passage(torch.arange(start, start + x.shape[1], device=x.device), length=start + x.shape[1])
+            passage = Passage(
+                torch.arange(start, start + x.shape[1], device=x.device), length=start + x.shape[1]
+            )
         if self.embedding is not None:
             x = self._embed(x, passage)
         angles = self._angles(passage)
         if caches:
             for block, cache in zip(self.layers, caches, strict=True):
                 turned = angles[block.windowed]
-                x = cache.take_step(x, turned) if steps and cache.step is not None else block(x, turned, passage, cache)
+                x = (
+                    cache.take_step(x, turned)
+                    if steps and cache.step is not None
+                    else block(x, turned, passage, cache)
+                )
         else:
-            x = self.recompute.layers([partial(block, angles=angles[block.windowed], passage=passage) for block in self.layers], x)
+            x = self.recompute.layers(
+                [
+                    partial(block, angles=angles[block.windowed], passage=passage)
+                    for block in self.layers
+                ],
+                x,
+            )
         if not self.predicts:
             return x
         if last_only:
             x = x[:, -1:]
-        x, head, cap = self.final_norm(x), self.embedding.weight if self.head is None else self.head, self.config.final_logit_softcapping
+        x, head, cap = (
+            self.final_norm(x),
+            self.embedding.weight if self.head is None else self.head,
+            self.config.final_logit_softcapping,
+        )
         if targets is not None:
-            return head_loss(x, head, *targets, self.vocab_size, self.sharding, self.ops, softcap=cap)
+            return head_loss(
+                x, head, *targets, self.vocab_size, self.sharding, self.ops, softcap=cap
+            )
         logits = column_parallel(x, head, self.sharding, self.ops)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def loss(self, x: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, passage: Passage | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        passage: Passage | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a stage that predicts: the sum of weights * cross-entropy of the labels, 0-d, and every label's, fp32 [B, T/cp], in nats.
 
         labels int64 and weights fp32, [B, T/cp]. A label of weight 0 adds nothing, whatever its logits. The sum has a gradient, the losses
         have none; with an optimizer, backward must start from the sum itself: see head_loss.
         """
-        return self(x, passage, targets=(labels, weights))  # through the module's own call, where ZeRO-3 gathers its parameters
+        return self(
+            x, passage, targets=(labels, weights)
+        )  # through the module's own call, where ZeRO-3 gathers its parameters
 
     def rotates_otherwise(self, length: int, longer: int) -> bool:
         """Whether a sequence of `longer` tokens is rotated by other frequencies than one of `length`."""
-        return self.rotary is not None and self.rotary.is_long(longer) != self.rotary.is_long(length)
+        return self.rotary is not None and self.rotary.is_long(longer) != self.rotary.is_long(
+            length
+        )
 
     def caches(self, batch: int, capacity: int) -> list[KVCache]:
         """An empty key-value cache per layer."""
         weight, heads = self.embedding.weight, self.config.num_kv_heads
-        return [KVCache(batch, capacity, heads, self.config.head_size, weight.dtype, weight.device, layer.step(batch)) for layer in self.layers]
+        return [
+            KVCache(
+                batch,
+                capacity,
+                heads,
+                self.config.head_size,
+                weight.dtype,
+                weight.device,
+                layer.step(batch),
+            )
+            for layer in self.layers
+        ]
 
     def _angles(self, passage: Passage) -> tuple[Angles | None, Angles | None]:
         """Of layers without a window, and of those with one."""
@@ -213,12 +322,16 @@ class GPT(nn.Module):
             return None, None
         length = passage.length or passage.positions.shape[-1]
         everywhere = self.rotary(passage.positions, length)
-        return everywhere, everywhere if self.local_rotary is self.rotary else self.local_rotary(passage.positions, length)
+        return everywhere, everywhere if self.local_rotary is self.rotary else self.local_rotary(
+            passage.positions, length
+        )
 
     def _embed(self, tokens: torch.Tensor, passage: Passage) -> torch.Tensor:
         x = self.embedding(tokens)
         if self.config.scale_embeddings:
-            x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype).item()  # the root in the working dtype, as Gemma has it
+            x = (
+                x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype).item()
+            )  # the root in the working dtype, as Gemma has it
         if self.positions is not None:
             x = x + F.embedding(self.sharding.own_tokens(passage.positions), use(self.positions))
         return rng.dropout(x, self.config.hidden_dropout, passage.stream, "embedding")

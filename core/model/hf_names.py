@@ -44,8 +44,16 @@ _NEOX = {
     "mlp.up": "mlp.dense_h_to_4h",
     "mlp.down": "mlp.dense_4h_to_h",
 }
-_LLAMA_ENDS = {"embedding.word": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
-_LAYERS = {"gpt2": ("transformer.h.", _GPT2), "gpt_neox": ("gpt_neox.layers.", _NEOX), "phi3": ("model.layers.", _PHI3)}
+_LLAMA_ENDS = {
+    "embedding.word": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+}
+_LAYERS = {
+    "gpt2": ("transformer.h.", _GPT2),
+    "gpt_neox": ("gpt_neox.layers.", _NEOX),
+    "phi3": ("model.layers.", _PHI3),
+}
 _LAYERS |= dict.fromkeys(("gemma2", "gemma3_text"), ("model.layers.", _GEMMA))
 _ENDS = {
     "gpt2": {
@@ -54,7 +62,11 @@ _ENDS = {
         "final_norm": "transformer.ln_f",
         "head": "lm_head",
     },
-    "gpt_neox": {"embedding.word": "gpt_neox.embed_in", "final_norm": "gpt_neox.final_layer_norm", "head": "embed_out"},
+    "gpt_neox": {
+        "embedding.word": "gpt_neox.embed_in",
+        "final_norm": "gpt_neox.final_layer_norm",
+        "head": "embed_out",
+    },
 }
 
 
@@ -70,7 +82,9 @@ def nanogpt_places(config: ModelConfig, vocab_size: int) -> dict[str, Place]:
     return _places("gpt2", part_shapes(config, vocab_size), None, transposes=False)
 
 
-def _places(family: str, shapes: dict[str, tuple[int, ...]], by_head: int | None, transposes: bool) -> dict[str, Place]:
+def _places(
+    family: str, shapes: dict[str, tuple[int, ...]], by_head: int | None, transposes: bool
+) -> dict[str, Place]:
     prefix, inside = _LAYERS.get(family, ("model.layers.", _LLAMA))
     ends = _ENDS.get(family, _LLAMA_ENDS)
     names: dict[str, str] = {}
@@ -88,10 +102,16 @@ def part_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ..
     """Every part of a whole model by name, in its order, with its global shape. Nothing is allocated."""
     with torch.device("meta"):
         model = GPT(config, vocab_size, ops=Ops(), seed=None)
-    return {part.name: part.shape for parameter in model.parameters() for part in parameter.param_layout.parts}
+    return {
+        part.name: part.shape
+        for parameter in model.parameters()
+        for part in parameter.param_layout.parts
+    }
 
 
-def _placed(shapes: dict[str, tuple[int, ...]], names: dict[str, str], by_head: int | None, transposes: bool) -> Iterator[tuple[str, Place]]:
+def _placed(
+    shapes: dict[str, tuple[int, ...]], names: dict[str, str], by_head: int | None, transposes: bool
+) -> Iterator[tuple[str, Place]]:
     """by_head: what is fused is so head by head of this size. transposes: the matrices inside the layers are stored columns first."""
     fused: dict[str, list[str]] = {}
     for part, name in names.items():
@@ -99,9 +119,15 @@ def _placed(shapes: dict[str, tuple[int, ...]], names: dict[str, str], by_head: 
     for part, name in names.items():
         together, shape = fused[name], shapes[part]
         rows, index = [shapes[other][0] for other in together], together.index(part)
-        whole, transposed = (sum(rows), *shape[1:]), transposes and len(shape) == 2 and part.startswith("layers.")
+        whole, transposed = (
+            (sum(rows), *shape[1:]),
+            transposes and len(shape) == 2 and part.startswith("layers."),
+        )
         if by_head is not None and len(together) > 1:
-            runs = tuple(Run(head * by_head, (head * len(together) + index) * by_head, by_head) for head in range(shape[0] // by_head))
+            runs = tuple(
+                Run(head * by_head, (head * len(together) + index) * by_head, by_head)
+                for head in range(shape[0] // by_head)
+            )
         else:
             runs = (Run(0, sum(rows[:index]), shape[0]),)
         yield part, Place(name, whole[::-1] if transposed else whole, runs, transposed)

@@ -11,9 +11,15 @@ Values = dict[str, Any]
 # Activations.
 
 _TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
-GATED = {"silu": {"swiglu": True}, "swish": {"swiglu": True}, "gelu": {"geglu": True, "exact_gelu": True}}
+GATED = {
+    "silu": {"swiglu": True},
+    "swish": {"swiglu": True},
+    "gelu": {"geglu": True, "exact_gelu": True},
+}
 GATED |= {name: {"geglu": True} for name in _TANH}
-SINGLE = {"gelu": {"exact_gelu": True}, "relu2": {"squared_relu": True}} | {name: {} for name in _TANH}
+SINGLE = {"gelu": {"exact_gelu": True}, "relu2": {"squared_relu": True}} | {
+    name: {} for name in _TANH
+}
 
 
 def activation(table: dict[str, Values], name: str) -> Values:
@@ -36,16 +42,24 @@ def rope_of(hf: Values, outside: Values) -> Values:
     return outside | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
 
 
-def read_rope(hf: Values, rope: Values | None = None, kinds: tuple[str, ...] = tuple(ROPE_SCALINGS)) -> Values:
+def read_rope(
+    hf: Values, rope: Values | None = None, kinds: tuple[str, ...] = tuple(ROPE_SCALINGS)
+) -> Values:
     """Base, partial rotation and scaling. rope: what a family says under names of its own. kinds: the scalings it has."""
     if rope is None:
         rope = rope_of(hf, {"rope_theta": hf.get("rope_theta", 10000.0)})
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} in a family that rotates whole heads")
+            raise ValueError(
+                f"partial_rotary_factor {rope['partial_rotary_factor']} in a family that rotates whole heads"
+            )
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), {}
     if kind not in kinds:
         raise ValueError(f"rope_type {kind!r} is none of {', '.join(kinds)}")
-    original = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or hf["max_position_embeddings"]
+    original = (
+        hf.get("original_max_position_embeddings")
+        or rope.get("original_max_position_embeddings")
+        or hf["max_position_embeddings"]
+    )
     if kind != "default":
         known = rope | {"original_max_position_embeddings": original}
         if kind in ("yarn", "longrope") and rope.get("factor") is None:
@@ -54,8 +68,16 @@ def read_rope(hf: Values, rope: Values | None = None, kinds: tuple[str, ...] = t
         if missing:
             raise ValueError(f"rope_type {kind!r} without {', '.join(missing)}")
         scaling = {"rope_type": kind} | {key: known[key] for key in ROPE_SCALINGS[kind]}
-        scaling |= {key: rope[key] for key in ROPE_OPTIONS if kind in ("yarn", "longrope") and rope.get(key) is not None}
-    values = {"position_embedding_type": "rope", "rotary_base": float(rope["rope_theta"]), "rotary_percent": rope.get("partial_rotary_factor", 1.0)}
+        scaling |= {
+            key: rope[key]
+            for key in ROPE_OPTIONS
+            if kind in ("yarn", "longrope") and rope.get(key) is not None
+        }
+    values = {
+        "position_embedding_type": "rope",
+        "rotary_base": float(rope["rope_theta"]),
+        "rotary_percent": rope.get("partial_rotary_factor", 1.0),
+    }
     return values | _scaling_flags(scaling)
 
 
@@ -88,7 +110,11 @@ def read_windows(window: int | None, layers: list[bool]) -> Values:
         return size
     period = layers.index(False) + 1
     regular = all(windowed == bool((layer + 1) % period) for layer, windowed in enumerate(layers))
-    return size | {"window_attn_skip_freq": str(period) if regular else str([int(windowed) for windowed in layers]).replace(" ", "")}
+    return size | {
+        "window_attn_skip_freq": str(period)
+        if regular
+        else str([int(windowed) for windowed in layers]).replace(" ", "")
+    }
 
 
 def sliding_layers(hf: Values, otherwise: Callable[[int], bool]) -> list[bool]:

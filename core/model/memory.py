@@ -25,7 +25,11 @@ class Chunk:
 def local_widths(model: ModelConfig, tp: int) -> tuple[int, int, int]:
     """Of queries (A D/tp), keys (K D/tp) and the feed-forward layer (F/tp): with fewer key-value heads than ranks, each holds one whole head."""
     heads = max(1, model.num_kv_heads // tp)
-    return model.num_attention_heads // tp * model.head_size, heads * model.head_size, model.ffn_hidden_size // tp
+    return (
+        model.num_attention_heads // tp * model.head_size,
+        heads * model.head_size,
+        model.ffn_hidden_size // tp,
+    )
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,21 @@ def layer_weights(model: ModelConfig, tp: int) -> list[Weight]:
     return [Weight(name, numel) for name, numel, times in found for _ in range(times)]
 
 
-def weights_of(model: ModelConfig, vocab_size: int, tp: int, chunks: Sequence[Chunk]) -> list[Weight]:
+def weights_of(
+    model: ModelConfig, vocab_size: int, tp: int, chunks: Sequence[Chunk]
+) -> list[Weight]:
     """Every parameter of a rank's chunks once, in the order in which its buckets are filled: a tied head on the embedding's rank is no other."""
-    words = Weight("embedding.word", model.padded_vocabulary(vocab_size, tp) // tp * model.hidden_size, alone=model.tied)
+    words = Weight(
+        "embedding.word",
+        model.padded_vocabulary(vocab_size, tp) // tp * model.hidden_size,
+        alone=model.tied,
+    )
     layer, found = layer_weights(model, tp), []
     for chunk in chunks:
         if chunk.embeds and model.position_embedding_type == "learned_absolute":
-            found.append(Weight("embedding.position", model.max_position_embeddings * model.hidden_size))
+            found.append(
+                Weight("embedding.position", model.max_position_embeddings * model.hidden_size)
+            )
         if chunk.predicts and not (model.tied and any(other.embeds for other in chunks)):
             found.append(Weight("head", words.numel, alone=model.tied))
         found += [words] * chunk.embeds + layer * chunk.layers
@@ -118,12 +130,21 @@ def state_of(weights: Sequence[Weight], config: Config, shards: int, copies: int
     moments = _MOMENTS[config.optimizer.optimizer]
     if parallel.data_parallel_sharding_strategy == "optim_grads_params":
         return _fully_sharded(weights, count, e, shards, moments)
-    buckets = _buckets(weights, parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * copies), shards)
+    buckets = _buckets(
+        weights, parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * copies), shards
+    )
     size = sum(buckets)
     keeps = parallel.data_parallel_sharding_strategy != "optim_grads"
     masters = FP32 * size // shards if e != FP32 else 0
     transient = 0 if keeps else FP32 * sum(sorted(buckets)[-2:])
-    return State(count, e * size, FP32 * size // (1 if keeps else shards), masters, moments * FP32 * size // shards, transient)
+    return State(
+        count,
+        e * size,
+        FP32 * size // (1 if keeps else shards),
+        masters,
+        moments * FP32 * size // shards,
+        transient,
+    )
 
 
 def _buckets(weights: Sequence[Weight], size: int, shards: int) -> list[int]:
@@ -140,7 +161,9 @@ def _buckets(weights: Sequence[Weight], size: int, shards: int) -> list[int]:
     return [_aligned(total, _ALIGNMENT * shards) for total in sums]
 
 
-def _fully_sharded(weights: Sequence[Weight], count: int, e: int, shards: int, moments: int) -> State:
+def _fully_sharded(
+    weights: Sequence[Weight], count: int, e: int, shards: int, moments: int
+) -> State:
     """ZeRO-3 as torch's fully_shard does it: fp32 shards of parameters, gradients and moments, 4 P / d each.
 
     Gathered in the working dtype: what is outside the layers, for the whole pass, and two layers, one computing and one arriving. One
@@ -152,9 +175,17 @@ def _fully_sharded(weights: Sequence[Weight], count: int, e: int, shards: int, m
     unit, outside = layer // max(1, layers), count - layer
     shard = FP32 * -(-count // shards)
     predicts = any(weight.name == "final_norm" for weight in weights)
-    head = max((weight.numel for weight in weights if weight.name in ("head", "embedding.word")), default=0) * predicts
+    head = (
+        max(
+            (weight.numel for weight in weights if weight.name in ("head", "embedding.word")),
+            default=0,
+        )
+        * predicts
+    )
     transient = max((e + FP32) * outside, (e + FP32) * unit + e * head)
-    return State(count, e * (outside + min(2, layers) * unit), shard, shard, moments * shard, transient)
+    return State(
+        count, e * (outside + min(2, layers) * unit), shard, shard, moments * shard, transient
+    )
 
 
 def _aligned(count: int, multiple: int) -> int:

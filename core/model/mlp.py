@@ -13,13 +13,37 @@ from ..parallel.sharding import Sharding
 class MLP(nn.Module):
     """x [B, T, H] -> [B, T, H] through F/tp hidden features on each rank; gate and up are one GEMM."""
 
-    def __init__(self, name: str, config: ModelConfig, sharding: Sharding, ops: Ops, seed: int | None, residual_std: float):
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        sharding: Sharding,
+        ops: Ops,
+        seed: int | None,
+        residual_std: float,
+    ):
         super().__init__()
         self.config, self.ops = config, ops
-        width, init, bias = config.ffn_hidden_size, rng.Init(seed, config.init_method_std), config.linear_bias
-        rows = {f"{name}.gate": width, f"{name}.up": width} if config.gated else {f"{name}.up": width}
-        self.up = ColumnParallelLinear(config.hidden_size, rows, sharding, ops, bias=bias, init=init)
-        self.down = RowParallelLinear(f"{name}.down", width, config.hidden_size, sharding, ops, bias=bias, init=rng.Init(seed, residual_std))
+        width, init, bias = (
+            config.ffn_hidden_size,
+            rng.Init(seed, config.init_method_std),
+            config.linear_bias,
+        )
+        rows = (
+            {f"{name}.gate": width, f"{name}.up": width} if config.gated else {f"{name}.up": width}
+        )
+        self.up = ColumnParallelLinear(
+            config.hidden_size, rows, sharding, ops, bias=bias, init=init
+        )
+        self.down = RowParallelLinear(
+            f"{name}.down",
+            width,
+            config.hidden_size,
+            sharding,
+            ops,
+            bias=bias,
+            init=rng.Init(seed, residual_std),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         activation = self.ops.gated_activation if self.config.gated else self.ops.activation

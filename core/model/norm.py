@@ -17,12 +17,27 @@ class Norm(nn.Module):
     Of its gradient each rank of tp sees a share where `cut_input` says that x is cut over tp (by tokens or by heads).
     """
 
-    def __init__(self, name: str, size: int, config: ModelConfig, sharding: Sharding, ops: Ops, seed: int | None, *, cut_input: bool):
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        config: ModelConfig,
+        sharding: Sharding,
+        ops: Ops,
+        seed: int | None,
+        *,
+        cut_input: bool,
+    ):
         super().__init__()
         self.ops, self.epsilon, self.from_one = ops, config.norm_epsilon, config.apply_layernorm_1p
-        weight, bias = (Layout.whole(f"{name}.{kind}", (size,), sharding.tp, partial=cut_input) for kind in ("weight", "bias"))
+        weight, bias = (
+            Layout.whole(f"{name}.{kind}", (size,), sharding.tp, partial=cut_input)
+            for kind in ("weight", "bias")
+        )
         self.weight = rng.new_parameter(weight, rng.Init(seed, fill=0.0 if self.from_one else 1.0))
-        self.bias = rng.new_parameter(bias, rng.Init(seed)) if config.normalization == "LayerNorm" else None
+        self.bias = (
+            rng.new_parameter(bias, rng.Init(seed)) if config.normalization == "LayerNorm" else None
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = use(self.weight), None if self.bias is None else use(self.bias)
@@ -42,7 +57,9 @@ class Norm(nn.Module):
             return self.ops.add_rms_norm(x, branch, weight, self.epsilon)
         return self.ops.add_layer_norm(x, branch, weight, use(self.bias), self.epsilon)
 
-    def _normalized(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _normalized(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         if bias is None:
             return self.ops.rms_norm(x, weight, self.epsilon)
         return self.ops.layer_norm(x, weight, bias, self.epsilon)
@@ -65,15 +82,21 @@ class ProjectionNorm(nn.Module):
     rows: A D in all, and which ranks hold the same ones. The weight is cut as the projection is. OLMo et al. 2024, section 3.3.
     """
 
-    def __init__(self, name: str, rows: Rows, config: ModelConfig, sharding: Sharding, seed: int | None):
+    def __init__(
+        self, name: str, rows: Rows, config: ModelConfig, sharding: Sharding, seed: int | None
+    ):
         super().__init__()
         self.rows, self.tp, self.epsilon = rows, sharding.tp, config.norm_epsilon
-        self.weight = rng.new_parameter(Layout.rows_cut({f"{name}.weight": rows}, (), sharding.tp), rng.Init(seed, fill=1.0))
+        self.weight = rng.new_parameter(
+            Layout.rows_cut({f"{name}.weight": rows}, (), sharding.tp), rng.Init(seed, fill=1.0)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # Each rank's output depends on the sum, so its gradient is summed as well. Heads that several ranks hold count once.
-        squares = comm.copy_to(comm.reduce_from(wide.square().sum((-2, -1), keepdim=True), self.tp), self.tp)
+        squares = comm.copy_to(
+            comm.reduce_from(wide.square().sum((-2, -1), keepdim=True), self.tp), self.tp
+        )
         mean = squares / (self.rows.count * self.rows.copies.size)
         weight = use(self.weight).view(x.shape[-2:]).to(x.dtype)
         return weight * (wide * torch.rsqrt(mean + self.epsilon)).to(x.dtype)

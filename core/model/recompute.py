@@ -22,9 +22,13 @@ class Recompute:
 
     @staticmethod
     def of(parallel: ParallelConfig) -> "Recompute":
-        return Recompute(parallel.recompute_granularity, parallel.recompute_method, parallel.recompute_num_layers)
+        return Recompute(
+            parallel.recompute_granularity, parallel.recompute_method, parallel.recompute_num_layers
+        )
 
-    def attention(self, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    def attention(
+        self, function: Callable[..., torch.Tensor], *tensors: torch.Tensor
+    ) -> torch.Tensor:
         """function(*tensors); its inputs alone are kept where attention is to be computed again."""
         return _again(function, *tensors) if self.granularity == "selective" else function(*tensors)
 

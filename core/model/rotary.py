@@ -34,11 +34,19 @@ class Rotary(nn.Module):
 
     def forward(self, positions: torch.Tensor, length: int) -> Angles:
         """cos and sin, fp32 [T, R/2] of positions [T], or [B, T, R/2] of [B, T], in a sequence of `length` tokens on all ranks together."""
-        table = positions.to(torch.float32).unsqueeze(-1) * (self.long_frequencies if self.is_long(length) else self.frequencies)
-        return (table.cos(), table.sin()) if self.magnitude == 1.0 else (table.cos() * self.magnitude, table.sin() * self.magnitude)
+        table = positions.to(torch.float32).unsqueeze(-1) * (
+            self.long_frequencies if self.is_long(length) else self.frequencies
+        )
+        return (
+            (table.cos(), table.sin())
+            if self.magnitude == 1.0
+            else (table.cos() * self.magnitude, table.sin() * self.magnitude)
+        )
 
 
-def scaled(powers: torch.Tensor, base: float, rule: dict[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor | None, float, int]:
+def scaled(
+    powers: torch.Tensor, base: float, rule: dict[str, Any] | None
+) -> tuple[torch.Tensor, torch.Tensor | None, float, int]:
     """Inverse frequencies fp32 [R/2] from the powers of the base, those of longer sequences (None: the same), what cos and sin are
     multiplied by, and up to which length the first ones hold.
     """
@@ -57,7 +65,12 @@ def _linear(powers: torch.Tensor, base: float, rule: dict[str, Any]) -> tuple[to
 
 def _llama3(powers: torch.Tensor, base: float, rule: dict[str, Any]) -> tuple[torch.Tensor, float]:
     """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated: as Llama 3.1 ships it."""
-    inverse, low, high, original = 1.0 / powers, rule["low_freq_factor"], rule["high_freq_factor"], rule["original_max_position_embeddings"]
+    inverse, low, high, original = (
+        1.0 / powers,
+        rule["low_freq_factor"],
+        rule["high_freq_factor"],
+        rule["original_max_position_embeddings"],
+    )
     wavelength = 2 * math.pi / inverse
     smooth = (original / wavelength - low) / (high - low)
     blended = (1 - smooth) * inverse / rule["factor"] + smooth * inverse
@@ -70,7 +83,11 @@ def _yarn(powers: torch.Tensor, base: float, rule: dict[str, Any]) -> tuple[torc
 
     Peng et al. 2023, section 3.2; cos and sin grow by 0.1 ln(factor) + 1, section 3.4.
     """
-    dims, factor, original = 2 * len(powers), rule["factor"], rule["original_max_position_embeddings"]
+    dims, factor, original = (
+        2 * len(powers),
+        rule["factor"],
+        rule["original_max_position_embeddings"],
+    )
     truncate = rule.get("truncate", True)
 
     def dim_that_turns(times: float, rounded: Callable[[float], int]) -> float:
@@ -79,7 +96,10 @@ def _yarn(powers: torch.Tensor, base: float, rule: dict[str, Any]) -> tuple[torc
 
     low = max(dim_that_turns(rule.get("beta_fast") or 32, math.floor), 0)
     high = min(dim_that_turns(rule.get("beta_slow") or 1, math.ceil), dims - 1)
-    stretch = ((torch.arange(dims // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    stretch = (
+        (torch.arange(dims // 2, dtype=torch.float32) - low)
+        / (high - low if high != low else 0.001)
+    ).clamp(0, 1)
     inverse = 1.0 / (factor * powers) * stretch + 1.0 / powers * (1 - stretch)
     return inverse, _yarn_magnitude(rule)
 
@@ -92,10 +112,19 @@ def _yarn_magnitude(rule: dict[str, Any]) -> float:
     return (scale * logarithm + 1) / (of_all * logarithm + 1) if scale and of_all else logarithm + 1
 
 
-def _longrope(powers: torch.Tensor, rule: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, float, int]:
+def _longrope(
+    powers: torch.Tensor, rule: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, float, int]:
     """Searched factors for each dim, one list up to the original length and one beyond it (Ding et al. 2024)."""
-    short, long = (1.0 / (torch.tensor(rule[f"{kind}_factor"], dtype=torch.float32) * powers) for kind in ("short", "long"))
-    original, factor, magnitude = rule["original_max_position_embeddings"], rule["factor"], rule.get("attention_factor")
+    short, long = (
+        1.0 / (torch.tensor(rule[f"{kind}_factor"], dtype=torch.float32) * powers)
+        for kind in ("short", "long")
+    )
+    original, factor, magnitude = (
+        rule["original_max_position_embeddings"],
+        rule["factor"],
+        rule.get("attention_factor"),
+    )
     if magnitude is None:
         magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return short, long, magnitude, original

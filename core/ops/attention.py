@@ -72,21 +72,39 @@ class AttentionOps:
         dtype, (q, k, v) = q.dtype, (self.operand(t) for t in (q, k, v))
         queries, keys, grouped = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
         if causal and mask is not None:
-            raise ValueError("attention is either causal or has a mask; a causal mask is one with nothing above its diagonal")
+            raise ValueError(
+                "attention is either causal or has a mask; a causal mask is one with nothing above its diagonal"
+            )
         if causal and queries > keys:
-            raise ValueError(f"causal attention with {queries} queries and only {keys} keys: the first {queries - keys} queries would see nothing")
+            raise ValueError(
+                f"causal attention with {queries} queries and only {keys} keys: the first {queries - keys} queries would see nothing"
+            )
         if softcap is not None and dropout > 0.0:
-            raise ValueError(f"attention with a softcap has no dropout, and {dropout} was asked for")
+            raise ValueError(
+                f"attention with a softcap has no dropout, and {dropout} was asked for"
+            )
         # torch's is_causal aligns the first query with the first key, which is right only for T = S.
         if causal and 1 < queries < keys:
-            if softcap is None and dropout == 0.0 and self._flash_serves(q, k, v) and not torch.compiler.is_compiling():
+            if (
+                softcap is None
+                and dropout == 0.0
+                and self._flash_serves(q, k, v)
+                and not torch.compiler.is_compiling()
+            ):
                 return _LaterQueries.apply(q, k, v, self, scale).to(dtype)
-            mask = torch.ones(1, queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+            mask = torch.ones(1, queries, keys, dtype=torch.bool, device=q.device).tril(
+                keys - queries
+            )
         if softcap is not None:
-            return _SoftCapped.apply(q, k, v, mask, self, causal and queries == keys, scale, softcap).to(dtype)
+            return _SoftCapped.apply(
+                q, k, v, mask, self, causal and queries == keys, scale, softcap
+            ).to(dtype)
         if mask is not None and grouped and q.device.type != "cpu":
             # On a GPU the one kernel that takes a mask and stores no scores does not take grouped heads.
-            k, v, grouped = *(t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v)), False
+            k, v, grouped = (
+                *(t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v)),
+                False,
+            )
         with _restricted_to(self.attention_backend) if mask is None else nullcontext():
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2),
@@ -144,11 +162,17 @@ class AttentionOps:
         With those, each weight is exp(score - lse) whichever block it stands in, so the blocks' dq add up (Liu et al. 2023, section 3).
         """
         if softcap is not None or mask is not None or not self._flash_serves(q, k, v):
-            return reference.attention_block_backward(do, q, k, v, o, lse, causal, scale, softcap, mask)
-        gradients = _flash_backward(*(self.operand(t) for t in (do, q, k, v, o)), lse, causal, scale)
+            return reference.attention_block_backward(
+                do, q, k, v, o, lse, causal, scale, softcap, mask
+            )
+        gradients = _flash_backward(
+            *(self.operand(t) for t in (do, q, k, v, o)), lse, causal, scale
+        )
         return tuple(gradient.to(q.dtype) for gradient in gradients)
 
-    def attention_merge_(self, o: torch.Tensor, lse: torch.Tensor, block_o: torch.Tensor, block_lse: torch.Tensor) -> None:
+    def attention_merge_(
+        self, o: torch.Tensor, lse: torch.Tensor, block_o: torch.Tensor, block_lse: torch.Tensor
+    ) -> None:
         """Fold one more block into o [B, T, A, D], in the dtype of lse, and lse [B, A, T], both in place.
 
         The block weighs exp(block_lse) / (exp(lse) + exp(block_lse)), as a sigmoid: nothing overflows, and both weights sum to 1
@@ -160,7 +184,9 @@ class AttentionOps:
 
     def _flash_serves(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Whether torch's own flash kernel may be called for these, as attention_block does."""
-        if _BACKENDS[self.attention_backend] is SDPBackend.MATH or any(t.stride(-1) != 1 for t in (q, k, v)):
+        if _BACKENDS[self.attention_backend] is SDPBackend.MATH or any(
+            t.stride(-1) != 1 for t in (q, k, v)
+        ):
             return False
         if q.device.type == "cpu":
             return hasattr(torch.ops.aten, _CPU_FLASH) and q.is_floating_point()
@@ -168,7 +194,9 @@ class AttentionOps:
             q.device.type != "cuda" or q.shape[-1] % 8 or not hasattr(torch.ops.aten, _GPU_FLASH)
         ):  # odd head sizes are padded behind sdpa's own door only
             return False
-        params = SDPAParams(*(t.transpose(1, 2) for t in (q, k, v)), None, 0.0, False, q.shape[2] != k.shape[2])
+        params = SDPAParams(
+            *(t.transpose(1, 2) for t in (q, k, v)), None, 0.0, False, q.shape[2] != k.shape[2]
+        )
         return can_use_flash_attention(params)
 
 
@@ -177,7 +205,9 @@ def check_backend(backend: str, device: torch.device) -> None:
     if backend not in _BACKENDS:
         raise ValueError(f"--attention-backend {backend} is not one of {', '.join(_BACKENDS)}")
     if backend == "fused" and device.type != "cuda":
-        raise ValueError(f"--attention-backend fused is cuDNN's and the device is {device.type}; use --attention-backend auto")
+        raise ValueError(
+            f"--attention-backend fused is cuDNN's and the device is {device.type}; use --attention-backend auto"
+        )
 
 
 class _LaterQueries(torch.autograd.Function):
@@ -188,7 +218,9 @@ class _LaterQueries(torch.autograd.Function):
         past = k.shape[1] - q.shape[1]
         o, lse = ops.attention_block(q, k[:, :past], v[:, :past], causal=False, scale=scale)
         o = o.to(lse.dtype)
-        ops.attention_merge_(o, lse, *ops.attention_block(q, k[:, past:], v[:, past:], causal=True, scale=scale))
+        ops.attention_merge_(
+            o, lse, *ops.attention_block(q, k[:, past:], v[:, past:], causal=True, scale=scale)
+        )
         o = o.to(q.dtype)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.ops, ctx.scale = ops, scale
@@ -200,11 +232,19 @@ class _LaterQueries(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         past = k.shape[1] - q.shape[1]
         blocks = [
-            ctx.ops.attention_block_backward(do, q, k[:, keys], v[:, keys], o, lse, causal=causal, scale=ctx.scale)
+            ctx.ops.attention_block_backward(
+                do, q, k[:, keys], v[:, keys], o, lse, causal=causal, scale=ctx.scale
+            )
             for keys, causal in ((slice(past), False), (slice(past, None), True))
         ]
         (dq, dk, dv), (more_dq, late_dk, late_dv) = blocks
-        return dq + more_dq, torch.cat((dk, late_dk), dim=1), torch.cat((dv, late_dv), dim=1), None, None
+        return (
+            dq + more_dq,
+            torch.cat((dk, late_dk), dim=1),
+            torch.cat((dv, late_dv), dim=1),
+            None,
+            None,
+        )
 
 
 class _SoftCapped(torch.autograd.Function):
@@ -212,7 +252,9 @@ class _SoftCapped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask, ops, causal, scale, softcap):
-        o, lse = ops.attention_block(q, k, v, causal=causal, scale=scale, softcap=softcap, mask=mask)
+        o, lse = ops.attention_block(
+            q, k, v, causal=causal, scale=scale, softcap=softcap, mask=mask
+        )
         ctx.save_for_backward(q, k, v, o, lse, mask)
         ctx.ops, ctx.rule = ops, {"causal": causal, "scale": scale, "softcap": softcap}
         return o
@@ -221,7 +263,14 @@ class _SoftCapped(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse, mask = ctx.saved_tensors
-        return *ctx.ops.attention_block_backward(do, q, k, v, o, lse, mask=mask, **ctx.rule), None, None, None, None, None
+        return (
+            *ctx.ops.attention_block_backward(do, q, k, v, o, lse, mask=mask, **ctx.rule),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _restricted_to(backend: str) -> AbstractContextManager:
@@ -229,7 +278,9 @@ def _restricted_to(backend: str) -> AbstractContextManager:
     return nullcontext() if kernel is None else sdpa_kernel(kernel)
 
 
-def _flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _flash_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See Ops.attention_block. torch's kernels want [B, A, T, D], of any strides but in D."""
     kernel = getattr(torch.ops.aten, _CPU_FLASH if q.device.type == "cpu" else _GPU_FLASH)
     o, lse = kernel(*(t.transpose(1, 2) for t in (q, k, v)), 0.0, causal, scale=scale)[:2]
@@ -249,10 +300,14 @@ def _flash_backward(
     """See Ops.attention_block_backward."""
     inputs = [t.transpose(1, 2) for t in (do, q, k, v, o)]
     if q.device.type == "cpu":
-        grads = getattr(torch.ops.aten, _CPU_FLASH + "_backward")(*inputs, lse, 0.0, causal, scale=scale)
+        grads = getattr(torch.ops.aten, _CPU_FLASH + "_backward")(
+            *inputs, lse, 0.0, causal, scale=scale
+        )
     else:
         # The kernel goes by lse's address alone. Without dropout the state of the generator is not read, only its type checked.
-        state = torch.empty((), dtype=torch.int64 if torch.version.hip else torch.uint64, device=q.device)
+        state = torch.empty(
+            (), dtype=torch.int64 if torch.version.hip else torch.uint64, device=q.device
+        )
         lengths = (None, None, q.shape[1], k.shape[1])  # no packed sequences
         kernel = getattr(torch.ops.aten, _GPU_FLASH + "_backward")
         grads = kernel(*inputs, lse.contiguous(), *lengths, 0.0, causal, state, state, scale=scale)

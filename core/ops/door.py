@@ -30,7 +30,13 @@ OPS = {
 }
 
 FEW_ROWS = 32  # up to which our own product is faster than the library's
-STEP_IS_MADE_OF = ("rms_norm", "layer_norm", "rope", "activation", "few_rows")  # by the same kernels, or not at all
+STEP_IS_MADE_OF = (
+    "rms_norm",
+    "layer_norm",
+    "rope",
+    "activation",
+    "few_rows",
+)  # by the same kernels, or not at all
 
 
 @dataclass(frozen=True)
@@ -48,48 +54,76 @@ class Ops(AttentionOps):
     widens: bool = False  # see AttentionOps
     overrides: tuple[tuple[str, str], ...] = ()
 
-    implementations: dict[str, str] = field(init=False, compare=False, repr=False)  # what each op runs on
+    implementations: dict[str, str] = field(
+        init=False, compare=False, repr=False
+    )  # what each op runs on
 
     def __post_init__(self):
-        chosen = {op: self.kernels if self.kernels in others else "torch" for op, others in OPS.items()}
+        chosen = {
+            op: self.kernels if self.kernels in others else "torch" for op, others in OPS.items()
+        }
         chosen |= dict(self.overrides)
-        if self.attention_backend != "auto" or any(chosen[op] != "native" for op in STEP_IS_MADE_OF):
+        if self.attention_backend != "auto" or any(
+            chosen[op] != "native" for op in STEP_IS_MADE_OF
+        ):
             chosen["block_step"] = "torch"
         object.__setattr__(self, "implementations", chosen)
 
     def describe(self) -> str:
         """One line for the log: what each op runs on."""
         used = dict.fromkeys(self.implementations.values())
-        parts = [f"{', '.join(op for op, one in self.implementations.items() if one == name)} {_full_name(name)}" for name in used]
-        products = " | matrix products of 16-bit numbers in fp32, which is faster on this processor" if self.widens else ""
+        parts = [
+            f"{', '.join(op for op, one in self.implementations.items() if one == name)} {_full_name(name)}"
+            for name in used
+        ]
+        products = (
+            " | matrix products of 16-bit numbers in fp32, which is faster on this processor"
+            if self.widens
+            else ""
+        )
         return f"kernels: {' | '.join(parts)} | attention sdpa ({self.attention_backend}){products}"
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., H] / sqrt(mean(x^2) + eps) in fp32, rounded to x's dtype, times weight [H] cast to that dtype; shape and dtype of x."""
-        return self._implementation("rms_norm", triton_rms_norm).rms_norm(x, weight.to(x.dtype), eps)
+        return self._implementation("rms_norm", triton_rms_norm).rms_norm(
+            x, weight.to(x.dtype), eps
+        )
 
-    def add_rms_norm(self, x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_rms_norm(
+        self, x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x + branch, and its rms_norm."""
         if self._runs_on("rms_norm") == "native":
             return native.add_rms_norm(x, branch, weight.to(x.dtype), eps)
         total = x + branch
         return total, self.rms_norm(total, weight, eps)
 
-    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
         """x [..., H] to mean 0 and variance 1, times weight [H], plus bias [H]; both cast to x's dtype."""
         bias = None if bias is None else bias.to(x.dtype)
         return self._implementation("layer_norm").layer_norm(x, weight.to(x.dtype), bias, eps)
 
     def add_layer_norm(
-        self, x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+        self,
+        x: torch.Tensor,
+        branch: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x + branch, and its layer_norm."""
         if self._runs_on("layer_norm") == "native":
-            return native.add_layer_norm(x, branch, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+            return native.add_layer_norm(
+                x, branch, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps
+            )
         total = x + branch
         return total, self.layer_norm(total, weight, bias, eps)
 
-    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    def rope(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
+    ) -> torch.Tensor:
         """Rotate the first R of the D dims of every head of x [B, T, A, D] by the angles of cos and sin, [T, R/2] or [B, T, R/2].
 
         Dim i turns with dim i + R/2 (rotate-half, as Hugging Face's Llama), or 2i with 2i + 1 where `interleaved`. PyTorch's casts
@@ -98,7 +132,12 @@ class Ops(AttentionOps):
         return self._implementation("rope").rope(x, cos, sin, interleaved)
 
     def split_heads(
-        self, heads: torch.Tensor, sizes: tuple[int, int, int], cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
+        self,
+        heads: torch.Tensor,
+        sizes: tuple[int, int, int],
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v of the packed heads [B, T, A + 2K, D], sizes (A, K, K), with q and k under rope.
 
@@ -131,18 +170,26 @@ class Ops(AttentionOps):
             return native.few_rows_product(x, weight)
         return F.linear(self.operand(x), self.operand(weight)).to(x.dtype)
 
-    def block_step(self, shape: BlockShape, weights: Sequence[torch.Tensor | None], sequences: int) -> BlockStep | None:
+    def block_step(
+        self, shape: BlockShape, weights: Sequence[torch.Tensor | None], sequences: int
+    ) -> BlockStep | None:
         """What passes one more token of each of some sequences through a block in one call, without a gradient. None: op by op.
 
         weights: weight and bias, or None, of the block's attention_norm, qkv, q_norm, k_norm, out, attention_post_norm, mlp_norm, up, down,
         mlp_post_norm, in this order; a norm with a bias is a LayerNorm.
         """
-        if self._runs_on("block_step") != "native" or sequences > FEW_ROWS or not BlockStep.takes(weights):
+        if (
+            self._runs_on("block_step") != "native"
+            or sequences > FEW_ROWS
+            or not BlockStep.takes(weights)
+        ):
             return None
         return BlockStep(shape, weights)
 
     @torch.no_grad()
-    def cross_entropy_statistics(self, logits: torch.Tensor, column: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def cross_entropy_statistics(
+        self, logits: torch.Tensor, column: torch.Tensor, real: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of logits [N, C], of whose columns the first `real` count: fp32 [N] each, what the loss and its gradient are made of.
 
         column int64 [N]: where the label stands, -1 if not among these columns. The maximum (-inf if real is 0); the sum over all but the
@@ -153,13 +200,21 @@ class Ops(AttentionOps):
 
     @torch.no_grad()
     def cross_entropy_gradient_(
-        self, logits: torch.Tensor, column: torch.Tensor, highest: torch.Tensor, scale: torch.Tensor, target_gradient: torch.Tensor, real: int
+        self,
+        logits: torch.Tensor,
+        column: torch.Tensor,
+        highest: torch.Tensor,
+        scale: torch.Tensor,
+        target_gradient: torch.Tensor,
+        real: int,
     ) -> None:
         """Over the logits: exp(logit - highest) * scale, and target_gradient at the label; fp32 [N] each, rounded once.
 
         Zero in the columns from `real` on, and in whole rows of scale 0, whatever the logits hold.
         """
-        self._implementation("cross_entropy").cross_entropy_gradient_(logits, column, highest, scale, target_gradient, real)
+        self._implementation("cross_entropy").cross_entropy_gradient_(
+            logits, column, highest, scale, target_gradient, real
+        )
 
     @torch.no_grad()
     def squared_norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -245,10 +300,24 @@ def _full_name(implementation: str) -> str:
     return f"native ({native.simd()})" if implementation == "native" else implementation
 
 
-def _check_flat(masters: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, grads: torch.Tensor, weights: torch.Tensor) -> None:
+def _check_flat(
+    masters: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    grads: torch.Tensor,
+    weights: torch.Tensor,
+) -> None:
     """The kernels go by address: what has gaps, or ends early, they would write past."""
-    for name, buffer in {"masters": masters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grads": grads, "weights": weights}.items():
+    for name, buffer in {
+        "masters": masters,
+        "exp_avg": exp_avg,
+        "exp_avg_sq": exp_avg_sq,
+        "grads": grads,
+        "weights": weights,
+    }.items():
         if buffer.shape != (masters.numel(),) or not buffer.is_contiguous():
-            raise ValueError(f"adamw_ takes flat buffers of one size; masters has {masters.numel()} elements, {name} is {tuple(buffer.shape)}")
+            raise ValueError(
+                f"adamw_ takes flat buffers of one size; masters has {masters.numel()} elements, {name} is {tuple(buffer.shape)}"
+            )
         if buffer.dtype != torch.float32 and name != "weights":
             raise ValueError(f"adamw_ keeps its state in float32; {name} is {buffer.dtype}")

@@ -32,20 +32,28 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @torch.compiler.disable
-def add_rms_norm(x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(
+    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x + branch and its RMSNorm."""
     return apply(_Norm, x, branch, weight, None, eps, False)
 
 
 @torch.compiler.disable
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
     """LayerNorm over the last dim of x [..., H]; dtypes as for rms_norm."""
     return apply(_Norm, x, None, weight, bias, eps, True)
 
 
 @torch.compiler.disable
 def add_layer_norm(
-    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + branch and its LayerNorm."""
     return apply(_Norm, x, branch, weight, bias, eps, True)
@@ -63,7 +71,14 @@ class _Norm(torch.autograd.Function):
         mean = torch.empty_like(rstd) if centred else None
         total = None if branch is None else torch.empty_like(x)
         if x.numel():
-            kernel(centred, *_addresses(x, branch, weight, bias, total, y, mean, rstd), rstd.numel(), x.shape[-1], eps, torch.get_num_threads())
+            kernel(
+                centred,
+                *_addresses(x, branch, weight, bias, total, y, mean, rstd),
+                rstd.numel(),
+                x.shape[-1],
+                eps,
+                torch.get_num_threads(),
+            )
         normalised = x if branch is None else total
         ctx.save_for_backward(normalised, weight, mean, rstd)
         ctx.has_bias, ctx.has_branch = bias is not None, branch is not None
@@ -79,7 +94,9 @@ class _Norm(torch.autograd.Function):
         dbias = torch.zeros_like(dweight) if ctx.has_bias else None
         if x.numel():
             arguments = _addresses(dy, x, weight, mean, rstd, dsum, dx, dweight, dbias)
-            _kernel("norm_backward", x)(mean is not None, *arguments, rstd.numel(), x.shape[-1], torch.get_num_threads())
+            _kernel("norm_backward", x)(
+                mean is not None, *arguments, rstd.numel(), x.shape[-1], torch.get_num_threads()
+            )
         dbias = None if dbias is None else dbias.to(weight.dtype)
         return dx, dx if ctx.has_branch else None, dweight.to(weight.dtype), dbias, None, None
 
@@ -104,9 +121,17 @@ class _Activation(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], columns)
         if x.numel():
             if gated:
-                _kernel("gated_forward", x)(_kind(kind), *_addresses(x, y), y.numel() // columns, columns, torch.get_num_threads())
+                _kernel("gated_forward", x)(
+                    _kind(kind),
+                    *_addresses(x, y),
+                    y.numel() // columns,
+                    columns,
+                    torch.get_num_threads(),
+                )
             else:
-                _kernel("activation_forward", x)(_kind(kind), *_addresses(x, y), x.numel(), torch.get_num_threads())
+                _kernel("activation_forward", x)(
+                    _kind(kind), *_addresses(x, y), x.numel(), torch.get_num_threads()
+                )
         ctx.save_for_backward(x)
         ctx.kind, ctx.gated = kind, gated
         return y
@@ -119,9 +144,17 @@ class _Activation(torch.autograd.Function):
         if x.numel():
             if ctx.gated:
                 columns = dy.shape[-1]
-                _kernel("gated_backward", x)(_kind(ctx.kind), *_addresses(dy, x, dx), dy.numel() // columns, columns, torch.get_num_threads())
+                _kernel("gated_backward", x)(
+                    _kind(ctx.kind),
+                    *_addresses(dy, x, dx),
+                    dy.numel() // columns,
+                    columns,
+                    torch.get_num_threads(),
+                )
             else:
-                _kernel("activation_backward", x)(_kind(ctx.kind), *_addresses(dy, x, dx), x.numel(), torch.get_num_threads())
+                _kernel("activation_backward", x)(
+                    _kind(ctx.kind), *_addresses(dy, x, dx), x.numel(), torch.get_num_threads()
+                )
         return dx, None, None
 
 
@@ -142,12 +175,21 @@ class _Rope(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
-        return _rotated(dy, torch.empty(dy.shape, dtype=dy.dtype), cos, sin, ctx.interleaved, -1.0), None, None, None
+        return (
+            _rotated(dy, torch.empty(dy.shape, dtype=dy.dtype), cos, sin, ctx.interleaved, -1.0),
+            None,
+            None,
+            None,
+        )
 
 
 @torch.compiler.disable
 def split_heads(
-    heads: torch.Tensor, sizes: tuple[int, int, int], cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    heads: torch.Tensor,
+    sizes: tuple[int, int, int],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See Ops.split_heads. The heads of q and k are rotated where they stand."""
     return apply(_SplitHeads, heads, sizes, cos, sin, interleaved)
@@ -177,14 +219,30 @@ class _SplitHeads(torch.autograd.Function):
         return packed, None, None, None, None
 
 
-def _rotated(x: torch.Tensor, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, direction: float = 1.0) -> torch.Tensor:
+def _rotated(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    direction: float = 1.0,
+) -> torch.Tensor:
     """y, filled with the rotated heads of x, both [B, T, A, D] of any strides but in D; y may be x."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     cos, sin = (t.to(torch.float32).contiguous() for t in (cos, sin))
     half = cos.shape[-1]
     batch_stride = 0 if cos.dim() == 2 else cos.shape[1]
     if x.numel():
-        arguments = (_strides(x), y.data_ptr(), _strides(y), *_addresses(cos, sin), batch_stride, half, interleaved, direction)
+        arguments = (
+            _strides(x),
+            y.data_ptr(),
+            _strides(y),
+            *_addresses(cos, sin),
+            batch_stride,
+            half,
+            interleaved,
+            direction,
+        )
         _kernel("rope", x)(x.data_ptr(), *arguments, *x.shape, torch.get_num_threads())
     return y
 
@@ -198,7 +256,12 @@ def few_rows_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     if y.numel():
-        _kernel("few_rows_product", x, weight)(*_addresses(x, weight, y), y.numel() // weight.shape[0], *weight.shape, torch.get_num_threads())
+        _kernel("few_rows_product", x, weight)(
+            *_addresses(x, weight, y),
+            y.numel() // weight.shape[0],
+            *weight.shape,
+            torch.get_num_threads(),
+        )
     return y
 
 
@@ -242,51 +305,111 @@ class BlockStep:
     def takes(weights: Sequence[torch.Tensor | None]) -> bool:
         """Whether all are on the CPU, without gaps and of one dtype that the kernels have."""
         given = [weight for weight in weights if weight is not None]
-        return all(weight.device.type == "cpu" and weight.is_contiguous() and weight.dtype == given[0].dtype in DTYPES for weight in given)
+        return all(
+            weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and weight.dtype == given[0].dtype in DTYPES
+            for weight in given
+        )
 
     def __call__(
-        self, x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor, length: int
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        length: int,
     ) -> torch.Tensor:
         """The block's output [B, 1, H] for x [B, 1, H]; cos and sin fp32 [1, R/2], or None where heads are not rotated.
 
         keys, values [B, S, K, D]: the first `length` places are read, and the next one is written. Raises ValueError where there is none,
         TypeError where x, keys and values are not of the weights' dtype.
         """
-        kernel = _kernel("block_step", x, keys, values, *(weight for weight in self._weights if weight is not None))
+        kernel = _kernel(
+            "block_step",
+            x,
+            keys,
+            values,
+            *(weight for weight in self._weights if weight is not None),
+        )
         if length >= keys.shape[1]:
             raise ValueError(f"a cache of {keys.shape[1]} places is full")
         x = x.contiguous()
         y, half = torch.empty_like(x), 0 if cos is None else cos.shape[-1]
         held = (keys.data_ptr(), values.data_ptr(), keys.shape[1], length)
-        kernel(self._block, _addresses(*self._weights), *_addresses(cos, sin), half, *held, *_addresses(x, y), x.shape[0], torch.get_num_threads())
+        kernel(
+            self._block,
+            _addresses(*self._weights),
+            *_addresses(cos, sin),
+            half,
+            *held,
+            *_addresses(x, y),
+            x.shape[0],
+            torch.get_num_threads(),
+        )
         return y
 
 
-def cross_entropy_statistics(logits: torch.Tensor, column: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def cross_entropy_statistics(
+    logits: torch.Tensor, column: torch.Tensor, real: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See Ops.cross_entropy_statistics."""
     highest, rest, target = (torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
     if logits.shape[0]:
         addresses = _addresses(logits, column, highest, rest, target)
-        _kernel("cross_entropy_statistics", logits)(*addresses, logits.shape[0], real, logits.stride(0), torch.get_num_threads())
+        _kernel("cross_entropy_statistics", logits)(
+            *addresses, logits.shape[0], real, logits.stride(0), torch.get_num_threads()
+        )
     return highest, rest, target
 
 
 def cross_entropy_gradient_(
-    logits: torch.Tensor, column: torch.Tensor, highest: torch.Tensor, scale: torch.Tensor, target_gradient: torch.Tensor, real: int
+    logits: torch.Tensor,
+    column: torch.Tensor,
+    highest: torch.Tensor,
+    scale: torch.Tensor,
+    target_gradient: torch.Tensor,
+    real: int,
 ) -> None:
     """See Ops.cross_entropy_gradient_."""
     if logits.shape[0]:
         addresses = _addresses(logits, column, highest, scale, target_gradient)
-        _kernel("cross_entropy_gradient", logits)(*addresses, logits.shape[0], real, logits.shape[1], logits.stride(0), torch.get_num_threads())
+        _kernel("cross_entropy_gradient", logits)(
+            *addresses,
+            logits.shape[0],
+            real,
+            logits.shape[1],
+            logits.stride(0),
+            torch.get_num_threads(),
+        )
 
 
 def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """See Ops.squared_norm."""
     threads = torch.get_num_threads()
-    return torch.tensor(sum(_native.squared_norm(t.data_ptr(), t.numel(), threads) for t in tensors), dtype=torch.float64)
+    return torch.tensor(
+        sum(_native.squared_norm(t.data_ptr(), t.numel(), threads) for t in tensors),
+        dtype=torch.float64,
+    )
 
 
-def adamw_(masters, exp_avg, exp_avg_sq, grads, weights, *, step_size, root_correction, grad_scale, skip, lr_decay, beta1, beta2, eps) -> None:
+def adamw_(
+    masters,
+    exp_avg,
+    exp_avg_sq,
+    grads,
+    weights,
+    *,
+    step_size,
+    root_correction,
+    grad_scale,
+    skip,
+    lr_decay,
+    beta1,
+    beta2,
+    eps,
+) -> None:
     """One update in place of contiguous CPU buffers of one size, fp32 but for weights: fp32 or bf16, and perhaps masters itself.
 
     step_size, root_correction, grad_scale: 0-d fp32; skip: 0-d bool. lr_decay = 1 - lr * weight_decay.
@@ -294,7 +417,9 @@ def adamw_(masters, exp_avg, exp_avg_sq, grads, weights, *, step_size, root_corr
     """
     kernel = _kernel("adamw", weights)
     copy = None if weights.data_ptr() == masters.data_ptr() else weights
-    addresses = _addresses(masters, exp_avg, exp_avg_sq, grads, copy, step_size, root_correction, grad_scale, skip)
+    addresses = _addresses(
+        masters, exp_avg, exp_avg_sq, grads, copy, step_size, root_correction, grad_scale, skip
+    )
     kernel(*addresses, lr_decay, beta1, beta2, eps, masters.numel(), torch.get_num_threads())
 
 
@@ -311,7 +436,9 @@ def _kernel(name: str, *tensors: torch.Tensor):
     dtype = tensors[0].dtype
     if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
         found = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
-        raise TypeError(f"the native {name.partition('_')[0]} kernels take tensors of one dtype, float32 or bfloat16; got {found}")
+        raise TypeError(
+            f"the native {name.partition('_')[0]} kernels take tensors of one dtype, float32 or bfloat16; got {found}"
+        )
     return getattr(_native, f"{name}_{DTYPES[dtype]}")
 
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 # Elements of a flat buffer that one pass over all of AdamW's arrays handles: 64K x 6 arrays x 4 bytes = 1.5 MiB stays in a core's
 # cache, so that the dozen elementwise steps read memory once. On a device the chunk is the whole buffer: launches cost more there.
 _CPU_CHUNK = 1 << 16
-_LOWEST = torch.finfo(torch.float32).min  # in place of the -inf of a query that sees nothing: -inf less -inf is NaN
+_LOWEST = torch.finfo(
+    torch.float32
+).min  # in place of the -inf of a query that sees nothing: -inf less -inf is NaN
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -46,7 +48,9 @@ def _per_head(table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return table.to(dtype).unsqueeze(-2)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+def _rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
     half = cos.shape[-1]
     first, second = _pairs(x, half, interleaved)
     y = torch.empty_like(x)
@@ -64,7 +68,9 @@ def _pairs(x: torch.Tensor, half: int, interleaved: bool) -> tuple[torch.Tensor,
     return x[..., :half], x[..., half : 2 * half]
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
     """See Ops.layer_norm."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
@@ -88,9 +94,13 @@ def gated_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
     return _ACTIVATIONS[kind](gate) * up
 
 
-def cross_entropy_statistics(logits: torch.Tensor, column: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def cross_entropy_statistics(
+    logits: torch.Tensor, column: torch.Tensor, real: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See Ops.cross_entropy_statistics."""
-    highest, rest, target = (torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(3))
+    highest, rest, target = (
+        torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(3)
+    )
     if real == 0:
         return highest.fill_(-torch.inf), rest, target
     for rows in _in_cache(logits):
@@ -99,19 +109,36 @@ def cross_entropy_statistics(logits: torch.Tensor, column: torch.Tensor, real: i
         torch.amax(x, dim=1, out=highest[rows])
         target[rows] = torch.where(here, x.gather(1, place), 0.0).squeeze(1)
         terms = torch.exp(x - highest[rows].unsqueeze(1))
-        rest[rows] = terms.scatter(1, place, torch.where(here, 0.0, terms.gather(1, place))).sum(dim=1)
+        rest[rows] = terms.scatter(1, place, torch.where(here, 0.0, terms.gather(1, place))).sum(
+            dim=1
+        )
     return highest, rest, target
 
 
 def cross_entropy_gradient_(
-    logits: torch.Tensor, column: torch.Tensor, highest: torch.Tensor, scale: torch.Tensor, target_gradient: torch.Tensor, real: int
+    logits: torch.Tensor,
+    column: torch.Tensor,
+    highest: torch.Tensor,
+    scale: torch.Tensor,
+    target_gradient: torch.Tensor,
+    real: int,
 ) -> None:
     """See Ops.cross_entropy_gradient_."""
     for rows in _in_cache(logits):
         counts, place = (scale[rows] != 0).unsqueeze(1), column[rows].clamp(min=0).unsqueeze(1)
         if real:
-            x = torch.exp(logits[rows, :real].float() - highest[rows].unsqueeze(1)) * scale[rows].unsqueeze(1)
-            x.scatter_(1, place, torch.where((column[rows] >= 0).unsqueeze(1), target_gradient[rows].unsqueeze(1), x.gather(1, place)))
+            x = torch.exp(logits[rows, :real].float() - highest[rows].unsqueeze(1)) * scale[
+                rows
+            ].unsqueeze(1)
+            x.scatter_(
+                1,
+                place,
+                torch.where(
+                    (column[rows] >= 0).unsqueeze(1),
+                    target_gradient[rows].unsqueeze(1),
+                    x.gather(1, place),
+                ),
+            )
             logits[rows, :real] = torch.where(counts, x, 0.0).to(logits.dtype)
         logits[rows, real:] = 0
 
@@ -140,7 +167,11 @@ def attention_block(
     """See Ops.attention_block. Every score is stored, in fp32 (float64 stays). A query that sees nothing gets o = 0 and lse = -inf."""
     scores, _ = _scores(q, k, causal, scale, softcap, mask)
     lse = scores.logsumexp(-1)
-    o = torch.einsum("bkgts,bskd->btkgd", (scores - lse.clamp(min=_LOWEST).unsqueeze(-1)).exp(), v.to(scores.dtype))
+    o = torch.einsum(
+        "bkgts,bskd->btkgd",
+        (scores - lse.clamp(min=_LOWEST).unsqueeze(-1)).exp(),
+        v.to(scores.dtype),
+    )
     return o.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
 
 
@@ -174,11 +205,18 @@ def attention_block_backward(
 
 
 def _scores(
-    q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float | None, softcap: float | None, mask: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[B, K, A/K, T, S]: grouped heads share a key head; -inf where a query does not see a key. With a softcap, also its derivative."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("btkgd,bskd->bkgts", q.to(wide).unflatten(2, (k.shape[2], -1)), k.to(wide)) * _scale(q, scale)
+    scores = torch.einsum(
+        "btkgd,bskd->bkgts", q.to(wide).unflatten(2, (k.shape[2], -1)), k.to(wide)
+    ) * _scale(q, scale)
     slope = None
     if softcap is not None:
         tanh = torch.tanh(scores / softcap)
@@ -195,7 +233,22 @@ def _scale(q: torch.Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def adamw_(masters, exp_avg, exp_avg_sq, grads, weights, *, step_size, root_correction, grad_scale, skip, lr_decay, beta1, beta2, eps) -> None:
+def adamw_(
+    masters,
+    exp_avg,
+    exp_avg_sq,
+    grads,
+    weights,
+    *,
+    step_size,
+    root_correction,
+    grad_scale,
+    skip,
+    lr_decay,
+    beta1,
+    beta2,
+    eps,
+) -> None:
     """One update in place of flat buffers of one size, fp32 but for weights, which may be masters itself.
 
     step_size = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t), grad_scale: 0-d fp32; skip: 0-d bool.
@@ -203,7 +256,10 @@ def adamw_(masters, exp_avg, exp_avg_sq, grads, weights, *, step_size, root_corr
     """
     chunk = _CPU_CHUNK if masters.device.type == "cpu" else max(1, masters.numel())
     for start in range(0, masters.numel(), chunk):
-        p, m, v, g, w = (buffer[start : start + chunk] for buffer in (masters, exp_avg, exp_avg_sq, grads, weights))
+        p, m, v, g, w = (
+            buffer[start : start + chunk]
+            for buffer in (masters, exp_avg, exp_avg_sq, grads, weights)
+        )
         g = g * grad_scale
         new_m = torch.lerp(m, g, 1 - beta1)
         new_v = (v * beta2).addcmul_(g, g, value=1 - beta2)

@@ -8,7 +8,9 @@ from .attention import check_backend
 from .door import OPS, STEP_IS_MADE_OF, Ops
 
 
-def choose(kernels: str, device: torch.device, dtype: torch.dtype, attention_backend: str = "auto") -> Ops:
+def choose(
+    kernels: str, device: torch.device, dtype: torch.dtype, attention_backend: str = "auto"
+) -> Ops:
     """The ops for --kernels on `device` with activations of `dtype`.
 
     kernels: one of auto, torch, triton, native, and after commas OP=IMPLEMENTATION for single ops ("auto,rope=torch"). auto: native on
@@ -18,9 +20,16 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, attention_bac
     check_backend(attention_backend, device)
     general, *exceptions = kernels.split(",")
     if general not in ("auto", "torch", *_OBSTACLES):
-        raise ValueError(f"--kernels {kernels}: {general!r} is not one of auto, torch, {', '.join(_OBSTACLES)}")
+        raise ValueError(
+            f"--kernels {kernels}: {general!r} is not one of auto, torch, {', '.join(_OBSTACLES)}"
+        )
     overrides = tuple(_override(kernels, exception, device, dtype) for exception in exceptions)
-    ops = Ops(_implementation(general, device, dtype), attention_backend, _widens(device, dtype), overrides)
+    ops = Ops(
+        _implementation(general, device, dtype),
+        attention_backend,
+        _widens(device, dtype),
+        overrides,
+    )
     if ("block_step", "native") in overrides and ops.implementations["block_step"] != "native":
         raise ValueError(
             f"--kernels {kernels}: block_step=native is made of native {', '.join(STEP_IS_MADE_OF)} and --attention-backend auto; "
@@ -42,12 +51,18 @@ def _implementation(kernels: str, device: torch.device, dtype: torch.dtype) -> s
     return "torch"
 
 
-def _override(kernels: str, exception: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _override(
+    kernels: str, exception: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, str]:
     op, equals, wanted = exception.partition("=")
     if not equals or op not in OPS:
-        raise ValueError(f"--kernels {kernels}: {exception!r} is not OP=IMPLEMENTATION with an op of {', '.join(OPS)}")
+        raise ValueError(
+            f"--kernels {kernels}: {exception!r} is not OP=IMPLEMENTATION with an op of {', '.join(OPS)}"
+        )
     if wanted not in ("torch", *OPS[op]):
-        raise ValueError(f"--kernels {kernels}: {op} has torch, {', '.join(OPS[op])}, and not {wanted or 'nothing'}")
+        raise ValueError(
+            f"--kernels {kernels}: {op} has torch, {', '.join(OPS[op])}, and not {wanted or 'nothing'}"
+        )
     obstacle = None if wanted == "torch" else _OBSTACLES[wanted](device, dtype)
     if obstacle is not None:
         raise ValueError(f"--kernels {kernels}: {obstacle}, or leave {exception} out")
@@ -59,11 +74,16 @@ def _widens(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cpu" or dtype not in _PRODUCTS:
         return False
     found = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release
-    return found.get("architecture") == "x86_64" and not any(found.get(name) for name in _PRODUCTS[dtype])
+    return found.get("architecture") == "x86_64" and not any(
+        found.get(name) for name in _PRODUCTS[dtype]
+    )
 
 
 # What x86 processors call their instructions for products of a dtype.
-_PRODUCTS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+_PRODUCTS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
 
 
 def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

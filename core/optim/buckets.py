@@ -29,7 +29,9 @@ class Reduction:
     overlap: bool = False
     keep_gradients: bool = True
     deferral: Deferral = field(default_factory=Deferral)
-    in_flight: list["Bucket"] = field(default_factory=list)  # ZeRO-2: whose gradients are being reduced
+    in_flight: list["Bucket"] = field(
+        default_factory=list
+    )  # ZeRO-2: whose gradients are being reduced
 
 
 class Shard(ABC):
@@ -74,7 +76,9 @@ class Shard(ABC):
         length = self.masters.numel()
         for parameter, (slot, _) in zip(self.parameters, self.slots, strict=True):
             for part in parameter.param_layout.parts:
-                first, last = (min(max(slot + place - self.start, 0), length) for place in part.range)
+                first, last = (
+                    min(max(slot + place - self.start, 0), length) for place in part.range
+                )
                 if last > first:
                     yield part, first, last
 
@@ -83,7 +87,9 @@ class Shard(ABC):
         for parameter, (start, stop) in zip(self.parameters, self.slots, strict=True):
             first, last = max(start, self.start), min(stop, self.start + shard.numel())
             if last > first:
-                yield from parameter.param_layout.pieces(shard[first - self.start : last - self.start], prefix, first - start)
+                yield from parameter.param_layout.pieces(
+                    shard[first - self.start : last - self.start], prefix, first - start
+                )
 
 
 class Bucket(Shard):
@@ -93,7 +99,13 @@ class Bucket(Shard):
     weights when the working dtype is fp32. Between the slots lies alignment, always zero. Matrices come first: they have weight decay.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype, device: torch.device, reduction: Reduction):
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        dtype: torch.dtype,
+        device: torch.device,
+        reduction: Reduction,
+    ):
         self.reduction, self.deferral = reduction, reduction.deferral
         self.parameters = sorted(parameters, key=lambda parameter: parameter.dim() < 2)
         self.slots: list[tuple[int, int]] = []
@@ -120,13 +132,19 @@ class Bucket(Shard):
         self._reducing: comm.Pending | None = None
         self._gathering: comm.Pending | None = None
         self._expected = self._written = 0
-        for slot, (parameter, (start, stop)) in enumerate(zip(self.parameters, self.slots, strict=True)):
+        for slot, (parameter, (start, stop)) in enumerate(
+            zip(self.parameters, self.slots, strict=True)
+        ):
             parameter.data = self.weights[start:stop].view(parameter.shape)
             parameter.sink = Sink(self, slot)
 
     @property
     def gradients(self) -> torch.Tensor:
-        return comm.share(self._sum, self.reduction.shards) if self.reduction.keep_gradients else self._sum
+        return (
+            comm.share(self._sum, self.reduction.shards)
+            if self.reduction.keep_gradients
+            else self._sum
+        )
 
     @property
     def own_weights(self) -> torch.Tensor:
@@ -150,7 +168,9 @@ class Bucket(Shard):
     def wrote(self) -> None:
         self._written += 1
         if self._written > self._expected:
-            raise RuntimeError(f"{self}: gradient {self._written} of {self._expected}: a parameter was used more often than its layout says")
+            raise RuntimeError(
+                f"{self}: gradient {self._written} of {self._expected}: a parameter was used more often than its layout says"
+            )
         if self.reduction.keep_gradients:
             if self.reduction.overlap and self._written == self._expected:
                 self._reducing = comm.start_reduce_scatter(self._sum, self.reduction.shards)
@@ -167,7 +187,9 @@ class Bucket(Shard):
 
     def start_reduction(self) -> None:
         if self._written != self._expected:
-            raise RuntimeError(f"{self}: {self._written} gradients of {self._expected}: a parameter was used less often than its layout says")
+            raise RuntimeError(
+                f"{self}: {self._written} gradients of {self._expected}: a parameter was used less often than its layout says"
+            )
         if self.reduction.keep_gradients and self._reducing is None:
             self._reducing = comm.start_reduce_scatter(self._sum, self.reduction.shards)
 
@@ -198,7 +220,13 @@ class Bucket(Shard):
         return f"bucket of {self.parameters[0].param_layout.parts[0].name} and {len(self.parameters) - 1} more"
 
 
-def make_buckets(parameters: Iterable[nn.Parameter], dtype: torch.dtype, device: torch.device, reduction: Reduction, size: int) -> list[Bucket]:
+def make_buckets(
+    parameters: Iterable[nn.Parameter],
+    dtype: torch.dtype,
+    device: torch.device,
+    reduction: Reduction,
+    size: int,
+) -> list[Bucket]:
     """Neighbours in buckets of about `size` elements, in the order in which a forward pass uses them; a tied weight has its own."""
     groups: list[list[nn.Parameter]] = []
     room = 0

@@ -13,9 +13,17 @@ def squared_norm(buckets: Sequence[Shard], device: torch.device, ops: Ops) -> to
 
     Of tensors that several ranks hold only the primary part counts, and of the copies of a shard only the first.
     """
-    views = [b.gradients[start:stop] for b in buckets if b.reduction.copies.rank == 0 for part, start, stop in b.parts() if part.primary]
+    views = [
+        b.gradients[start:stop]
+        for b in buckets
+        if b.reduction.copies.rank == 0
+        for part, start, stop in b.parts()
+        if part.primary
+    ]
     if not views:
-        return torch.zeros((), dtype=torch.float64, device=device)  # a pipeline rank may hold no parameter
+        return torch.zeros(
+            (), dtype=torch.float64, device=device
+        )  # a pipeline rank may hold no parameter
     return ops.squared_norm(views)
 
 

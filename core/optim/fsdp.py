@@ -17,14 +17,21 @@ class ShardedParameter(Shard):
     """
 
     def __init__(self, parameter: nn.Parameter, unit: nn.Module, reduction: Reduction):
-        self.parameters, self.slots, self.reduction, self._unit = [parameter], [(0, parameter.numel())], reduction, unit
+        self.parameters, self.slots, self.reduction, self._unit = (
+            [parameter],
+            [(0, parameter.numel())],
+            reduction,
+            unit,
+        )
         rows, shards = parameter.shape[0], reduction.shards
         self.start = min(shards.rank * -(-rows // shards.size), rows) * (parameter.numel() // rows)
         self.decayed = self.masters.numel() if parameter.dim() > 1 else 0
 
     @property
     def masters(self) -> torch.Tensor:
-        return _local(self.parameters[0])  # looked up again each time: the first forward pass may move it
+        return _local(
+            self.parameters[0]
+        )  # looked up again each time: the first forward pass may move it
 
     @property
     def gradients(self) -> torch.Tensor:
@@ -55,7 +62,11 @@ class ShardedParameter(Shard):
 
 
 def cut_parameters(
-    model: nn.Module, units: Iterable[nn.Module], dtype: torch.dtype, device: torch.device, reduction: Reduction
+    model: nn.Module,
+    units: Iterable[nn.Module],
+    dtype: torch.dtype,
+    device: torch.device,
+    reduction: Reduction,
 ) -> list[ShardedParameter]:
     """Cut the fp32 parameters of `model` over the shards of `reduction` (2 or more), and move them to `device` unit by unit.
 
@@ -68,14 +79,22 @@ def cut_parameters(
 
     mesh = DeviceMesh.from_group(reduction.shards.group, device.type)
     # Inputs keep their dtype: what a module is given in fp32, such as the angles of positions, is meant to be fp32.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     cut: list[ShardedParameter] = []
     for unit in (*units, model):
-        layouts = {name: parameter.param_layout for name, parameter in unit.named_parameters() if not isinstance(parameter, DTensor)}
+        layouts = {
+            name: parameter.param_layout
+            for name, parameter in unit.named_parameters()
+            if not isinstance(parameter, DTensor)
+        }
         # What is left of the model (embedding, head) is used last and first of all: freed in between, it would be gathered again at once.
         fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not model, mp_policy=policy)
         unit.set_gradient_divide_factor(1.0)  # the sum; by default it would be the mean
-        unit.set_force_sum_reduction_for_comms(True)  # and by plain sums, the only ones that gloo has
+        unit.set_force_sum_reduction_for_comms(
+            True
+        )  # and by plain sums, the only ones that gloo has
         parameters = dict(unit.named_parameters())
         for name, layout in layouts.items():
             parameters[name].param_layout = layout

@@ -10,7 +10,11 @@ from ..ops import Ops
 from .buckets import Shard
 from .reduce import reduce_gradients
 
-MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",)}
+MOMENTS = {
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum",),
+}
 
 
 class Optimizer:
@@ -21,9 +25,25 @@ class Optimizer:
     AdamW: Loshchilov and Hutter 2019. SGD with momentum and coupled weight decay, as torch.optim.SGD.
     """
 
-    def __init__(self, buckets: Sequence[Shard], config: OptimizerConfig, ops: Ops, device: torch.device, *, overlap_gather: bool = False):
-        self.buckets, self.config, self.ops, self.overlap_gather = buckets, config, ops, overlap_gather
-        self.moments = [{name: torch.zeros_like(bucket.masters) for name in MOMENTS[config.optimizer]} for bucket in buckets]
+    def __init__(
+        self,
+        buckets: Sequence[Shard],
+        config: OptimizerConfig,
+        ops: Ops,
+        device: torch.device,
+        *,
+        overlap_gather: bool = False,
+    ):
+        self.buckets, self.config, self.ops, self.overlap_gather = (
+            buckets,
+            config,
+            ops,
+            overlap_gather,
+        )
+        self.moments = [
+            {name: torch.zeros_like(bucket.masters) for name in MOMENTS[config.optimizer]}
+            for bucket in buckets
+        ]
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def begin(self, micro_batches: int) -> None:
@@ -39,10 +59,23 @@ class Optimizer:
         """One update with the gradients times grad_scale (0-d fp32). skip (0-d bool): leave weights, moments and step count as they are."""
         self.steps += (~skip).to(self.steps.dtype)
         for bucket, moments in zip(self.buckets, self.moments, strict=True):
-            for elements, weight_decay in (slice(0, bucket.decayed), self.config.weight_decay), (slice(bucket.decayed, None), 0.0):
-                flat = [memory[elements] for memory in (bucket.masters, *moments.values(), bucket.gradients, bucket.own_weights)]
+            for elements, weight_decay in (
+                (slice(0, bucket.decayed), self.config.weight_decay),
+                (slice(bucket.decayed, None), 0.0),
+            ):
+                flat = [
+                    memory[elements]
+                    for memory in (
+                        bucket.masters,
+                        *moments.values(),
+                        bucket.gradients,
+                        bucket.own_weights,
+                    )
+                ]
                 if flat[0].numel():
-                    self._apply(*flat, lr=lr, weight_decay=weight_decay, grad_scale=grad_scale, skip=skip)
+                    self._apply(
+                        *flat, lr=lr, weight_decay=weight_decay, grad_scale=grad_scale, skip=skip
+                    )
         self._gather(wait=not self.overlap_gather)
 
     def _apply(self, *flat: torch.Tensor, **now: float | torch.Tensor) -> None:
@@ -50,7 +83,14 @@ class Optimizer:
         if config.optimizer == "sgd":
             self.ops.sgd_(*flat, momentum_factor=config.sgd_momentum, **now)
         else:
-            self.ops.adamw_(*flat, beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_eps, step=self.steps, **now)
+            self.ops.adamw_(
+                *flat,
+                beta1=config.adam_beta1,
+                beta2=config.adam_beta2,
+                eps=config.adam_eps,
+                step=self.steps,
+                **now,
+            )
 
     def weight_pieces(self) -> Iterator[Piece]:
         """The fp32 masters of this rank's shards under their plain names."""

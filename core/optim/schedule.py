@@ -37,7 +37,11 @@ def warmup_iterations(optimizer: OptimizerConfig) -> float:
 
 def _wsd_share(optimizer: OptimizerConfig, i: int) -> float:
     start = optimizer.lr_decay_iters - optimizer.lr_wsd_decay_iters
-    return 1.0 if i <= start else _DECAY[optimizer.lr_wsd_decay_style]((i - start) / optimizer.lr_wsd_decay_iters)
+    return (
+        1.0
+        if i <= start
+        else _DECAY[optimizer.lr_wsd_decay_style]((i - start) / optimizer.lr_wsd_decay_iters)
+    )
 
 
 # Share of (lr - min_lr) that is left after a share r of the decay.

@@ -88,7 +88,10 @@ def causal(
 ) -> torch.Tensor:
     """Attention of the last T of S consecutive tokens, q [B, T, A, D], to all of them, k and v [B, S, K, D]; documents [B, S]."""
     length, scores = k.shape[1], {"scale": rule.scale, "softcap": rule.softcap, "dropout": dropout}
-    past, window = length - q.shape[1], rule.window if rule.window is not None and rule.window < length else None
+    past, window = (
+        length - q.shape[1],
+        rule.window if rule.window is not None and rule.window < length else None,
+    )
     if documents is None and window is None:
         return ops.attention(q, k, v, causal=True, **scores)
     places = torch.arange(length, device=q.device)
@@ -104,13 +107,19 @@ def _sees(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torc
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def _by_ring(q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, documents: torch.Tensor | None, dropout: float) -> torch.Tensor:
+def _by_ring(
+    q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, documents: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
     other = "use --cp-comm-type allgather or a2a"
     if documents is not None:
-        raise ValueError(f"--cp-comm-type p2p with --reset-attention-mask: the ring's blocks are whole or causal, never cut by documents; {other}")
+        raise ValueError(
+            f"--cp-comm-type p2p with --reset-attention-mask: the ring's blocks are whole or causal, never cut by documents; {other}"
+        )
     if dropout > 0.0:
         flags = f"--cp-comm-type p2p with --attention-dropout {dropout}"
-        raise ValueError(f"{flags}: the ring's backward cannot draw the masks of its forward again; {other}, or --attention-dropout 0")
+        raise ValueError(
+            f"{flags}: the ring's backward cannot draw the masks of its forward again; {other}, or --attention-dropout 0"
+        )
     return _Ring.apply(q, k, v, cp, ops, rule)
 
 
@@ -159,7 +168,9 @@ class _Ring(torch.autograd.Function):
                 dq[:, rows] += block_dq
             # What the ranks before this one found for these keys: on its way since their last step, during this one's work.
             dkv = summed() if summed else torch.zeros_like(kv, dtype=lse.dtype)
-            for total, part in zip(dkv, block_dkv, strict=False):  # nothing to add for a block that no query sees
+            for total, part in zip(
+                dkv, block_dkv, strict=False
+            ):  # nothing to add for a block that no query sees
                 total[:, columns] += part
             summed = _start_hop(dkv, cp)
             kv = arriving() if arriving else None
@@ -167,7 +178,9 @@ class _Ring(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _told(rule: AttentionRule, cp: Axis, source: int, rows: slice, columns: slice, q: torch.Tensor) -> dict | None:
+def _told(
+    rule: AttentionRule, cp: Axis, source: int, rows: slice, columns: slice, q: torch.Tensor
+) -> dict | None:
     """What the ops are told of a block beside its tensors: the keys `columns` of rank `source`, the queries `rows` of q [B, T/cp, A, D] here.
 
     None where no query sees a key. A window is a mask only where its edge crosses the block.
@@ -176,8 +189,13 @@ def _told(rule: AttentionRule, cp: Axis, source: int, rows: slice, columns: slic
     if rule.window is None:
         return told
     length = q.shape[1] * cp.size
-    queries, keys = token_positions(length, cp)[rows], token_positions(length, replace(cp, rank=source))[columns]
-    mask = _sees(queries, keys, rule.window)  # on the host: what it decides must not wait for a device
+    queries, keys = (
+        token_positions(length, cp)[rows],
+        token_positions(length, replace(cp, rank=source))[columns],
+    )
+    mask = _sees(
+        queries, keys, rule.window
+    )  # on the host: what it decides must not wait for a device
     if not mask.any():
         return None
     if torch.equal(mask, _sees(queries, keys, None)):
@@ -219,7 +237,9 @@ def _start_hop(outgoing: torch.Tensor, cp: Axis) -> Callable[[], torch.Tensor]:
     return wait
 
 
-def _by_gathered_keys(q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, documents: torch.Tensor | None, dropout: float) -> torch.Tensor:
+def _by_gathered_keys(
+    q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, documents: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
     """Each of this rank's two chunks of queries sees the sequence up to its own end: two causal calls."""
     whole = _Gather.apply(torch.cat((k, v), dim=2), cp)
     keys, values = whole.split((k.shape[2], v.shape[2]), dim=2)
@@ -253,7 +273,9 @@ class _Gather(torch.autograd.Function):
         return start_reduce_scatter(parts, ctx.cp).wait()[0].to(grad.dtype), None
 
 
-def _by_exchanged_heads(q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, documents: torch.Tensor | None, dropout: float) -> torch.Tensor:
+def _by_exchanged_heads(
+    q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, documents: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
     """All tokens of A/cp query heads, and of their key-value heads: each repeated until cp divides their number.
 
     That number, the least common multiple of K and cp, divides A too, so the repeated heads group as the others do.
@@ -265,7 +287,9 @@ def _by_exchanged_heads(q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, docume
             f"use a context-parallel size that divides {heads}, or --cp-comm-type p2p or allgather"
         )
     k, v = (_repeated(t, n // gcd(kv_heads, n)) for t in (k, v))
-    to_send = torch.cat([t.unflatten(2, (n, -1)) for t in (q, k, v)], dim=3)  # one message: q, k and v heads for each rank
+    to_send = torch.cat(
+        [t.unflatten(2, (n, -1)) for t in (q, k, v)], dim=3
+    )  # one message: q, k and v heads for each rank
     whole = _Exchange.apply(to_send, cp, _to_heads, _to_tokens)
     q, k, v = whole.split([t.shape[2] // n for t in (q, k, v)], dim=2)
     o = causal(q, k, v, ops, rule, documents, dropout)

@@ -28,5 +28,11 @@ class VocabParallelEmbedding(nn.Module):
             return F.embedding(tokens, weight)
         local = tokens - tp.rank * weight.shape[0]
         elsewhere = (local < 0) | (local >= weight.shape[0])
-        found = F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return comm.reduce_tokens(found, tp) if self.sharding.sequence_parallel else comm.reduce_from(found, tp)
+        found = F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(
+            elsewhere.unsqueeze(-1), 0.0
+        )
+        return (
+            comm.reduce_tokens(found, tp)
+            if self.sharding.sequence_parallel
+            else comm.reduce_from(found, tp)
+        )

@@ -26,11 +26,28 @@ class ColumnParallelLinear(nn.Module):
     Shoeybi et al. 2019, section 3; sequence parallel: Korthikanti et al. 2022, section 4.2.
     """
 
-    def __init__(self, in_features: int, parts: dict[str, int | Rows], sharding: Sharding, ops: Ops, *, bias: bool, init: rng.Init):
+    def __init__(
+        self,
+        in_features: int,
+        parts: dict[str, int | Rows],
+        sharding: Sharding,
+        ops: Ops,
+        *,
+        bias: bool,
+        init: rng.Init,
+    ):
         super().__init__()
         self.sharding, self.ops = sharding, ops
-        self.weight = rng.new_parameter(Layout.rows_cut(_named(parts, "weight"), (in_features,), sharding.tp), init)
-        self.bias = rng.new_parameter(Layout.rows_cut(_named(parts, "bias"), (), sharding.tp), rng.Init(init.seed)) if bias else None
+        self.weight = rng.new_parameter(
+            Layout.rows_cut(_named(parts, "weight"), (in_features,), sharding.tp), init
+        )
+        self.bias = (
+            rng.new_parameter(
+                Layout.rows_cut(_named(parts, "bias"), (), sharding.tp), rng.Init(init.seed)
+            )
+            if bias
+            else None
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = column_parallel(x, self.weight, self.sharding, self.ops)
@@ -44,13 +61,27 @@ class RowParallelLinear(nn.Module):
     added once, after the sum: with sequence parallel each rank sees only its tokens' share of the bias' gradient.
     """
 
-    def __init__(self, name: str, in_features: int, out_features: int, sharding: Sharding, ops: Ops, *, bias: bool, init: rng.Init):
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        sharding: Sharding,
+        ops: Ops,
+        *,
+        bias: bool,
+        init: rng.Init,
+    ):
         super().__init__()
         self.sharding, self.ops = sharding, ops
-        self.weight = rng.new_parameter(Layout.columns_cut(f"{name}.weight", out_features, in_features, sharding.tp), init)
+        self.weight = rng.new_parameter(
+            Layout.columns_cut(f"{name}.weight", out_features, in_features, sharding.tp), init
+        )
         self.bias = None
         if bias:
-            layout = Layout.whole(f"{name}.bias", (out_features,), sharding.tp, partial=sharding.sequence_parallel)
+            layout = Layout.whole(
+                f"{name}.bias", (out_features,), sharding.tp, partial=sharding.sequence_parallel
+            )
             self.bias = rng.new_parameter(layout, rng.Init(init.seed))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,13 +90,17 @@ class RowParallelLinear(nn.Module):
 
 
 @torch.compiler.disable
-def column_parallel(x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops) -> torch.Tensor:
+def column_parallel(
+    x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops
+) -> torch.Tensor:
     """x W^T for a weight [O/tp, H] that is cut by rows: see ColumnParallelLinear."""
     return apply(_ColumnParallel, x, current(weight), sink_of(weight), sharding, ops)
 
 
 @torch.compiler.disable
-def row_parallel(x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops) -> torch.Tensor:
+def row_parallel(
+    x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops
+) -> torch.Tensor:
     """x W^T, summed over tp, for a weight [O, I/tp] that is cut by columns: see RowParallelLinear."""
     return apply(_RowParallel, x, current(weight), sink_of(weight), sharding, ops)
 
@@ -77,7 +112,9 @@ class _ColumnParallel(torch.autograd.Function):
     def forward(ctx, x, weight, sink, sharding, ops):
         ctx.save_for_backward(x, weight)
         ctx.sink, ctx.sharding, ctx.ops = sink, sharding, ops
-        return ops.product(comm.start_gather_tokens(x, sharding.tp)() if sharding.sequence_parallel else x, weight)
+        return ops.product(
+            comm.start_gather_tokens(x, sharding.tp)() if sharding.sequence_parallel else x, weight
+        )
 
     @staticmethod
     def backward(ctx, dy):
@@ -104,7 +141,11 @@ class _RowParallel(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.sink, ctx.sharding, ctx.ops = sink, sharding, ops
         y = ops.product(x, weight)
-        return comm.start_reduce_tokens(y, sharding.tp)() if sharding.sequence_parallel else comm.all_reduce(y, sharding.tp)
+        return (
+            comm.start_reduce_tokens(y, sharding.tp)()
+            if sharding.sequence_parallel
+            else comm.all_reduce(y, sharding.tp)
+        )
 
     @staticmethod
     def backward(ctx, dy):
@@ -117,18 +158,24 @@ class _RowParallel(torch.autograd.Function):
         return dx, _weight_gradient(ctx.sink, weight, wide, lambda: x, ops), None, None, None
 
 
-def _input_gradient(dy: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, ops: Ops) -> torch.Tensor:
+def _input_gradient(
+    dy: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, ops: Ops
+) -> torch.Tensor:
     """dy W in `dtype`; dy is an operand already."""
     return (dy @ ops.operand(weight)).to(dtype)
 
 
-def _weight_gradient(sink: Sink | None, weight: torch.Tensor, dy: torch.Tensor, x, ops: Ops) -> torch.Tensor | None:
+def _weight_gradient(
+    sink: Sink | None, weight: torch.Tensor, dy: torch.Tensor, x, ops: Ops
+) -> torch.Tensor | None:
     """dy^T x to the sink, now or when its turn comes, or to autograd where there is no sink. `x` is called for the input; dy is an operand."""
     if not weight.requires_grad:
         return None
     if sink is None:
         return (dy.flatten(0, -2).t() @ ops.operand(x()).flatten(0, -2)).to(weight.dtype)
-    sink.owner.deferral.run(lambda: sink.add_product(dy.flatten(0, -2), ops.operand(x()).flatten(0, -2)))
+    sink.owner.deferral.run(
+        lambda: sink.add_product(dy.flatten(0, -2), ops.operand(x()).flatten(0, -2))
+    )
     return None
 
 

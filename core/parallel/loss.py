@@ -34,7 +34,18 @@ def head_loss(
     The gradients are computed here, while the logits of a chunk are at hand, and that of the weight goes to its sink at once: backward
     must start from the sum itself. Shoeybi et al. 2019, section 3 (over tp); Hsu et al. 2024, section 3.2 (in chunks).
     """
-    return _HeadLoss.apply(x, current(weight), sink_of(weight), labels, weights, vocab_size, sharding, ops, softcap, torch.is_grad_enabled())
+    return _HeadLoss.apply(
+        x,
+        current(weight),
+        sink_of(weight),
+        labels,
+        weights,
+        vocab_size,
+        sharding,
+        ops,
+        softcap,
+        torch.is_grad_enabled(),
+    )
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -44,7 +55,9 @@ class _HeadLoss(torch.autograd.Function):
         whole = comm.start_gather_tokens(x, tp)() if sharding.sequence_parallel else x
         flat, table = ops.operand(whole.flatten(0, -2)), ops.operand(weight)
         first = tp.rank * table.shape[0]
-        real = min(max(vocab_size - first, 0), table.shape[0])  # columns of this rank that are no padding
+        real = min(
+            max(vocab_size - first, 0), table.shape[0]
+        )  # columns of this rank that are no padding
         shape, labels, weights = labels.shape, labels.flatten(), weights.flatten().float()
         column = torch.where((labels >= first) & (labels < first + real), labels - first, -1)
         losses, dx = torch.empty_like(weights), torch.empty_like(flat) if learns else None
@@ -55,10 +68,14 @@ class _HeadLoss(torch.autograd.Function):
                 highest, rest, target = _over(tp, *parts)
                 label = torch.exp(target - highest)  # of the sum of exponentials, the label's term
                 total = rest + label
-                losses[rows] = torch.where(label > 0.1, torch.log1p(rest / label), torch.log(total) + (highest - target))
+                losses[rows] = torch.where(
+                    label > 0.1, torch.log1p(rest / label), torch.log(total) + (highest - target)
+                )
                 if learns:
                     scale = torch.where(weights[rows] != 0, weights[rows] / total, 0.0)
-                    ops.cross_entropy_gradient_(logits, column[rows], highest, scale, -rest * scale, real)
+                    ops.cross_entropy_gradient_(
+                        logits, column[rows], highest, scale, -rest * scale, real
+                    )
                     if slope is not None:
                         logits.mul_(slope)
                     torch.mm(logits, table, out=dx[rows])
@@ -66,8 +83,14 @@ class _HeadLoss(torch.autograd.Function):
                         add_product(dw, logits, flat[rows])
         if learns:
             dx = dx.to(x.dtype).view_as(whole)
-            dx = comm.start_reduce_tokens(dx, tp)() if sharding.sequence_parallel else comm.all_reduce(dx, tp)
-            ctx.save_for_backward(dx, dw.to(weight.dtype) if sink is None and dw is not None else None)
+            dx = (
+                comm.start_reduce_tokens(dx, tp)()
+                if sharding.sequence_parallel
+                else comm.all_reduce(dx, tp)
+            )
+            ctx.save_for_backward(
+                dx, dw.to(weight.dtype) if sink is None and dw is not None else None
+            )
         ctx.sink = sink
         total, losses = torch.where(weights != 0, weights * losses, 0.0).sum(), losses.view(shape)
         ctx.mark_non_differentiable(losses)
@@ -78,7 +101,9 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad, _):
         dx, dw = ctx.saved_tensors
         if ctx.sink is not None:
-            torch._assert_async(grad == 1)  # the weight's gradient is where it belongs, and cannot be scaled any more
+            torch._assert_async(
+                grad == 1
+            )  # the weight's gradient is where it belongs, and cannot be scaled any more
             return dx, *(None,) * 9
         return dx * grad.to(dx.dtype), None if dw is None else dw * grad.to(dw.dtype), *(None,) * 8
 
@@ -87,13 +112,17 @@ def _gradient_memory(weight: torch.Tensor, sink: Sink | None, learns: bool):
     """Where dW adds up over the chunks, in fp32: a context, of None where there is none to compute."""
     if sink is not None:
         return sink.opened()
-    return nullcontext(torch.zeros(weight.shape, device=weight.device) if learns and weight.requires_grad else None)
+    return nullcontext(
+        torch.zeros(weight.shape, device=weight.device) if learns and weight.requires_grad else None
+    )
 
 
 def _logits_of(flat: torch.Tensor, table: torch.Tensor):
     """The rows of each chunk and their logits, in memory that the next chunk overwrites."""
     tokens, columns = flat.shape[0], table.shape[0]
-    step = min(max(1, _AT_A_TIME.get(flat.device.type, _AT_A_TIME_ON_A_DEVICE) // columns), max(tokens, 1))
+    step = min(
+        max(1, _AT_A_TIME.get(flat.device.type, _AT_A_TIME_ON_A_DEVICE) // columns), max(tokens, 1)
+    )
     memory = flat.new_empty(step, columns)
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
@@ -108,7 +137,9 @@ def _cap_(logits: torch.Tensor, softcap: float, learns: bool) -> torch.Tensor | 
     return slope
 
 
-def _over(tp, highest: torch.Tensor, rest: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _over(
+    tp, highest: torch.Tensor, rest: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """Ops.cross_entropy_statistics of one rank's columns -> of all columns. The label stands on one rank, its logit is 0 on the others."""
     top = comm.all_reduce(highest.clone(), tp, "max")
     rest, target = comm.all_reduce(torch.stack([rest * torch.exp(highest - top), target]), tp)

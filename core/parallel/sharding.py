@@ -31,8 +31,19 @@ class Sharding:
         """What `mesh` and the flags make of it. Sequence parallel over one rank is none."""
         # zb-v turns round at the last rank: embedding and head are stages of the first one.
         embedding = Axis("embedding") if parallel.pipeline_schedule == "zb-v" else mesh.embedding
-        return Sharding(mesh.tp, mesh.kv, mesh.cp, embedding, parallel.sequence_parallel and mesh.tp.size > 1, parallel.cp_comm_type)
+        return Sharding(
+            mesh.tp,
+            mesh.kv,
+            mesh.cp,
+            embedding,
+            parallel.sequence_parallel and mesh.tp.size > 1,
+            parallel.cp_comm_type,
+        )
 
     def own_tokens(self, positions: torch.Tensor) -> torch.Tensor:
         """Of the positions [..., T/cp] of this rank, those [..., T/cp/tp] whose norms and dropout it computes."""
-        return positions.tensor_split(self.tp.size, dim=-1)[self.tp.rank] if self.sequence_parallel else positions
+        return (
+            positions.tensor_split(self.tp.size, dim=-1)[self.tp.rank]
+            if self.sequence_parallel
+            else positions
+        )

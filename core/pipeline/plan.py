@@ -74,7 +74,9 @@ class Costs:
     backward_input: float = 1.0
     backward_weight: float = 1.0
     transfer: float = 0.0  # of one message
-    stages: tuple[float, ...] = ()  # what each stage takes relative to the others; empty where all take the same
+    stages: tuple[
+        float, ...
+    ] = ()  # what each stage takes relative to the others; empty where all take the same
 
     def of(self, kind: type[Compute], stage: int) -> float:
         """Of one action of a stage, times v: whole numbers stay exact."""
@@ -125,7 +127,13 @@ class Plan(Placement):
 
 
 def make_plan(
-    schedule: str, num_ranks: int, num_microbatches: int, num_chunks: int = 1, costs: Costs = UNIT_COSTS, *, forward_only: bool = False
+    schedule: str,
+    num_ranks: int,
+    num_microbatches: int,
+    num_chunks: int = 1,
+    costs: Costs = UNIT_COSTS,
+    *,
+    forward_only: bool = False,
 ) -> Plan:
     """The plan of one step for every rank; forwards alone, over the same stages, when `forward_only`.
 
@@ -139,26 +147,51 @@ def make_plan(
     execution = _execute(placement, orders, costs)
     if schedule == "zb-v" and not forward_only:
         execution = _better(execution, _execute(placement, orders, costs, fill=True))
-    return Plan(schedule, num_ranks, num_chunks, num_microbatches, forward_only, _with_messages(placement, execution))
+    return Plan(
+        schedule,
+        num_ranks,
+        num_chunks,
+        num_microbatches,
+        forward_only,
+        _with_messages(placement, execution),
+    )
 
 
-def _check(schedule: str, num_ranks: int, num_microbatches: int, num_chunks: int, costs: Costs) -> None:
+def _check(
+    schedule: str, num_ranks: int, num_microbatches: int, num_chunks: int, costs: Costs
+) -> None:
     if schedule not in SCHEDULES:
-        raise ValueError(f"there is no pipeline schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
-    for name, count in (("ranks", num_ranks), ("micro-batches", num_microbatches), ("chunks", num_chunks)):
+        raise ValueError(
+            f"there is no pipeline schedule {schedule!r}; there are {', '.join(SCHEDULES)}"
+        )
+    for name, count in (
+        ("ranks", num_ranks),
+        ("micro-batches", num_microbatches),
+        ("chunks", num_chunks),
+    ):
         if count < 1:
             raise ValueError(f"a pipeline needs at least 1 of its {name}, not {count}")
     if schedule == "interleaved" and num_chunks == 1:
         raise ValueError("interleaved has at least 2 chunks a rank, not 1; use 1f1b")
     wanted = {"interleaved": num_chunks, "zb-v": 2}.get(schedule, 1)
     if num_chunks != wanted:
-        raise ValueError(f"{schedule} has {wanted} chunk{'s' * (wanted > 1)} a rank, not {num_chunks}{'; use interleaved' * (wanted == 1)}")
+        raise ValueError(
+            f"{schedule} has {wanted} chunk{'s' * (wanted > 1)} a rank, not {num_chunks}{'; use interleaved' * (wanted == 1)}"
+        )
     if not (
-        all(0 < cost < inf for cost in (costs.forward, costs.backward_input, costs.backward_weight, *costs.stages)) and 0 <= costs.transfer < inf
+        all(
+            0 < cost < inf
+            for cost in (costs.forward, costs.backward_input, costs.backward_weight, *costs.stages)
+        )
+        and 0 <= costs.transfer < inf
     ):
-        raise ValueError(f"a pipeline is planned from times above 0 and transfers of 0 or more, all finite, not from {costs}")
+        raise ValueError(
+            f"a pipeline is planned from times above 0 and transfers of 0 or more, all finite, not from {costs}"
+        )
     if costs.stages and len(costs.stages) != num_ranks * num_chunks:
-        raise ValueError(f"costs of {len(costs.stages)} stages for {num_ranks} ranks x {num_chunks} chunks = {num_ranks * num_chunks} stages")
+        raise ValueError(
+            f"costs of {len(costs.stages)} stages for {num_ranks} ranks x {num_chunks} chunks = {num_ranks * num_chunks} stages"
+        )
 
 
 # The schedules: what one rank computes, in order. p ranks, m micro-batches, v chunks.
@@ -186,7 +219,9 @@ def _gpipe(m: int) -> list[Compute]:
 
 def _one_forward_one_backward(rank: int, p: int, m: int) -> list[Compute]:
     """Warm up, alternate, drain (Narayanan et al. 2021, section 2.2.1). Holds at most `p - rank` activations."""
-    return _alternate([Forward(0, i) for i in range(m)], [Backward(0, i) for i in range(m)], warmup=p - 1 - rank)
+    return _alternate(
+        [Forward(0, i) for i in range(m)], [Backward(0, i) for i in range(m)], warmup=p - 1 - rank
+    )
 
 
 def _interleaved(rank: int, p: int, m: int, v: int) -> list[Compute]:
@@ -261,8 +296,12 @@ def _numbered(pattern: list[tuple[type[Compute], int]], m: int) -> list[Compute]
 
 # Times: when everything runs, v times too long as in Costs.of.
 
-Execution = list[tuple[float, float, int, Compute]]  # (start, end, rank, action), in the order of the starts
-Edge = tuple[bool, int, int]  # what a stage is given: (forward or backward, that stage, micro-batch)
+Execution = list[
+    tuple[float, float, int, Compute]
+]  # (start, end, rank, action), in the order of the starts
+Edge = tuple[
+    bool, int, int
+]  # what a stage is given: (forward or backward, that stage, micro-batch)
 
 
 def _input(action: Compute, stage: int, num_stages: int) -> Edge | None:
@@ -281,18 +320,27 @@ def _output(action: Compute, stage: int, num_stages: int) -> Edge | None:
     return forward, stage + 1 if forward else stage - 1, action.microbatch
 
 
-def _execute(placement: Placement, orders: list[list[Compute]], costs: Costs, *, fill: bool = False) -> Execution:
+def _execute(
+    placement: Placement, orders: list[list[Compute]], costs: Costs, *, fill: bool = False
+) -> Execution:
     """Run the orders of all ranks side by side, each action as soon as its rank is free and its input there.
 
     With `fill` the ranks place their weight gradients themselves, the oldest first: where they would wait otherwise, and before a forward
     with which they would hold more than p micro-batches.
     """
-    num_stages, ranks, chunks = placement.num_stages, range(placement.num_ranks), range(placement.num_chunks)
+    num_stages, ranks, chunks = (
+        placement.num_stages,
+        range(placement.num_ranks),
+        range(placement.num_chunks),
+    )
     stage_of = [[placement.stage(rank, chunk) for chunk in chunks] for rank in ranks]
     rank_of = [placement.place(stage)[0] for stage in range(num_stages)]
     kinds = (Forward, Backward, BackwardInput, BackwardWeight)
     duration = {kind: [costs.of(kind, stage) for stage in range(num_stages)] for kind in kinds}
-    ahead = [deque(action for action in order if not fill or type(action) is not BackwardWeight) for order in orders]
+    ahead = [
+        deque(action for action in order if not fill or type(action) is not BackwardWeight)
+        for order in orders
+    ]
     weights = [deque() for _ in ranks]  # gradients that can run, with `fill`
     held = [0 for _ in ranks]  # activations of one chunk, with `fill`
     arrival: dict[Edge, float] = {}
@@ -335,7 +383,10 @@ def _better(paper: Execution, filled: Execution) -> Execution:
 
     The paper's places are made for F = B = W and 2p - 1 or more micro-batches; elsewhere they leave gaps.
     """
-    (bubble, makespan), (papers_bubble, papers_makespan) = _bubble_and_makespan(filled), _bubble_and_makespan(paper)
+    (bubble, makespan), (papers_bubble, papers_makespan) = (
+        _bubble_and_makespan(filled),
+        _bubble_and_makespan(paper),
+    )
     return filled if bubble <= papers_bubble and makespan <= papers_makespan else paper
 
 
@@ -365,7 +416,9 @@ def _with_messages(placement: Placement, execution: Execution) -> tuple[tuple[Ac
     num_stages = placement.num_stages
     place_of = [placement.place(stage) for stage in range(num_stages)]
     stage_of = {place: stage for stage, place in enumerate(place_of)}
-    queues: dict[tuple[int, int], list[Message]] = defaultdict(list)  # (rank, peer): the rank's side of their queue
+    queues: dict[tuple[int, int], list[Message]] = defaultdict(
+        list
+    )  # (rank, peer): the rank's side of their queue
     sent: dict[Edge, tuple[int, int]] = {}  # (peer, place in the queue), for the producer
     awaited: dict[Edge, tuple[int, int]] = {}  # the same for the consumer
     for _, index in sorted((end, index) for index, (_, end, _, _) in enumerate(execution)):
@@ -373,22 +426,36 @@ def _with_messages(placement: Placement, execution: Execution) -> tuple[tuple[Ac
         made = _output(action, stage_of[rank, action.chunk], num_stages)
         if made and place_of[made[1]][0] != rank:
             peer, chunk = place_of[made[1]]
-            send, receive = (SendActivation, ReceiveActivation) if made[0] else (SendGradient, ReceiveGradient)
-            sent[made], awaited[made] = (peer, len(queues[rank, peer])), (rank, len(queues[rank, peer]))
+            send, receive = (
+                (SendActivation, ReceiveActivation) if made[0] else (SendGradient, ReceiveGradient)
+            )
+            sent[made], awaited[made] = (
+                (peer, len(queues[rank, peer])),
+                (rank, len(queues[rank, peer])),
+            )
             queues[rank, peer].append(send(action.chunk, action.microbatch, peer))
             queues[peer, rank].append(receive(chunk, action.microbatch, rank))
 
     programs = []
     for rank in range(placement.num_ranks):
         computes = [action for _, _, owner, action in execution if owner == rank]
-        needs = [awaited.get(_input(action, stage_of[rank, action.chunk], num_stages)) for action in computes]
-        gives = [sent.get(_output(action, stage_of[rank, action.chunk], num_stages)) for action in computes]
+        needs = [
+            awaited.get(_input(action, stage_of[rank, action.chunk], num_stages))
+            for action in computes
+        ]
+        gives = [
+            sent.get(_output(action, stage_of[rank, action.chunk], num_stages))
+            for action in computes
+        ]
         program: list[Action] = []
         done = defaultdict(int)  # by peer: how much of the queue is in the program
         for i, action in enumerate(computes):
             for peer, last in filter(None, needs[i : i + 2]):
                 queue = queues[rank, peer]
-                while done[peer] <= last and type(queue[done[peer]]) in (ReceiveActivation, ReceiveGradient):
+                while done[peer] <= last and type(queue[done[peer]]) in (
+                    ReceiveActivation,
+                    ReceiveGradient,
+                ):
                     program.append(queue[done[peer]])
                     done[peer] += 1
             program.append(action)

@@ -9,7 +9,18 @@ import torch
 from .. import comm
 from ..gradients import Deferral
 from ..mesh import Axis
-from .plan import Action, Backward, BackwardInput, BackwardWeight, Forward, Plan, ReceiveActivation, ReceiveGradient, SendActivation, SendGradient
+from .plan import (
+    Action,
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Plan,
+    ReceiveActivation,
+    ReceiveGradient,
+    SendActivation,
+    SendGradient,
+)
 
 # (chunk, micro-batch, what the stage before gave or None for the first stage) -> hidden states, or the loss of the last stage.
 Stage = Callable[[int, int, torch.Tensor | None], torch.Tensor]
@@ -51,13 +62,23 @@ class _Pass:
     """What lives between the actions of one pass: graphs waiting for their gradients, messages under way, deferred products."""
 
     def __init__(self, plan: Plan, pp: Axis, message: Message, stage: Stage, deferral: Deferral):
-        self.plan, self.pp, self.message, self.stage, self.deferral = plan, pp, message, stage, deferral
-        self.graphs: dict[_Key, tuple[torch.Tensor | None, torch.Tensor]] = {}  # input and output of a stage
+        self.plan, self.pp, self.message, self.stage, self.deferral = (
+            plan,
+            pp,
+            message,
+            stage,
+            deferral,
+        )
+        self.graphs: dict[
+            _Key, tuple[torch.Tensor | None, torch.Tensor]
+        ] = {}  # input and output of a stage
         self.inputs: dict[_Key, torch.Tensor | _Receive] = {}  # of stages that have not run
         self.gradients: dict[_Key, torch.Tensor | _Receive] = {}  # of their outputs
         self.outgoing: dict[tuple[type, int, int], torch.Tensor] = {}
         self.products: dict[_Key, list[Callable[[], None]]] = {}
-        self.sending: dict[int, list[comm.Pending]] = defaultdict(list)  # by peer, since the last receive from it was posted
+        self.sending: dict[int, list[comm.Pending]] = defaultdict(
+            list
+        )  # by peer, since the last receive from it was posted
         self.do: dict[type, Callable[[Action], None]] = {
             Forward: self.forward,
             Backward: self.backward,
@@ -87,7 +108,9 @@ class _Pass:
         key = action.chunk, action.microbatch
         stage = self.plan.stage(self.pp.rank, action.chunk)
         x, y = self.graphs.pop(key)
-        y.backward(self._arrived(self.gradients.pop(key)) if stage + 1 < self.plan.num_stages else None)
+        y.backward(
+            self._arrived(self.gradients.pop(key)) if stage + 1 < self.plan.num_stages else None
+        )
         if stage > 0:
             self._hand_on(SendGradient, self.gradients, key, stage - 1, x.grad)
 
@@ -116,7 +139,9 @@ class _Pass:
             for pending in sent:
                 pending.wait()
 
-    def _hand_on(self, kind: type, local: dict, key: _Key, to_stage: int, tensor: torch.Tensor) -> None:
+    def _hand_on(
+        self, kind: type, local: dict, key: _Key, to_stage: int, tensor: torch.Tensor
+    ) -> None:
         """To the neighbour stage: kept for the send that follows, or straight to another chunk of this rank."""
         rank, chunk = self.plan.place(to_stage)
         if rank == self.pp.rank:
@@ -125,7 +150,9 @@ class _Pass:
             self.outgoing[kind, *key] = tensor
 
     def _receive(self, peer: int) -> "_Receive":
-        return _Receive(comm.start_receive(self.message.buffer(), self.pp, peer), self.sending.pop(peer, []))
+        return _Receive(
+            comm.start_receive(self.message.buffer(), self.pp, peer), self.sending.pop(peer, [])
+        )
 
     def _arrived(self, held: "torch.Tensor | _Receive") -> torch.Tensor:
         """The tensor; if it came in a message, let go of what was sent to that rank before: messages of a pair complete in order."""

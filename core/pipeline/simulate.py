@@ -24,7 +24,9 @@ RECEIVE_OF = {SendActivation: ReceiveActivation, SendGradient: ReceiveGradient}
 INPUT_OF = {Forward: ReceiveActivation, Backward: ReceiveGradient, BackwardInput: ReceiveGradient}
 PARTS = {Backward: (BackwardInput, BackwardWeight)}  # a whole backward counts as both
 Deed = tuple[type[Action], int]  # (kind, chunk), to be done once for each micro-batch
-Rules = dict[Deed, tuple[int | None, tuple[Deed, ...]]]  # the peer of a message, and what has to be done before on this rank
+Rules = dict[
+    Deed, tuple[int | None, tuple[Deed, ...]]
+]  # the peer of a message, and what has to be done before on this rank
 
 
 class PlanError(ValueError):
@@ -73,7 +75,10 @@ def simulate(plan: Plan, costs: Costs = UNIT_COSTS) -> Timeline:
     busy = [sum(end - start for _, start, end in rank) for rank in spans]
     bubbles = [rank[-1][2] - rank[0][1] - total for rank, total in zip(spans, busy, strict=True)]
     return Timeline(
-        spans=tuple(tuple((action, start / scale, end / scale) for action, start, end in rank) for rank in spans),
+        spans=tuple(
+            tuple((action, start / scale, end / scale) for action, start, end in rank)
+            for rank in spans
+        ),
         busy=tuple(total / scale for total in busy),
         bubbles=tuple(bubble / scale for bubble in bubbles),
         makespan=max(rank[-1][2] for rank in spans) / scale,
@@ -113,7 +118,11 @@ def _rules(plan: Plan, rank: int) -> Rules:
         rules[BackwardInput, chunk] = (None, ((Forward, chunk), *returned))
         rules[BackwardWeight, chunk] = (None, ((BackwardInput, chunk),))
     if plan.forward_only:
-        return {deed: rule for deed, rule in rules.items() if deed[0] in (Forward, SendActivation, ReceiveActivation)}
+        return {
+            deed: rule
+            for deed, rule in rules.items()
+            if deed[0] in (Forward, SendActivation, ReceiveActivation)
+        }
     return rules
 
 
@@ -129,15 +138,21 @@ def _check_order(plan: Plan, rank: int, rules: Rules) -> None:
                 raise PlanError(f"rank {rank}: {action} does again what is done")
             peer, earlier = rules[kind, chunk]
             if peer is not None and action.peer != peer:
-                raise PlanError(f"rank {rank}: {action} goes to the wrong rank; the neighbour stage is on rank {peer}")
+                raise PlanError(
+                    f"rank {rank}: {action} goes to the wrong rank; the neighbour stage is on rank {peer}"
+                )
             for needed in earlier:
                 if i not in done[needed]:
-                    raise PlanError(f"rank {rank}: {action} comes before {needed[0].__name__}(chunk={needed[1]}, microbatch={i}), which it needs")
+                    raise PlanError(
+                        f"rank {rank}: {action} comes before {needed[0].__name__}(chunk={needed[1]}, microbatch={i}), which it needs"
+                    )
             done[kind, chunk].add(i)
     for (kind, chunk), microbatches in done.items():
         for i in range(plan.num_microbatches):
             if i not in microbatches:
-                raise PlanError(f"rank {rank}: {kind.__name__}(chunk={chunk}, microbatch={i}) is missing")
+                raise PlanError(
+                    f"rank {rank}: {kind.__name__}(chunk={chunk}, microbatch={i}) is missing"
+                )
 
 
 class _Links:
@@ -146,9 +161,13 @@ class _Links:
     def __init__(self, plan: Plan, transfer: float):
         self.plan = plan
         self.transfer = transfer
-        self.posted: dict[tuple[int, int], deque[tuple[float, Message]]] = defaultdict(deque)  # by (rank, peer), each end by itself
+        self.posted: dict[tuple[int, int], deque[tuple[float, Message]]] = defaultdict(
+            deque
+        )  # by (rank, peer), each end by itself
         self.free: dict[tuple[int, int], float] = defaultdict(float)
-        self.received: list[dict[tuple, float]] = [{} for _ in plan.actions]  # (kind, chunk, micro-batch) -> time
+        self.received: list[dict[tuple, float]] = [
+            {} for _ in plan.actions
+        ]  # (kind, chunk, micro-batch) -> time
 
     def post(self, rank: int, action: Message, time: float) -> bool:
         """Whether anything passes now. Raises PlanError if the two ends do not put the same message first."""
@@ -161,11 +180,15 @@ class _Links:
             here, there = (rank, *ours.popleft()), (peer, *theirs.popleft())
             sender, receiver = (here, there) if type(here[2]) in RECEIVE_OF else (there, here)
             if not self._match(sender, receiver):
-                raise PlanError(f"deadlock: rank {rank} has {here[2]} first in its queue with rank {peer}, which has {there[2]}")
+                raise PlanError(
+                    f"deadlock: rank {rank} has {here[2]} first in its queue with rank {peer}, which has {there[2]}"
+                )
             pair = min(rank, peer), max(rank, peer)
             self.free[pair] = max(here[1], there[1], self.free[pair]) + self.transfer
             receive = receiver[2]
-            self.received[receiver[0]][type(receive), receive.chunk, receive.microbatch] = self.free[pair]
+            self.received[receiver[0]][type(receive), receive.chunk, receive.microbatch] = (
+                self.free[pair]
+            )
         return True
 
     def _match(self, sender: tuple, receiver: tuple) -> bool:
@@ -173,7 +196,10 @@ class _Links:
         if RECEIVE_OF.get(type(send)) is not type(receive):
             return False
         step = 1 if type(send) is SendActivation else -1
-        return self.plan.stage(rank, send.chunk) + step == self.plan.stage(peer, receive.chunk) and send.microbatch == receive.microbatch
+        return (
+            self.plan.stage(rank, send.chunk) + step == self.plan.stage(peer, receive.chunk)
+            and send.microbatch == receive.microbatch
+        )
 
 
 def _run(plan: Plan, rules: list[Rules], costs: Costs) -> list[list[tuple[Compute, float, float]]]:
@@ -208,7 +234,11 @@ def _run(plan: Plan, rules: list[Rules], costs: Costs) -> list[list[tuple[Comput
                 clock[rank] = start + duration[kind][plan.stage(rank, action.chunk)]
                 spans[rank].append((action, start, clock[rank]))
             position[rank] += 1
-    stuck = [f"rank {rank} at {plan.actions[rank][at]}" for rank, at in enumerate(position) if at < len(plan.actions[rank])]
+    stuck = [
+        f"rank {rank} at {plan.actions[rank][at]}"
+        for rank, at in enumerate(position)
+        if at < len(plan.actions[rank])
+    ]
     if stuck:
         raise PlanError(f"deadlock: ranks wait for each other, {', '.join(stuck)}")
     return spans

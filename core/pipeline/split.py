@@ -8,7 +8,10 @@ from .plan import Placement
 
 PP, LAYERS = "--pipeline-model-parallel-size", "--num-layers"
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
-WITH_EMBEDDING, WITH_LOSS = "--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"
+WITH_EMBEDDING, WITH_LOSS = (
+    "--account-for-embedding-in-pipeline-split",
+    "--account-for-loss-in-pipeline-split",
+)
 LAYOUT = "--pipeline-model-parallel-layout"
 
 
@@ -38,11 +41,19 @@ def split_layers(
     Raises ValueError, with a remedy, where the numbers do not fit.
     """
     uneven = [flag for flag, given in ((FIRST, first), (LAST, last)) if given is not None]
-    accounts = [flag for flag, given in ((WITH_EMBEDDING, account_for_embedding), (WITH_LOSS, account_for_loss)) if given]
+    accounts = [
+        flag
+        for flag, given in ((WITH_EMBEDDING, account_for_embedding), (WITH_LOSS, account_for_loss))
+        if given
+    ]
     if layout is not None and uneven + accounts:
-        raise ValueError(f"{LAYOUT} says all about the stages; leave out {' and '.join(uneven + accounts)}")
+        raise ValueError(
+            f"{LAYOUT} says all about the stages; leave out {' and '.join(uneven + accounts)}"
+        )
     if uneven and accounts:
-        raise ValueError(f"{' and '.join(uneven)} cannot be had with {' and '.join(accounts)}; use {LAYOUT} for such a split")
+        raise ValueError(
+            f"{' and '.join(uneven)} cannot be had with {' and '.join(accounts)}; use {LAYOUT} for such a split"
+        )
     if layout is not None:
         counts = _counts_of_layout(num_layers, placement, layout)
     elif uneven:
@@ -66,9 +77,13 @@ def parse_layout(layout: str) -> list[str]:
     for repeated in (r"\(([^()]*)\)\*(\d+)", r"([^()*])\*(\d+)"):
         text = re.sub(repeated, lambda found: found[1] * int(found[2]), text)
     if "m" in text:
-        raise ValueError(f"{LAYOUT} {layout} has m, a multi-token prediction layer, and there are none; leave it out")
+        raise ValueError(
+            f"{LAYOUT} {layout} has m, a multi-token prediction layer, and there are none; leave it out"
+        )
     if wrong := sorted(set(text) - set("EtL|")):
-        raise ValueError(f"{LAYOUT} {layout} has {' '.join(wrong)} where E, t, L, |, x*n or (...)*n is expected")
+        raise ValueError(
+            f"{LAYOUT} {layout} has {' '.join(wrong)} where E, t, L, |, x*n or (...)*n is expected"
+        )
     return text.split("|")
 
 
@@ -82,12 +97,24 @@ def _even_counts(num_layers: int, placement: Placement, embedding: bool, loss: b
     num_stages, extra = placement.num_stages, embedding + loss
     if (num_layers + extra) % num_stages:
         below = (num_layers + extra) // num_stages * num_stages - extra
-        remedies = [f"use {' or '.join(str(count) for count in (below, below + num_stages) if count > 0)}"]
-        first = [n for n in _counts_that_fit(num_layers, placement.num_ranks - 1, placement.num_chunks) if n <= num_layers // placement.num_ranks]
+        remedies = [
+            f"use {' or '.join(str(count) for count in (below, below + num_stages) if count > 0)}"
+        ]
+        first = [
+            n
+            for n in _counts_that_fit(num_layers, placement.num_ranks - 1, placement.num_chunks)
+            if n <= num_layers // placement.num_ranks
+        ]
         if first and not extra:
             remedies.append(f"set {FIRST} {max(first)}")
-        counted = f" with {' and '.join([WITH_EMBEDDING] * embedding + [WITH_LOSS] * loss)} makes {num_layers + extra}, which" if extra else ""
-        raise ValueError(f"{LAYERS} {num_layers}{counted} cannot be cut into {_stages(placement)}; {', or '.join(remedies)}")
+        counted = (
+            f" with {' and '.join([WITH_EMBEDDING] * embedding + [WITH_LOSS] * loss)} makes {num_layers + extra}, which"
+            if extra
+            else ""
+        )
+        raise ValueError(
+            f"{LAYERS} {num_layers}{counted} cannot be cut into {_stages(placement)}; {', or '.join(remedies)}"
+        )
     counts = [(num_layers + extra) // num_stages] * num_stages
     counts[0] -= embedding
     counts[-1] -= loss
@@ -97,11 +124,17 @@ def _even_counts(num_layers: int, placement: Placement, embedding: bool, loss: b
 def _counts_that_fit(num_layers: int, others: int, chunks: int) -> list[int]:
     """How many layers one rank can have for `others` to share the rest evenly, each at least one for every chunk."""
     return [
-        n for n in range(chunks, num_layers, chunks) if others and num_layers - n >= others * chunks and (num_layers - n) % (others * chunks) == 0
+        n
+        for n in range(chunks, num_layers, chunks)
+        if others
+        and num_layers - n >= others * chunks
+        and (num_layers - n) % (others * chunks) == 0
     ]
 
 
-def _counts_with_uneven_ends(num_layers: int, placement: Placement, first: int | None, last: int | None) -> list[int]:
+def _counts_with_uneven_ends(
+    num_layers: int, placement: Placement, first: int | None, last: int | None
+) -> list[int]:
     ranks, chunks = placement.num_ranks, placement.num_chunks
     given = {flag: count for flag, count in ((FIRST, first), (LAST, last)) if count is not None}
     if ranks == 1:
@@ -109,16 +142,26 @@ def _counts_with_uneven_ends(num_layers: int, placement: Placement, first: int |
     for flag, count in given.items():
         if count < 1 or count % chunks:
             near = max(count // chunks, 1) * chunks
-            raise ValueError(f"{flag} {count} cannot be cut into {chunks} model chunk{'s' * (chunks > 1)}; use {near} or {near + chunks}")
+            raise ValueError(
+                f"{flag} {count} cannot be cut into {chunks} model chunk{'s' * (chunks > 1)}; use {near} or {near + chunks}"
+            )
     rest, others = num_layers - sum(given.values()), ranks - len(given)
     said = f"{LAYERS} {num_layers} less {' and '.join(f'{flag} {count}' for flag, count in given.items())} leaves {rest} layers"
     if others == 0 and rest != 0:
         raise ValueError(f"{said} and no stage for them; the two must add up to {LAYERS}")
     if others > 0 and (rest < others * chunks or rest % (others * chunks)):
         flag, count = next(iter(given.items()))
-        near = sorted(_counts_that_fit(rest + count, others, chunks), key=lambda n: (abs(n - count), n))[:2]
-        remedy = f"{flag} {' or '.join(map(str, near))}" if near else f"{LAYERS} {num_layers - rest + others * chunks}"
-        raise ValueError(f"{said}, which cannot be cut into {others} x {chunks} stages; use {remedy}")
+        near = sorted(
+            _counts_that_fit(rest + count, others, chunks), key=lambda n: (abs(n - count), n)
+        )[:2]
+        remedy = (
+            f"{flag} {' or '.join(map(str, near))}"
+            if near
+            else f"{LAYERS} {num_layers - rest + others * chunks}"
+        )
+        raise ValueError(
+            f"{said}, which cannot be cut into {others} x {chunks} stages; use {remedy}"
+        )
     of_rank = [rest // others if others else 0] * ranks
     of_rank[0] = of_rank[0] if first is None else first
     of_rank[-1] = of_rank[-1] if last is None else last
@@ -129,10 +172,21 @@ def _counts_of_layout(num_layers: int, placement: Placement, layout: str) -> lis
     stages = parse_layout(layout)
     said = f"{LAYOUT} {layout}"
     if len(stages) != placement.num_stages:
-        raise ValueError(f"{said} has {len(stages)} stages for {_stages(placement)}; add or join some")
+        raise ValueError(
+            f"{said} has {len(stages)} stages for {_stages(placement)}; add or join some"
+        )
     whole = "".join(stages)
-    if whole.count("E") != 1 or whole.count("L") != 1 or not stages[0].startswith("E") or not stages[-1].endswith("L"):
-        raise ValueError(f"{said} has {' | '.join(stages)}; the first stage begins with the only E, the last one ends with the only L")
+    if (
+        whole.count("E") != 1
+        or whole.count("L") != 1
+        or not stages[0].startswith("E")
+        or not stages[-1].endswith("L")
+    ):
+        raise ValueError(
+            f"{said} has {' | '.join(stages)}; the first stage begins with the only E, the last one ends with the only L"
+        )
     if whole.count("t") != num_layers:
-        raise ValueError(f"{said} has {whole.count('t')} layers for {LAYERS} {num_layers}; make them equal")
+        raise ValueError(
+            f"{said} has {whole.count('t')} layers for {LAYERS} {num_layers}; make them equal"
+        )
     return [stage.count("t") for stage in stages]

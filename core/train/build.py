@@ -20,23 +20,38 @@ from .stages import Stages
 from .step import Trainer
 
 
-def build_trainer(config: Config, mesh: Mesh, device: torch.device, ops: Ops, vocab_size: int, eod: int) -> Trainer:
+def build_trainer(
+    config: Config, mesh: Mesh, device: torch.device, ops: Ops, vocab_size: int, eod: int
+) -> Trainer:
     """Everything a step needs, with initial weights. eod: the token that ends a document."""
     if device.type == "cpu":
         keep_freed_memory()  # a step frees and asks for the same large temporaries again and again
     stages = build_stages(config, vocab_size, mesh, ops, device)
     optimizer = build_optimizer(config, mesh, stages, ops)
-    return Trainer(config, mesh, device, stages, Preparation(config, stages.sharding, device, eod), optimizer, LossScaler(config.precision, device))
+    return Trainer(
+        config,
+        mesh,
+        device,
+        stages,
+        Preparation(config, stages.sharding, device, eod),
+        optimizer,
+        LossScaler(config.precision, device),
+    )
 
 
-def build_stages(config: Config, vocab_size: int, mesh: Mesh, ops: Ops, device: torch.device) -> Stages:
+def build_stages(
+    config: Config, vocab_size: int, mesh: Mesh, ops: Ops, device: torch.device
+) -> Stages:
     """The model chunks of this rank with fp32 weights on `device`, and the plans for the micro-batches of an update.
 
     Parameters that are to be cut over data parallel stay on the CPU: the device need not have room for all of them.
     """
     parallel, batch = config.parallel, config.batch
     sharding, recompute = Sharding.of(mesh, parallel), Recompute.of(parallel)
-    placement, specs = placement_of(parallel, config.model.num_layers), specs_of(parallel, config.model.num_layers)
+    placement, specs = (
+        placement_of(parallel, config.model.num_layers),
+        specs_of(parallel, config.model.num_layers),
+    )
     chunks: list[GPT] = []
     for chunk in range(placement.num_chunks):
         spec = specs[placement.stage(mesh.pp.rank, chunk)]
@@ -49,18 +64,32 @@ def build_stages(config: Config, vocab_size: int, mesh: Mesh, ops: Ops, device: 
             layers=spec.layers,
             embeds=spec.embeds,
             predicts=spec.predicts,
-            tied_weight=chunks[0].embedding.weight if config.model.tied and chunks and chunks[0].embeds else None,
+            tied_weight=chunks[0].embedding.weight
+            if config.model.tied and chunks and chunks[0].embeds
+            else None,
             recompute=recompute,
         )
         if parallel.compile:
             for block in model.layers:
                 block.compile(dynamic=False)
-        chunks.append(model if _cuts_parameters(config, mesh) else model.place(device, torch.float32))
+        chunks.append(
+            model if _cuts_parameters(config, mesh) else model.place(device, torch.float32)
+        )
     tokens = batch.seq_length // mesh.cp.size // (mesh.tp.size if sharding.sequence_parallel else 1)
-    message = Message((batch.micro_batch_size, tokens, config.model.hidden_size), working_dtype(config.precision), device)
+    message = Message(
+        (batch.micro_batch_size, tokens, config.model.hidden_size),
+        working_dtype(config.precision),
+        device,
+    )
     num_microbatches = batch.global_batch_size // (batch.micro_batch_size * mesh.dp.size)
     plans = [
-        make_plan(placement.schedule, placement.num_ranks, num_microbatches, placement.num_chunks, forward_only=forward_only)
+        make_plan(
+            placement.schedule,
+            placement.num_ranks,
+            num_microbatches,
+            placement.num_chunks,
+            forward_only=forward_only,
+        )
         for forward_only in (False, True)
     ]
     return Stages(chunks, mesh, message, *plans)
@@ -68,20 +97,44 @@ def build_stages(config: Config, vocab_size: int, mesh: Mesh, ops: Ops, device: 
 
 def build_optimizer(config: Config, mesh: Mesh, stages: Stages, ops: Ops) -> Optimizer:
     """The optimizer over the stages' parameters: views of flat buckets in the working dtype from now on, or cut over data parallel."""
-    parallel, dtype, device = config.parallel, working_dtype(config.precision), stages.message.device
+    parallel, dtype, device = (
+        config.parallel,
+        working_dtype(config.precision),
+        stages.message.device,
+    )
     strategy = parallel.data_parallel_sharding_strategy
-    reduction = Reduction(mesh.shards, mesh.copies, parallel.overlap_grad_reduce, strategy != "optim_grads", stages.deferral)
+    reduction = Reduction(
+        mesh.shards,
+        mesh.copies,
+        parallel.overlap_grad_reduce,
+        strategy != "optim_grads",
+        stages.deferral,
+    )
     if _cuts_parameters(config, mesh):
         if len(stages.chunks) > 1:
             flag = "--data-parallel-sharding-strategy optim_grads_params"
-            raise ConfigError([f"{flag} has one model chunk on each process, not {len(stages.chunks)}; use optim_grads"])
+            raise ConfigError(
+                [
+                    f"{flag} has one model chunk on each process, not {len(stages.chunks)}; use optim_grads"
+                ]
+            )
         model = stages.chunks[0]
-        return Optimizer(cut_parameters(model, model.layers, dtype, device, reduction), config.optimizer, ops, device)
+        return Optimizer(
+            cut_parameters(model, model.layers, dtype, device, reduction),
+            config.optimizer,
+            ops,
+            device,
+        )
     size = parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * mesh.dp_cp.size)
     buckets = make_buckets(stages.parameters(), dtype, device, reduction, size)
-    return Optimizer(buckets, config.optimizer, ops, device, overlap_gather=parallel.overlap_param_gather)
+    return Optimizer(
+        buckets, config.optimizer, ops, device, overlap_gather=parallel.overlap_param_gather
+    )
 
 
 def _cuts_parameters(config: Config, mesh: Mesh) -> bool:
     """Whether this rank holds a share of each parameter alone (ZeRO-3)."""
-    return config.parallel.data_parallel_sharding_strategy == "optim_grads_params" and mesh.shards.size > 1
+    return (
+        config.parallel.data_parallel_sharding_strategy == "optim_grads_params"
+        and mesh.shards.size > 1
+    )

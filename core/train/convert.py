@@ -50,7 +50,9 @@ class Described:
     data: DataConfig
 
 
-def write_checkpoint(save_dir: Path, weights: Weights, described: Described, dtype: torch.dtype | None) -> None:
+def write_checkpoint(
+    save_dir: Path, weights: Weights, described: Described, dtype: torch.dtype | None
+) -> None:
     """Publish `weights`, in `dtype` or as they are stored, as iteration 0, without optimizer state.
 
     One tensor is held at a time. Raises CheckpointError where the folder cannot be written.
@@ -65,26 +67,35 @@ def write_checkpoint(save_dir: Path, weights: Weights, described: Described, dty
         "loss_scale": LossScaler(precision, torch.device("cpu")).state(),
         "random": {"seed": config.batch.seed},
         "vocab_size": described.vocab_size,
-        "fingerprints": {"tokenizer": build_tokenizer(**described.data.tokenizer).fingerprint, "data": ""},
+        "fingerprints": {
+            "tokenizer": build_tokenizer(**described.data.tokenizer).fingerprint,
+            "data": "",
+        },
         "persistent": True,
     }
     _publish(save_dir, 0, _blocks(weights, weights.names(), dtype), state, write_config(config))
 
 
-def rewrite_checkpoint(save_dir: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, *, keeps_optimizer: bool) -> None:
+def rewrite_checkpoint(
+    save_dir: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, *, keeps_optimizer: bool
+) -> None:
     """Publish a checkpoint again with its weights in `dtype` (None: as they are), with or without its optimizer state, which stays fp32."""
     names = checkpoint.names()
     moments = [name for name in names if name.startswith("optim.")]
     blocks = _blocks(checkpoint, [name for name in names if name not in moments], dtype)
     kept = _blocks(checkpoint, moments if keeps_optimizer else [], None)
-    _publish(save_dir, checkpoint.iteration, [*blocks, *kept], checkpoint.state, checkpoint.config_yaml)
+    _publish(
+        save_dir, checkpoint.iteration, [*blocks, *kept], checkpoint.state, checkpoint.config_yaml
+    )
 
 
 @contextmanager
 def new_folder(save_dir: Path) -> Iterator[None]:
     """Within, `save_dir` is filled; if that fails, nothing of it is left. Raises CheckpointError where it holds anything already."""
     if found := sorted(save_dir.iterdir()) if save_dir.is_dir() else []:
-        raise CheckpointError(f"{save_dir} holds {found[0].name} already; name another folder, or remove it")
+        raise CheckpointError(
+            f"{save_dir} holds {found[0].name} already; name another folder, or remove it"
+        )
     is_new = not save_dir.exists()
     save_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -116,14 +127,23 @@ def copy_tokenizer(source: HFFolder, save_dir: Path, vocab_size: int) -> DataCon
 def _blocks(weights: Weights, names: list[str], dtype: torch.dtype | None) -> Iterator[Block]:
     for name in names:
         shape, stored_as = weights.shape(name), dtype or weights.dtype(name)
-        yield Block(name, shape, (0,) * len(shape), DTYPE_NAMES[stored_as], shape, partial(_bytes, weights.read, name, stored_as))
+        yield Block(
+            name,
+            shape,
+            (0,) * len(shape),
+            DTYPE_NAMES[stored_as],
+            shape,
+            partial(_bytes, weights.read, name, stored_as),
+        )
 
 
 def _bytes(read: Callable[[str], torch.Tensor], name: str, dtype: torch.dtype) -> memoryview:
     return host_bytes(read(name).to(dtype))
 
 
-def _publish(save_dir: Path, iteration: int, blocks: Iterable[Block], state: dict, config_yaml: str) -> None:
+def _publish(
+    save_dir: Path, iteration: int, blocks: Iterable[Block], state: dict, config_yaml: str
+) -> None:
     folder = publish.begin(save_dir, iteration)
     try:
         write_part(folder, 0, blocks, MAX_SHARD_BYTES)

@@ -9,7 +9,9 @@ from .losses import LossPass
 from .stages import Stages
 
 
-def mean_loss(stages: Stages, prepare: Preparation, batches: Iterator[Batch], num_passes: int) -> float:
+def mean_loss(
+    stages: Stages, prepare: Preparation, batches: Iterator[Batch], num_passes: int
+) -> float:
     """Sum of masked token losses over the sum of the mask, over `num_passes` global batches; NaN if all is masked."""
     totals = 0
     for _ in range(num_passes):

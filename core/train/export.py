@@ -36,11 +36,25 @@ def export_hf(
     Raises ConfigError where the model belongs to no family that can be exported.
     """
     config = config or read_config(checkpoint.config_yaml)
-    generation = _generation_config([*(path.parent for path in tokenizer_files), checkpoint.folder.parent / TOKENIZER_FOLDER])
+    generation = _generation_config(
+        [*(path.parent for path in tokenizer_files), checkpoint.folder.parent / TOKENIZER_FOLDER]
+    )
     trained = any(name.startswith("optim.") for name in checkpoint.names())
-    dtype_of = checkpoint.dtype if dtype is None and not trained else lambda name: dtype or working_dtype(config.precision)
+    dtype_of = (
+        checkpoint.dtype
+        if dtype is None and not trained
+        else lambda name: dtype or working_dtype(config.precision)
+    )
     generation = generation or {"bos_token_id": eod, "eos_token_id": eod}
-    export_weights(config.model, checkpoint.state["vocab_size"], checkpoint.read, folder, dtype_of, tokenizer_files, generation)
+    export_weights(
+        config.model,
+        checkpoint.state["vocab_size"],
+        checkpoint.read,
+        folder,
+        dtype_of,
+        tokenizer_files,
+        generation,
+    )
 
 
 def export_weights(
@@ -57,12 +71,21 @@ def export_weights(
         raise ConfigError(problems)
     places = hf_places(config, vocab_size)
     dtypes = {place.name: dtype_of(part) for part, place in places.items()}
-    tensors = [hf.Outgoing(name, shape, dtypes[name], partial(assemble, name, places, read)) for name, shape in their_shapes(places).items()]
-    special = {key: generation.get(key) for key in SPECIAL_IDS}  # all of them: some families have defaults outside of the vocabulary
+    tensors = [
+        hf.Outgoing(name, shape, dtypes[name], partial(assemble, name, places, read))
+        for name, shape in their_shapes(places).items()
+    ]
+    special = {
+        key: generation.get(key) for key in SPECIAL_IDS
+    }  # all of them: some families have defaults outside of the vocabulary
     hf.write_folder(
         folder,
         tensors,
-        write_config(config, vocab_size, special | {"torch_dtype": str(tensors[0].dtype).removeprefix("torch.")}),
+        write_config(
+            config,
+            vocab_size,
+            special | {"torch_dtype": str(tensors[0].dtype).removeprefix("torch.")},
+        ),
         tokenizer_files=tokenizer_files,
         generation_config=generation,
     )

@@ -13,13 +13,19 @@ class StopWish:
 
     def __init__(self, batch: BatchConfig):
         self._signal: signal.Signals | None = None
-        self._deadline = None if batch.exit_duration_in_mins is None else time.monotonic() + 60 * batch.exit_duration_in_mins
+        self._deadline = (
+            None
+            if batch.exit_duration_in_mins is None
+            else time.monotonic() + 60 * batch.exit_duration_in_mins
+        )
         if batch.exit_signal_handler:
             for number in SIGNALS:
                 signal.signal(number, self._receive)
 
     def __bool__(self) -> bool:
-        return self._signal is not None or (self._deadline is not None and time.monotonic() >= self._deadline)
+        return self._signal is not None or (
+            self._deadline is not None and time.monotonic() >= self._deadline
+        )
 
     @property
     def reason(self) -> str:

@@ -16,7 +16,13 @@ from ..name_map import read_piece, their_shapes
 from ..validate import model_problems
 
 # What old folders hold beside weights: tables that are made anew.
-_TABLES = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
+_TABLES = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    "rotary_emb.inv_freq",
+)
 _COMPARED = 1 << 24  # elements at a time
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
@@ -44,16 +50,24 @@ class HFModel:
             if stored not in held:
                 raise CheckpointError(f"{self.folder.path} has no tensor {name}")
             if self.folder.shape(stored) != shape:
-                raise CheckpointError(f"{self.folder.path}: {name} is {list(self.folder.shape(stored))}, config.json makes it {list(shape)}")
+                raise CheckpointError(
+                    f"{self.folder.path}: {name} is {list(self.folder.shape(stored))}, config.json makes it {list(shape)}"
+                )
             dtype = self.folder.dtype(stored)
             if dtype is None or not dtype.is_floating_point:
                 held_as = "another dtype" if dtype is None else dtype
-                raise CheckpointError(f"{self.folder.path}: {name} is stored as {held_as}; weights are float64, float32, float16 or bfloat16")
-        ignored = {name for name in held if name.endswith(_TABLES) or (self.config.tied and name in _HEADS)}
+                raise CheckpointError(
+                    f"{self.folder.path}: {name} is stored as {held_as}; weights are float64, float32, float16 or bfloat16"
+                )
+        ignored = {
+            name for name in held if name.endswith(_TABLES) or (self.config.tied and name in _HEADS)
+        }
         for head in held & set(_HEADS) if self.config.tied else ():
             self._check_tied(head)
         if unknown := sorted(held - set(self._names.values()) - ignored):
-            raise CheckpointError(f"{self.folder.path} holds {unknown[0]}, which a {self.config.hf_model_type} of its config.json does not have")
+            raise CheckpointError(
+                f"{self.folder.path} holds {unknown[0]}, which a {self.config.hf_model_type} of its config.json does not have"
+            )
 
     def _check_tied(self, head: str) -> None:
         """A head stored beside an embedding that it is tied to must be the same, or one of them would be lost."""
@@ -61,11 +75,18 @@ class HFModel:
         rows, columns = self.folder.shape(words)
         step = max(1, _COMPARED // columns)
         same = self.folder.shape(head) == (rows, columns) and all(
-            torch.equal(*(self.folder.read(name, ((start, min(start + step, rows)), (0, columns))) for name in (words, head)))
+            torch.equal(
+                *(
+                    self.folder.read(name, ((start, min(start + step, rows)), (0, columns)))
+                    for name in (words, head)
+                )
+            )
             for start in range(0, rows, step)
         )
         if not same:
-            raise CheckpointError(f"{self.folder.path}: tie_word_embeddings, but {head} is not {words}; save it untied, or without {head}")
+            raise CheckpointError(
+                f"{self.folder.path}: tie_word_embeddings, but {head} is not {words}; save it untied, or without {head}"
+            )
 
     def names(self) -> list[str]:
         """Our names, in the order of the model."""
@@ -74,7 +95,9 @@ class HFModel:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of our tensor `name`."""
         if name not in self.places:
-            raise CheckpointError(f"{self.folder.path} has no tensor {name}: its model is another than the flags say; give --hf-config")
+            raise CheckpointError(
+                f"{self.folder.path} has no tensor {name}: its model is another than the flags say; give --hf-config"
+            )
         place = self.places[name]
         columns = place.shape[:-1] if place.transposed else place.shape[1:]
         return (sum(run.count for run in place.runs), *columns)
@@ -92,7 +115,9 @@ class HFModel:
                 remedy = ""
                 if there[0] == self.vocab_size:
                     remedy = f"; give --vocab-size {there[0]} in place of the tokenizer's {piece.shape[0]} ({there[0] - 1} with NullTokenizer)"
-                raise CheckpointError(f"{piece.name} is {list(there)} in {self.folder.path}, {list(piece.shape)} in this run{remedy}")
+                raise CheckpointError(
+                    f"{piece.name} is {list(there)} in {self.folder.path}, {list(piece.shape)} in this run{remedy}"
+                )
         with torch.no_grad():
             for piece in pieces:
                 read_piece(piece, self.places[piece.name], self._read_into)
@@ -101,7 +126,11 @@ class HFModel:
         """A whole tensor of ours on the CPU, in the dtype it is stored in."""
         shape = self.shape(name)
         tensor = torch.empty(shape, dtype=self.dtype(name))
-        read_piece(Piece(name, shape, tuple((0, size) for size in shape), tensor), self.places[name], self._read_into)
+        read_piece(
+            Piece(name, shape, tuple((0, size) for size in shape), tensor),
+            self.places[name],
+            self._read_into,
+        )
         return tensor
 
     def _read_into(self, name: str, box: Box, tensor: torch.Tensor) -> None:
@@ -121,9 +150,21 @@ def is_hf_folder(path: Path) -> bool:
 
 def tokenizer_of(folder: Path, vocab_size: int) -> DataConfig:
     """The flags of the tokenizer in a Hugging Face folder; without one, a NullTokenizer of the model's vocabulary."""
-    if (folder / "tokenizer.json").exists() or ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
-        return replace(DataConfig(), tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder.resolve()), vocab_size=vocab_size)
+    if (folder / "tokenizer.json").exists() or (
+        (folder / "vocab.json").exists() and (folder / "merges.txt").exists()
+    ):
+        return replace(
+            DataConfig(),
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=str(folder.resolve()),
+            vocab_size=vocab_size,
+        )
     if (folder / "tokenizer.model").exists():
         path = (folder / "tokenizer.model").resolve()
-        return replace(DataConfig(), tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path), vocab_size=vocab_size)
+        return replace(
+            DataConfig(),
+            tokenizer_type="SentencePieceTokenizer",
+            tokenizer_model=str(path),
+            vocab_size=vocab_size,
+        )
     return replace(DataConfig(), tokenizer_type="NullTokenizer", vocab_size=vocab_size - 1)

@@ -34,17 +34,27 @@ class Preparation:
     def __call__(self, batch: Batch, iteration: int | None) -> Inputs:
         """iteration: of the update, which dropout depends on; None in evaluation."""
         config, cp = self.config, self.sharding.cp
-        tokens, labels, mask = (tensor.to(self.device, non_blocking=True) for tensor in (batch.tokens, batch.labels, batch.loss_mask))
+        tokens, labels, mask = (
+            tensor.to(self.device, non_blocking=True)
+            for tensor in (batch.tokens, batch.labels, batch.loss_mask)
+        )
         positions = token_positions(tokens.shape[1], cp, self.device)
         stream = None
         if iteration is not None and config.model.hidden_dropout > 0:
-            stream = rng.DropoutStream.of(config.batch.seed, iteration, batch.samples, self.sharding.own_tokens(positions))
+            stream = rng.DropoutStream.of(
+                config.batch.seed, iteration, batch.samples, self.sharding.own_tokens(positions)
+            )
         documents = None
         if config.data.reset_attention_mask or config.data.reset_position_ids:
             documents = document_indices(tokens, self.eod)
         if config.data.reset_position_ids:
             positions = local_tokens(positions_in_documents(documents), cp)
-        passage = Passage(positions, documents if config.data.reset_attention_mask else None, stream, tokens.shape[1])
+        passage = Passage(
+            positions,
+            documents if config.data.reset_attention_mask else None,
+            stream,
+            tokens.shape[1],
+        )
         return Inputs(*(local_tokens(tensor, cp) for tensor in (tokens, labels, mask)), passage)
 
 

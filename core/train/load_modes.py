@@ -83,7 +83,9 @@ def with_cooldown(config: Config) -> tuple[Config, list[str]]:
         return config, [f"--load {asked.load}: {error}"]
     if rate <= 0 or config.optimizer.min_lr > rate:
         least = f"below --min-lr {config.optimizer.min_lr}" if rate > 0 else "at its end"
-        return config, [f"--load-mode cooldown: the rate of {folder} is {rate}, {least}; choose an earlier one by --ckpt-step"]
+        return config, [
+            f"--load-mode cooldown: the rate of {folder} is {rate}, {least}; choose an earlier one by --ckpt-step"
+        ]
     schedule = replace(
         config.optimizer,
         lr=rate,
@@ -94,7 +96,11 @@ def with_cooldown(config: Config) -> tuple[Config, list[str]]:
         lr_warmup_fraction=None,
         lr_warmup_init=0.0,
     )
-    return replace(config, optimizer=schedule, batch=replace(config.batch, train_iters=start + length, train_samples=None)), []
+    return replace(
+        config,
+        optimizer=schedule,
+        batch=replace(config.batch, train_iters=start + length, train_samples=None),
+    ), []
 
 
 def _rate_after(iteration: int, folder: Path) -> float:
@@ -107,7 +113,14 @@ def _rate_after(iteration: int, folder: Path) -> float:
 
 def to_go_on_with(config: Config) -> Config:
     """The configuration to save beside a checkpoint, with which --load resumes it: without what was about this run's own beginning."""
-    begun = replace(config.checkpoint, ckpt_step=None, load_mode=None, cooldown_iters=None, finetune=False, no_load_optim=False)
+    begun = replace(
+        config.checkpoint,
+        ckpt_step=None,
+        load_mode=None,
+        cooldown_iters=None,
+        finetune=False,
+        no_load_optim=False,
+    )
     return replace(config, checkpoint=begun)
 
 
@@ -121,5 +134,11 @@ def parse_config(text: str, folder: Path) -> Config:
     try:
         return read_config(text)
     except (yaml.YAMLError, ConfigError, ValueError, RecursionError) as error:
-        reason = "; ".join(error.problems) if isinstance(error, ConfigError) else " ".join(str(error).split())
-        raise CheckpointError(f"{folder / CONFIG_FILE} is no configuration: {reason.replace('config.yaml', '', 1)}") from error
+        reason = (
+            "; ".join(error.problems)
+            if isinstance(error, ConfigError)
+            else " ".join(str(error).split())
+        )
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} is no configuration: {reason.replace('config.yaml', '', 1)}"
+        ) from error

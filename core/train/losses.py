@@ -18,8 +18,22 @@ class LossPass:
     world they are those of the global batch.
     """
 
-    def __init__(self, stages: Stages, prepare: Preparation, batches: Iterator[Batch], *, iteration: int | None, scale: torch.Tensor | float = 1.0):
-        self.stages, self.prepare, self.batches, self.iteration, self.scale = stages, prepare, batches, iteration, scale
+    def __init__(
+        self,
+        stages: Stages,
+        prepare: Preparation,
+        batches: Iterator[Batch],
+        *,
+        iteration: int | None,
+        scale: torch.Tensor | float = 1.0,
+    ):
+        self.stages, self.prepare, self.batches, self.iteration, self.scale = (
+            stages,
+            prepare,
+            batches,
+            iteration,
+            scale,
+        )
         self.totals = torch.zeros(2, dtype=torch.float64, device=prepare.device)
         self._inputs: dict[int, Inputs] = {}  # of micro-batches that some chunk has still to see
 
@@ -27,7 +41,11 @@ class LossPass:
         model, inputs = self.stages.chunks[chunk], self._inputs_for(chunk, index)
         config: Config = self.prepare.config
         if self.iteration is not None and config.model.attention_dropout > 0:
-            torch.manual_seed(rng.attention_dropout_seed(config.batch.seed, self.iteration, index, chunk, self.stages.mesh.rank))
+            torch.manual_seed(
+                rng.attention_dropout_seed(
+                    config.batch.seed, self.iteration, index, chunk, self.stages.mesh.rank
+                )
+            )
         x = inputs.tokens if x is None else x
         if not model.predicts:
             return model(x, inputs.passage)

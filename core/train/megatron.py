@@ -56,7 +56,9 @@ _ONLY = {
     "position_embedding_type": (None, "learned_absolute", "rope", "none"),
     "normalization": (None, "LayerNorm", "RMSNorm"),
 }
-_FLOATS = {item.name for item in fields(ModelConfig) if float in (get_args(item.type) or (item.type,))}
+_FLOATS = {
+    item.name for item in fields(ModelConfig) if float in (get_args(item.type) or (item.type,))
+}
 _MODEL = ("embedding.", "decoder.", "output_layer.")  # what the names of weights begin with
 # Arguments that mean what our field of the same name means.
 _SAME = """
@@ -91,7 +93,9 @@ class MegatronDist:
         padded = self._size("embedding.word_embeddings.weight")[0]
         self.vocab_size = vocab_size or padded
         if not 0 < self.vocab_size <= padded:
-            raise CheckpointError(f"--vocab-size {vocab_size} is more than the {padded} rows of the embedding in {self.folder}")
+            raise CheckpointError(
+                f"--vocab-size {vocab_size} is more than the {padded} rows of the embedding in {self.folder}"
+            )
         self._shapes = part_shapes(self.config, self.vocab_size)
         self._places = {name: self._place(name, shape) for name, shape in self._shapes.items()}
         self._check_consumed()
@@ -119,20 +123,30 @@ class MegatronDist:
         rows: dict[str, int] = defaultdict(int)
         layers: dict[str, set[int]] = defaultdict(set)
         for part, (place, prefix) in self._places.items():
-            if not prefix or part.startswith("layers.0."):  # a tensor of all layers is cut alike in each
+            if not prefix or part.startswith(
+                "layers.0."
+            ):  # a tensor of all layers is cut alike in each
                 rows[place.name] += sum(run.count for run in place.runs)
             layers[place.name].update(range(*prefix[0]) if prefix else ())
         for name in self._chunks:
             if not name.startswith(_MODEL) or name.endswith("_extra_state"):
                 continue
             if name not in rows:
-                raise CheckpointError(f"{self.folder} holds {name}, which the model of its arguments does not have")
+                raise CheckpointError(
+                    f"{self.folder} holds {name}, which the model of its arguments does not have"
+                )
             whole = self._size(name)
             held = whole[len(layers[name]) > 0 :]
             if layers[name] and len(layers[name]) != whole[0]:
-                raise CheckpointError(f"{self.folder}: {name} holds {whole[0]} layers, its arguments say {len(layers[name])}")
-            if rows[name] != held[0] and not (name.startswith(("embedding.word", "output_layer")) and rows[name] < held[0]):
-                raise CheckpointError(f"{self.folder}: {name} has {held[0]} rows, the model of its arguments {rows[name]}")
+                raise CheckpointError(
+                    f"{self.folder}: {name} holds {whole[0]} layers, its arguments say {len(layers[name])}"
+                )
+            if rows[name] != held[0] and not (
+                name.startswith(("embedding.word", "output_layer")) and rows[name] < held[0]
+            ):
+                raise CheckpointError(
+                    f"{self.folder}: {name} has {held[0]} rows, the model of its arguments {rows[name]}"
+                )
 
     def _fill(self, target: torch.Tensor, name: str, box: Box) -> None:
         target, filled = target.view([stop - start for start, stop in box]), 0
@@ -143,7 +157,9 @@ class MegatronDist:
                 target[_within(common, box)] = source
                 filled += source.numel()
         if filled != target.numel():
-            raise CheckpointError(f"{self.folder}: {filled} of {target.numel()} elements of {name} are there")
+            raise CheckpointError(
+                f"{self.folder}: {filled} of {target.numel()} elements of {name} are there"
+            )
 
     def _load(self, chunk: _Chunk) -> torch.Tensor:
         with (self.folder / chunk.file).open("rb") as file:
@@ -152,9 +168,17 @@ class MegatronDist:
         try:
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception:  # whatever is in there, PyTorch's safe reader has refused it
-            raise CheckpointError(f"{self.folder / chunk.file} holds no tensor of torch.save's at byte {chunk.start}") from None
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.shape != tuple(stop - start for start, stop in chunk.box):
-            raise CheckpointError(f"{self.folder / chunk.file} does not hold the tensor at {chunk.start} that its metadata says")
+            raise CheckpointError(
+                f"{self.folder / chunk.file} holds no tensor of torch.save's at byte {chunk.start}"
+            ) from None
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or not tensor.is_floating_point()
+            or tensor.shape != tuple(stop - start for start, stop in chunk.box)
+        ):
+            raise CheckpointError(
+                f"{self.folder / chunk.file} does not hold the tensor at {chunk.start} that its metadata says"
+            )
         return tensor
 
     def _place(self, part: str, shape: tuple[int, ...]) -> tuple[Place, Box]:
@@ -165,32 +189,49 @@ class MegatronDist:
             return self._checked(Place(name, self._size(name), (Run(0, 0, shape[0]),)), shape), ()
         _, layer, inside = stem.split(".", 2)
         for theirs in _LAYER.get(inside, ()):
-            for name, prefix in ((f"decoder.layers.{layer}.{theirs}{kind}", ()), (f"decoder.layers.{theirs}{kind}", ((int(layer), int(layer) + 1),))):
+            for name, prefix in (
+                (f"decoder.layers.{layer}.{theirs}{kind}", ()),
+                (f"decoder.layers.{theirs}{kind}", ((int(layer), int(layer) + 1),)),
+            ):
                 if name in self._chunks:
                     whole = self._size(name)[len(prefix) :]
-                    return self._checked(Place(name, whole, self._runs(inside, shape[0])), shape), prefix
+                    return self._checked(
+                        Place(name, whole, self._runs(inside, shape[0])), shape
+                    ), prefix
         raise CheckpointError(f"{self.folder} has no {part} under any name of Megatron's")
 
     def _checked(self, place: Place, shape: tuple[int, ...]) -> Place:
         last = max(run.theirs + run.count for run in place.runs)
         if len(place.shape) != len(shape) or place.shape[1:] != shape[1:] or last > place.shape[0]:
-            raise CheckpointError(f"{self.folder}: {place.name} is {list(place.shape)}, its arguments make a part of it {list(shape)}")
+            raise CheckpointError(
+                f"{self.folder}: {place.name} is {list(place.shape)}, its arguments make a part of it {list(shape)}"
+            )
         return place
 
     def _runs(self, inside: str, rows: int) -> tuple[Run, ...]:
         """The fused query, key and value rows lie group by group, gate and up one after the other."""
         config, size = self.config, self.config.head_size
         each = config.num_attention_heads // config.num_kv_heads
-        first = {"attention.q": (0, each), "attention.k": (each, 1), "attention.v": (each + 1, 1)}.get(inside)
+        first = {
+            "attention.q": (0, each),
+            "attention.k": (each, 1),
+            "attention.v": (each + 1, 1),
+        }.get(inside)
         if first is not None:
             before, count = first[0] * size, first[1] * size
-            return tuple(Run(group * count, group * (each + 2) * size + before, count) for group in range(config.num_kv_heads))
+            return tuple(
+                Run(group * count, group * (each + 2) * size + before, count)
+                for group in range(config.num_kv_heads)
+            )
         return (Run(0, rows if inside == "mlp.up" and config.gated else 0, rows),)
 
     def _size(self, name: str) -> tuple[int, ...]:
         if name not in self._chunks:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
-        return tuple(max(chunk.box[dim][1] for chunk in self._chunks[name]) for dim in range(len(self._chunks[name][0].box)))
+        return tuple(
+            max(chunk.box[dim][1] for chunk in self._chunks[name])
+            for dim in range(len(self._chunks[name][0].box))
+        )
 
 
 def _iteration_folder(path: Path) -> Path:
@@ -198,10 +239,14 @@ def _iteration_folder(path: Path) -> Path:
         return path
     iteration = publish.tracked_iteration(path)
     if iteration is None:
-        raise CheckpointError(f"{path} has neither .metadata nor {publish.TRACKER}: it is no torch_dist checkpoint")
+        raise CheckpointError(
+            f"{path} has neither .metadata nor {publish.TRACKER}: it is no torch_dist checkpoint"
+        )
     folder = path / publish.folder_name(iteration)
     if not (folder / ".metadata").is_file():
-        raise CheckpointError(f"{folder} has no .metadata: only --ckpt-format torch_dist can be read; docs/hugging_face.md says how to get there")
+        raise CheckpointError(
+            f"{folder} has no .metadata: only --ckpt-format torch_dist can be read; docs/hugging_face.md says how to get there"
+        )
     return folder
 
 
@@ -218,15 +263,27 @@ def _chunks(metadata: Any, folder: Path) -> dict[str, list[_Chunk]]:
             offsets = None if index.offset is None else tuple(index.offset)
             if (index.fqn, offsets) in sizes:
                 if not is_plain_name(info.relative_path):
-                    raise CheckpointError(f"{folder / '.metadata'} names the file {info.relative_path!r}, which is no plain name")
-                box = tuple((start, start + size) for start, size in zip(offsets, sizes[index.fqn, offsets], strict=True))
-                if not all(type(number) is int and number >= 0 for number in (*sum(box, ()), info.offset, info.length)):
-                    raise CheckpointError(f"{folder / '.metadata'} has a box or a place of {index.fqn} that is no whole numbers")
+                    raise CheckpointError(
+                        f"{folder / '.metadata'} names the file {info.relative_path!r}, which is no plain name"
+                    )
+                box = tuple(
+                    (start, start + size)
+                    for start, size in zip(offsets, sizes[index.fqn, offsets], strict=True)
+                )
+                if not all(
+                    type(number) is int and number >= 0
+                    for number in (*sum(box, ()), info.offset, info.length)
+                ):
+                    raise CheckpointError(
+                        f"{folder / '.metadata'} has a box or a place of {index.fqn} that is no whole numbers"
+                    )
                 found[index.fqn].append(_Chunk(box, info.relative_path, info.offset, info.length))
     except (AttributeError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{folder / '.metadata'} is not that of torch.distributed.checkpoint: {error}") from None
+        raise CheckpointError(
+            f"{folder / '.metadata'} is not that of torch.distributed.checkpoint: {error}"
+        ) from None
     return found
 
 
@@ -241,30 +298,52 @@ def _arguments(folder: Path) -> dict[str, Any]:
 def _config(arguments: dict[str, Any]) -> ModelConfig:
     for name, readable in _ONLY.items():
         if arguments.get(name) not in readable:
-            raise CheckpointError(f"Megatron's argument {name} is {arguments[name]!r}: only {', '.join(map(str, readable))} can be read")
+            raise CheckpointError(
+                f"Megatron's argument {name} is {arguments[name]!r}: only {', '.join(map(str, readable))} can be read"
+            )
     values = {name: arguments[name] for name in _SAME if arguments.get(name) is not None}
     values |= {
         "norm_epsilon": arguments.get("norm_epsilon", arguments.get("layernorm_epsilon", 1e-5)),
         "disable_bias_linear": not arguments.get("add_bias_linear", True),
-        "num_query_groups": (arguments.get("num_query_groups") or 1) if arguments.get("group_query_attention") else 1,
+        "num_query_groups": (arguments.get("num_query_groups") or 1)
+        if arguments.get("group_query_attention")
+        else 1,
         # Megatron's fused GELU is the approximation, its plain one is exact.
-        "exact_gelu": not (arguments.get("swiglu") or arguments.get("squared_relu") or arguments.get("bias_gelu_fusion", True)),
+        "exact_gelu": not (
+            arguments.get("swiglu")
+            or arguments.get("squared_relu")
+            or arguments.get("bias_gelu_fusion", True)
+        ),
     }
     if arguments.get("window_size") is not None:
         values |= {"window_size": ",".join(map(str, arguments["window_size"]))}
         frequency = arguments.get("window_attn_skip_freq")
-        values |= {} if frequency is None else {"window_attn_skip_freq": str(frequency).replace(" ", "")}
-    values = {name: float(value) if name in _FLOATS and type(value) is int else value for name, value in values.items()}
+        values |= (
+            {} if frequency is None else {"window_attn_skip_freq": str(frequency).replace(" ", "")}
+        )
+    values = {
+        name: float(value) if name in _FLOATS and type(value) is int else value
+        for name, value in values.items()
+    }
     config = ModelConfig(**values)
     if config.kv_channels is None and config.hidden_size and config.num_attention_heads:
         config = replace(config, kv_channels=config.hidden_size // config.num_attention_heads)
     if problems := wrong_types(config) or model_problems(config):
-        raise CheckpointError(f"the args of Megatron-LM's are those of no model here: {'; '.join(problems)}")
-    missing = [name for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads") if getattr(config, name) is None]
+        raise CheckpointError(
+            f"the args of Megatron-LM's are those of no model here: {'; '.join(problems)}"
+        )
+    missing = [
+        name
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        if getattr(config, name) is None
+    ]
     if missing:
         raise CheckpointError(f"the args of Megatron-LM's lack {', '.join(missing)}")
     return config
 
 
 def _within(box: Box, frame: Box) -> tuple[slice, ...]:
-    return tuple(slice(start - origin, stop - origin) for (start, stop), (origin, _) in zip(box, frame, strict=True))
+    return tuple(
+        slice(start - origin, stop - origin)
+        for (start, stop), (origin, _) in zip(box, frame, strict=True)
+    )

@@ -88,7 +88,9 @@ def _keep_until(path: Path, iteration: int) -> None:
     if iteration == 0 and rows:
         number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.jsonl").exists())
         os.rename(path, path.with_suffix(f".{number}.jsonl"))
-        logs.get_logger().info(f"{path} holds the rows of an earlier run; they are now in {path.with_suffix(f'.{number}.jsonl')}")
+        logs.get_logger().info(
+            f"{path} holds the rows of an earlier run; they are now in {path.with_suffix(f'.{number}.jsonl')}"
+        )
         return
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -103,7 +105,9 @@ def read_rows(path: Path) -> list[dict]:
 
     Raises ConfigError for a file that holds anything else: it is somebody's, and is not written to.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    )
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -113,12 +117,19 @@ def read_rows(path: Path) -> list[dict]:
             rows.append(row)
         except ValueError:
             if number < len(lines) or not line.startswith('{"iteration"'[: len(line)]):
-                raise ConfigError([f"--metrics-jsonl {path}: line {number} is no row of metrics; name another file"]) from None
+                raise ConfigError(
+                    [
+                        f"--metrics-jsonl {path}: line {number} is no row of metrics; name another file"
+                    ]
+                ) from None
     return rows
 
 
 def _line(row: dict) -> str:
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
     return json.dumps(finite) + "\n"
 
 
@@ -131,9 +142,17 @@ class Console:
         self._skipped, self._nan = 0, 0
         self._progress, self._task = None, None
         if sys.stdout.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, transient=True)
-            self._task = self._progress.add_task("starting", total=config.batch.train_iters, completed=iteration, speed="")
+            self._task = self._progress.add_task(
+                "starting", total=config.batch.train_iters, completed=iteration, speed=""
+            )
             self._progress.start()
 
     def write(self, row: Row) -> None:
@@ -142,16 +161,25 @@ class Console:
         self._skipped += row.skipped
         self._nan += not (math.isfinite(row.lm_loss) or row.no_predictions)
         if row.skipped:
-            logs.get_logger().warning(f"iteration {row.iteration}: {_what_is_wrong(row)}; the update is skipped")
+            logs.get_logger().warning(
+                f"iteration {row.iteration}: {_what_is_wrong(row)}; the update is skipped"
+            )
         if self._progress:
             speed = f"{row.tokens_per_second:,.0f} tokens/s"
-            self._progress.update(self._task, completed=row.iteration, description=f"loss {row.lm_loss:.3f}", speed=speed)
+            self._progress.update(
+                self._task,
+                completed=row.iteration,
+                description=f"loss {row.lm_loss:.3f}",
+                speed=speed,
+            )
         if row.iteration % self.config.logging.log_interval == 0:
             self._write_line()
 
     def evaluation(self, row: EvaluationRow) -> None:
         name = {"valid": "validation", "test": "test"}[row.split]
-        logs.get_logger().info(f" {name} loss at iteration {row.iteration} | lm loss value: {row.lm_loss:.6E} | lm loss PPL: {row.ppl:.6E} |")
+        logs.get_logger().info(
+            f" {name} loss at iteration {row.iteration} | lm loss value: {row.lm_loss:.6E} | lm loss PPL: {row.ppl:.6E} |"
+        )
 
     def close(self) -> None:
         if self._progress:
@@ -183,9 +211,15 @@ def _throughput(rows: list[Row], elapsed: float) -> list[str]:
     """Means over the rows, from the mean time: a mean of rates would flatter."""
     last = rows[-1]
     slower = last.iteration_ms / elapsed
-    fields = [f"tokens per second: {last.tokens_per_second * slower:.1f}", f"TFLOP/s per device: {last.tflops_per_device * slower:.3f}"]
+    fields = [
+        f"tokens per second: {last.tokens_per_second * slower:.1f}",
+        f"TFLOP/s per device: {last.tflops_per_device * slower:.3f}",
+    ]
     if last.mfu is not None:
-        fields += [f"MFU: {100 * last.mfu * slower:.2f}%", f"MFU (causal): {100 * last.mfu_causal * slower:.2f}%"]
+        fields += [
+            f"MFU: {100 * last.mfu * slower:.2f}%",
+            f"MFU (causal): {100 * last.mfu_causal * slower:.2f}%",
+        ]
     return fields
 
 
@@ -194,14 +228,18 @@ def _what_is_wrong(row: Row) -> str:
         return "its mask leaves no prediction"
     if not math.isfinite(row.lm_loss):
         return f"the loss is {row.lm_loss}"
-    return f"the gradient norm is {row.grad_norm}" + (f" at loss scale {row.loss_scale:.0f}" if row.loss_scale != 1 else "")
+    return f"the gradient norm is {row.grad_norm}" + (
+        f" at loss scale {row.loss_scale:.0f}" if row.loss_scale != 1 else ""
+    )
 
 
 class TensorBoard:
     """Scalars under Megatron's tags."""
 
     def __init__(self, folder: str, iteration: int):
-        from torch.utils.tensorboard import SummaryWriter  # a second of imports that most runs can do without
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # a second of imports that most runs can do without
 
         self._writer = SummaryWriter(folder, purge_step=iteration + 1)
 
@@ -235,8 +273,15 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    for split, label, style in ((None, "training", {"linewidth": 1}), ("valid", "validation", {"marker": "o", "markersize": 4})):
-        points = [(row["iteration"], row["lm_loss"]) for row in rows if row.get("split") == split and row["lm_loss"] is not None]
+    for split, label, style in (
+        (None, "training", {"linewidth": 1}),
+        ("valid", "validation", {"marker": "o", "markersize": 4}),
+    ):
+        points = [
+            (row["iteration"], row["lm_loss"])
+            for row in rows
+            if row.get("split") == split and row["lm_loss"] is not None
+        ]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set_xlabel("iteration")

@@ -12,7 +12,10 @@ from ..validate import model_problems
 
 FILE_NAME = "ckpt.pt"
 _COMPILED = "_orig_mod."  # torch.compile's prefix
-_HEAD, _MASK = "lm_head.weight", ".attn.bias"  # the head is the embedding; old versions kept the causal mask
+_HEAD, _MASK = (
+    "lm_head.weight",
+    ".attn.bias",
+)  # the head is the embedding; old versions kept the causal mask
 
 
 class NanoGPT:
@@ -29,18 +32,31 @@ class NanoGPT:
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} is missing") from None
         except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            reason = "it holds other objects, which are code" if isinstance(error, UnpicklingError) else "it is no file of torch.save's"
-            raise CheckpointError(f"{self.path} cannot be read as plain values and tensors: {reason}") from None
+            reason = (
+                "it holds other objects, which are code"
+                if isinstance(error, UnpicklingError)
+                else "it is no file of torch.save's"
+            )
+            raise CheckpointError(
+                f"{self.path} cannot be read as plain values and tensors: {reason}"
+            ) from None
         try:
             self.config, self.vocab_size = _config(held["model_args"])
-            self._tensors = {name.removeprefix(_COMPILED): tensor for name, tensor in held["model"].items()}
+            self._tensors = {
+                name.removeprefix(_COMPILED): tensor for name, tensor in held["model"].items()
+            }
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-            raise CheckpointError(f"{self.path} is no nanoGPT checkpoint: {error} is missing or of the wrong kind") from None
+            raise CheckpointError(
+                f"{self.path} is no nanoGPT checkpoint: {error} is missing or of the wrong kind"
+            ) from None
         if problems := wrong_types(self.config) or model_problems(self.config):
             raise CheckpointError(f"{self.path}: {'; '.join(problems)}")
         if type(self.vocab_size) is not int or self.vocab_size < 1:
             raise CheckpointError(f"{self.path}: vocab_size is {self.vocab_size!r}")
-        self._places, self._shapes = nanogpt_places(self.config, self.vocab_size), part_shapes(self.config, self.vocab_size)
+        self._places, self._shapes = (
+            nanogpt_places(self.config, self.vocab_size),
+            part_shapes(self.config, self.vocab_size),
+        )
         self._check()
 
     def names(self) -> list[str]:
@@ -61,20 +77,36 @@ class NanoGPT:
 
     def _check(self) -> None:
         wanted = {place.name: place.shape for place in self._places.values()}
-        optional = {place.name for part, place in self._places.items() if part.endswith("norm.bias")} if self.config.disable_bias_linear else set()
+        optional = (
+            {place.name for part, place in self._places.items() if part.endswith("norm.bias")}
+            if self.config.disable_bias_linear
+            else set()
+        )
         for name, shape in wanted.items():
             tensor = self._tensors.get(name)
-            if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
+            if tensor is not None and not (
+                isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            ):
                 raise CheckpointError(f"{self.path}: {name} is no tensor of floating-point numbers")
             found = None if tensor is None else tuple(tensor.shape)
             if found != shape and not (found is None and name in optional):
-                raise CheckpointError(f"{self.path}: {name} is {found and list(found)}, its model_args make it {list(shape)}")
+                raise CheckpointError(
+                    f"{self.path}: {name} is {found and list(found)}, its model_args make it {list(shape)}"
+                )
         head = self._tensors.get(_HEAD)
         if head is not None and not torch.equal(head, self._tensors["transformer.wte.weight"]):
-            raise CheckpointError(f"{self.path}: {_HEAD} is not the embedding that nanoGPT ties it to")
-        unknown = sorted(name for name in self._tensors if name not in wanted and name != _HEAD and not name.endswith(_MASK))
+            raise CheckpointError(
+                f"{self.path}: {_HEAD} is not the embedding that nanoGPT ties it to"
+            )
+        unknown = sorted(
+            name
+            for name in self._tensors
+            if name not in wanted and name != _HEAD and not name.endswith(_MASK)
+        )
         if unknown:
-            raise CheckpointError(f"{self.path} holds {unknown[0]}, which nanoGPT's model does not have")
+            raise CheckpointError(
+                f"{self.path} holds {unknown[0]}, which nanoGPT's model does not have"
+            )
 
 
 def _config(args: dict) -> tuple[ModelConfig, int]:

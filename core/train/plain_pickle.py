@@ -33,7 +33,13 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
-        known = {"collections.OrderedDict": dict, "torch.Size": tuple, "builtins.set": set, "builtins.dict": dict, "builtins.list": list}
+        known = {
+            "collections.OrderedDict": dict,
+            "torch.Size": tuple,
+            "builtins.set": set,
+            "builtins.dict": dict,
+            "builtins.list": list,
+        }
         return known.get(path) or type(name, (Inert,), {"path": path})
 
     def persistent_load(self, pid: Any) -> None:
@@ -53,8 +59,12 @@ def read_plain(path: Path) -> Any:
             return _load(file)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except Exception as error:  # a pickle that is damaged on purpose can make its reader fail in any way
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+    except (
+        Exception
+    ) as error:  # a pickle that is damaged on purpose can make its reader fail in any way
+        raise CheckpointError(
+            f"{path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def _load(file: BinaryIO) -> Any:

@@ -24,20 +24,35 @@ class Pretrained:
     tokenizer: DataConfig
 
 
-def load_pretrained(path: Path, *, device: torch.device, dtype: torch.dtype, kernels: str = "auto", ckpt_step: int | None = None) -> Pretrained:
+def load_pretrained(
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: str = "auto",
+    ckpt_step: int | None = None,
+) -> Pretrained:
     """Load SAVE, SAVE/iter_N or a Hugging Face folder, with weights in `dtype`.
 
     Raises CheckpointError for a folder that is neither, or that does not verify.
     """
     if ckpt_step is not None and is_hf_folder(path):
-        raise CheckpointError(f"{path} is a Hugging Face folder, which holds no iterations: leave --ckpt-step out")
+        raise CheckpointError(
+            f"{path} is a Hugging Face folder, which holds no iterations: leave --ckpt-step out"
+        )
     run_ops = ops.choose(kernels, device, dtype)
-    model, tokenizer = _from_hf(path, run_ops) if is_hf_folder(path) else _from_checkpoint(path, run_ops, ckpt_step)
+    model, tokenizer = (
+        _from_hf(path, run_ops)
+        if is_hf_folder(path)
+        else _from_checkpoint(path, run_ops, ckpt_step)
+    )
     return Pretrained(model.place(device, dtype).eval(), tokenizer)
 
 
 def _from_checkpoint(path: Path, run_ops: ops.Ops, ckpt_step: int | None) -> tuple[GPT, DataConfig]:
-    checkpoint = open_checkpoint(path, ckpt_step=ckpt_step, world=Axis("world"), device=torch.device("cpu"))
+    checkpoint = open_checkpoint(
+        path, ckpt_step=ckpt_step, world=Axis("world"), device=torch.device("cpu")
+    )
     config = read_config(checkpoint.config_yaml)
     model = GPT(config.model, checkpoint.state["vocab_size"], ops=run_ops, seed=None)
     checkpoint.read_into(_pieces(model))
@@ -52,4 +67,8 @@ def _from_hf(path: Path, run_ops: ops.Ops) -> tuple[GPT, DataConfig]:
 
 
 def _pieces(model: GPT) -> list[Piece]:
-    return [piece for parameter in model.parameters() for piece in parameter.param_layout.pieces(parameter.data)]
+    return [
+        piece
+        for parameter in model.parameters()
+        for piece in parameter.param_layout.pieces(parameter.data)
+    ]

@@ -15,4 +15,8 @@ class Progress:
 
     def after_step(self, batch: BatchConfig) -> "Progress":
         samples = batch.global_batch_size
-        return Progress(self.iteration + 1, self.consumed_samples + samples, self.consumed_tokens + samples * batch.seq_length)
+        return Progress(
+            self.iteration + 1,
+            self.consumed_samples + samples,
+            self.consumed_tokens + samples * batch.seq_length,
+        )

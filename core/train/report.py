@@ -17,14 +17,18 @@ from .step import StepResult
 class Reporter:
     """Turns StepResults into Rows, one step late on an accelerator so that the host runs ahead of it."""
 
-    def __init__(self, config: Config, mesh: Mesh, device: torch.device, vocab_size: int, iteration: int):
+    def __init__(
+        self, config: Config, mesh: Mesh, device: torch.device, vocab_size: int, iteration: int
+    ):
         self.config, self.mesh, self.device = config, mesh, device
         self._delay = 0 if device.type == "cpu" else 1
         self._waiting: list[StepResult] = []
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self._peak = peak_flops(name)
         shape, length = config.model, config.batch.seq_length
-        self._flops, self._causal_flops = (flops_per_token(shape, vocab_size, length, causal=causal) for causal in (False, True))
+        self._flops, self._causal_flops = (
+            flops_per_token(shape, vocab_size, length, causal=causal) for causal in (False, True)
+        )
         self._path = metrics_path(config)
         self._sinks = self._open_sinks(iteration) if mesh.rank == 0 else []
         self._started = time.perf_counter()
@@ -55,7 +59,9 @@ class Reporter:
         return stop
 
     def evaluation(self, iteration: int, split: str, loss: float) -> None:
-        row = EvaluationRow(iteration, split, loss, math.exp(min(loss, 20)))  # not min(20, loss): of a nan that makes 20
+        row = EvaluationRow(
+            iteration, split, loss, math.exp(min(loss, 20))
+        )  # not min(20, loss): of a nan that makes 20
         for sink in self._sinks:
             sink.evaluation(row)
 
@@ -64,7 +70,9 @@ class Reporter:
         self.drain()
         for sink in self._sinks:
             sink.close()
-        rows = read_rows(self._path) if self._sinks and self._path else []  # none where the path is a device
+        rows = (
+            read_rows(self._path) if self._sinks and self._path else []
+        )  # none where the path is a device
         if not rows:
             return None
         picture = self._path.with_name("loss.png")

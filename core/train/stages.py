@@ -30,7 +30,9 @@ class Stages:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Each once, in the order in which a forward pass uses them: a weight that two chunks share is one parameter."""
-        return list(dict.fromkeys(parameter for chunk in self.chunks for parameter in chunk.parameters()))
+        return list(
+            dict.fromkeys(parameter for chunk in self.chunks for parameter in chunk.parameters())
+        )
 
     def train(self, stage: runtime.Stage) -> None:
         """Forward and backward of the micro-batches of one update."""

@@ -55,19 +55,41 @@ class Trainer:
         progress = progress.after_step(config.batch)
         tokens = config.batch.global_batch_size * config.batch.seq_length
         optimizer.begin(self.stages.training.num_microbatches)
-        losses = LossPass(self.stages, self.prepare, batches, iteration=progress.iteration, scale=self.scaler.scale / tokens)
+        losses = LossPass(
+            self.stages,
+            self.prepare,
+            batches,
+            iteration=progress.iteration,
+            scale=self.scaler.scale / tokens,
+        )
         self.stages.train(losses)
         optimizer.reduce()
 
         # All that every rank must know alike, in one reduction over all of them: skip and clip are then the same everywhere.
         wish = torch.tensor(float(stop), dtype=torch.float64).to(self.device, non_blocking=True)
-        known = comm.all_reduce(torch.stack([*losses.totals, wish, squared_norm(optimizer.buckets, self.device, optimizer.ops)]), self.mesh.world)
+        known = comm.all_reduce(
+            torch.stack(
+                [*losses.totals, wish, squared_norm(optimizer.buckets, self.device, optimizer.ops)]
+            ),
+            self.mesh.world,
+        )
         loss_sum, num_predictions, stop_wishes, squared = known.unbind()
         to_true = tokens / (num_predictions * self.scaler.scale)
         norm = (squared.sqrt() * to_true).float()
         finite = torch.isfinite(norm) & torch.isfinite(loss_sum) & (num_predictions > 0)
         lr = learning_rate(config.optimizer, progress.iteration - 1)
-        optimizer.update(lr, to_true.float() * clip_factor(norm, config.optimizer.clip_grad), ~finite)
-        result = StepResult(progress, lr, loss_sum, num_predictions, norm, ~finite, self.scaler.scale.clone(), stop_wishes)
+        optimizer.update(
+            lr, to_true.float() * clip_factor(norm, config.optimizer.clip_grad), ~finite
+        )
+        result = StepResult(
+            progress,
+            lr,
+            loss_sum,
+            num_predictions,
+            norm,
+            ~finite,
+            self.scaler.scale.clone(),
+            stop_wishes,
+        )
         self.scaler.update(~finite, num_predictions == 0)
         return result

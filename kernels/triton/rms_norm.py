@@ -13,7 +13,9 @@ import triton.language as tl
 MAX_TILE = 8192  # columns a program holds at most: 16 elements a thread at 16 warps; at twice that the backward spills registers
 _TILE = 4096  # elements of a tile where rows are narrow: several rows share a program
 _BLOCK = 2048  # columns of a block where rows are wide
-INTERPRETED = triton.knobs.runtime.interpret  # read when @jit runs, as Triton does: the kernels below run on the CPU, slowly
+INTERPRETED = (
+    triton.knobs.runtime.interpret
+)  # read when @jit runs, as Triton does: the kernels below run on the CPU, slowly
 
 
 @triton.jit
@@ -51,7 +53,9 @@ def _forward_wide(x, weight, y, rstd, columns, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(dy, x, weight, rstd, dx, partial, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(
+    dy, x, weight, rstd, dx, partial, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Program p takes tiles p, p + P, p + 2P, ...: the same rows for the same P, so the sums are the same every time."""
     program = tl.program_id(0).to(tl.int64)  # and with it every tile and row below
     column = tl.arange(0, BLOCK)
@@ -115,7 +119,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         x, weight = x.contiguous(), weight.contiguous()
-        y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        y, rstd = (
+            torch.empty_like(x),
+            torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),
+        )
         if x.numel():
             _launch_forward(x, weight, y, rstd, eps)
         ctx.save_for_backward(x, weight, rstd)
@@ -137,7 +144,9 @@ def _launch_forward(x, weight, y, rstd, eps):
         _forward_wide[(rows,)](x, weight, y, rstd, columns, eps, BLOCK=_BLOCK, num_warps=8)
         return
     tile, block, warps = _tile(columns)
-    _forward[(triton.cdiv(rows, tile),)](x, weight, y, rstd, rows, columns, eps, ROWS=tile, BLOCK=block, num_warps=warps)
+    _forward[(triton.cdiv(rows, tile),)](
+        x, weight, y, rstd, rows, columns, eps, ROWS=tile, BLOCK=block, num_warps=warps
+    )
 
 
 def _launch_backward(dy, x, weight, rstd, dx) -> torch.Tensor:
@@ -149,12 +158,16 @@ def _launch_backward(dy, x, weight, rstd, dx) -> torch.Tensor:
         blocks = triton.cdiv(columns, _BLOCK)
         programs = min(rows, triton.cdiv(_resident_programs(x.device), blocks))
         partial = torch.empty((programs, columns), dtype=torch.float32, device=x.device)
-        _backward_wide[(blocks, programs)](dy, x, weight, rstd, mean, dx, partial, rows, columns, BLOCK=_BLOCK, num_warps=8)
+        _backward_wide[(blocks, programs)](
+            dy, x, weight, rstd, mean, dx, partial, rows, columns, BLOCK=_BLOCK, num_warps=8
+        )
     else:
         tile, block, warps = _tile(columns)
         programs = min(triton.cdiv(rows, tile), _resident_programs(x.device))
         partial = torch.empty((programs, columns), dtype=torch.float32, device=x.device)
-        _backward[(programs,)](dy, x, weight, rstd, dx, partial, rows, columns, ROWS=tile, BLOCK=block, num_warps=warps)
+        _backward[(programs,)](
+            dy, x, weight, rstd, dx, partial, rows, columns, ROWS=tile, BLOCK=block, num_warps=warps
+        )
     return partial.sum(0)
 
 
@@ -167,4 +180,8 @@ def _tile(columns: int) -> tuple[int, int, int]:
 
 def _resident_programs(device: torch.device) -> int:
     """As many programs as run at once: two a multiprocessor, so that one loads while the other computes."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return (
+        2 * torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 4
+    )

@@ -16,7 +16,14 @@ from trivium.mesh import Axis, Mesh
 
 CPU = torch.device("cpu")
 ALONE = Axis("world")
-DTYPES = {"q": torch.float32, "k": torch.bfloat16, "o": torch.float16, "words": torch.float32, "norm": torch.float32, "steps": torch.int64}
+DTYPES = {
+    "q": torch.float32,
+    "k": torch.bfloat16,
+    "o": torch.float16,
+    "words": torch.float32,
+    "norm": torch.float32,
+    "steps": torch.int64,
+}
 SHAPES = {"q": (16, 12), "k": (8, 12), "o": (12, 16), "words": (13, 12), "norm": (12,), "steps": ()}
 
 
@@ -49,16 +56,33 @@ def boxed(piece: Piece) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in piece.box)
 
 
-def write(save_dir: Path, iteration: int, seed: int, mesh: Mesh | None = None, max_shard_bytes: int = 1 << 30) -> None:
+def write(
+    save_dir: Path,
+    iteration: int,
+    seed: int,
+    mesh: Mesh | None = None,
+    max_shard_bytes: int = 1 << 30,
+) -> None:
     mesh = mesh or Mesh.plan(1, 0)
     pieces = [piece for piece in local_pieces(mesh.tp, seed) if piece.primary]
     told = {"state": state(iteration, seed), "config_yaml": f"seed: {seed}\n"}
-    save(save_dir, iteration, pieces, **told, world=mesh.world, device=CPU, max_shard_bytes=max_shard_bytes)
+    save(
+        save_dir,
+        iteration,
+        pieces,
+        **told,
+        world=mesh.world,
+        device=CPU,
+        max_shard_bytes=max_shard_bytes,
+    )
 
 
 def state(iteration: int, seed: int, **changes) -> dict:
     """state.json as a run writes it, and the seed that the tensors are made from."""
-    counts = dict.fromkeys(("iteration", "consumed_samples", "consumed_tokens", "data_samples", "optimizer_steps"), iteration)
+    counts = dict.fromkeys(
+        ("iteration", "consumed_samples", "consumed_tokens", "data_samples", "optimizer_steps"),
+        iteration,
+    )
     rest = {
         "loss_scale": {"dynamic": False, "scale": 1.0, "good_updates": 0, "bad_updates_left": 2},
         "random": {"seed": 1234},
@@ -79,7 +103,11 @@ def differences(checkpoint: Checkpoint, seed: int, tp: Axis = ALONE) -> list[str
     """The pieces that do not come back with the bits that were saved."""
     pieces = local_pieces(tp, None)
     checkpoint.read_into(pieces)
-    return [piece.name for piece in pieces if not torch.equal(piece.tensor, whole(piece.name, seed)[boxed(piece)])]
+    return [
+        piece.name
+        for piece in pieces
+        if not torch.equal(piece.tensor, whole(piece.name, seed)[boxed(piece)])
+    ]
 
 
 @contextmanager

@@ -26,10 +26,26 @@ from trivium.mesh import Mesh
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
-def start(saver: Background, save_dir: Path, iteration: int, seed: int, mesh: Mesh | None = None, **options) -> list:
+def start(
+    saver: Background,
+    save_dir: Path,
+    iteration: int,
+    seed: int,
+    mesh: Mesh | None = None,
+    **options,
+) -> list:
     """Begin to save the small model; the pieces, which the save must not depend on any more."""
-    pieces = [piece for piece in cases.local_pieces((mesh or Mesh.plan(1, 0)).tp, seed) if piece.primary]
-    saver.start(save_dir, iteration, pieces, state=cases.state(iteration, seed), config_yaml=f"seed: {seed}\n", **options)
+    pieces = [
+        piece for piece in cases.local_pieces((mesh or Mesh.plan(1, 0)).tp, seed) if piece.primary
+    ]
+    saver.start(
+        save_dir,
+        iteration,
+        pieces,
+        state=cases.state(iteration, seed),
+        config_yaml=f"seed: {seed}\n",
+        **options,
+    )
     return pieces
 
 
@@ -68,7 +84,13 @@ def save_both_ways(mesh: Mesh, folder: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_asynchronous_save_writes_the_bytes_of_a_synchronous_one(tmp_path, ranks):
     run_ranks(ranks, save_both_ways, tmp_path, tp=ranks)
-    found = [{path.relative_to(tmp_path / way): path.read_bytes() for path in (tmp_path / way).rglob("*.*")} for way in ("sync", "async")]
+    found = [
+        {
+            path.relative_to(tmp_path / way): path.read_bytes()
+            for path in (tmp_path / way).rglob("*.*")
+        }
+        for way in ("sync", "async")
+    ]
     assert found[0] == found[1] and len(found[0]) > 2 * ranks + 3
 
 
@@ -105,9 +127,17 @@ def test_the_memory_is_kept_and_grows(tmp_path):
     start(saver, tmp_path, 3, 3, retention=Retention(keep_last=2))
     large = torch.arange(1_000_000.0)
     saver.finish()
-    saver.start(tmp_path, 4, [cases.Piece("t", (1_000_000,), ((0, 1_000_000),), large)], state=cases.state(4, 4), config_yaml="")
+    saver.start(
+        tmp_path,
+        4,
+        [cases.Piece("t", (1_000_000,), ((0, 1_000_000),), large)],
+        state=cases.state(4, 4),
+        config_yaml="",
+    )
     saver.finish()
-    assert publish.published_iterations(tmp_path) == [2, 3, 4] and torch.equal(cases.read(tmp_path, 4).read("t"), large)
+    assert publish.published_iterations(tmp_path) == [2, 3, 4] and torch.equal(
+        cases.read(tmp_path, 4).read("t"), large
+    )
     assert cases.differences(cases.read(tmp_path, 3), 3) == []
 
 
@@ -123,11 +153,15 @@ def test_a_writer_leaves_the_jobs_signals_to_its_trainer(tmp_path):
     saver = alone()
     with stopped_writers():
         start(saver, tmp_path, 100, 5)
-    assert os.getsid(writer_of(saver).pid) != os.getsid(0), "what a terminal sends to the group of its trainer does not reach it either"
+    assert os.getsid(writer_of(saver).pid) != os.getsid(0), (
+        "what a terminal sends to the group of its trainer does not reach it either"
+    )
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGCONT):
         writer_of(saver).send_signal(number)
     assert saver.finish() == 100
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) & background._TRAINERS_SIGNALS == set(), "the trainer's own are not blocked"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) & background._TRAINERS_SIGNALS == set(), (
+        "the trainer's own are not blocked"
+    )
 
 
 # --- failures ---
@@ -138,7 +172,9 @@ def save_twice(mesh: Mesh, save_dir: Path, failing: int, how: str) -> list[str]:
     saver, said = Background(mesh.world, cases.CPU), []
     for iteration in (100, 200, 300):
         try:
-            with broken(saver, save_dir, how if (iteration, mesh.rank) == (200, failing) else "not"):
+            with broken(
+                saver, save_dir, how if (iteration, mesh.rank) == (200, failing) else "not"
+            ):
                 start(saver, save_dir, iteration, iteration // 100, mesh)
             while iteration == 200 and mesh.rank == failing and saver.problem() is None:
                 time.sleep(0.01)  # it is seen here, without asking the others
@@ -146,7 +182,9 @@ def save_twice(mesh: Mesh, save_dir: Path, failing: int, how: str) -> list[str]:
         except CheckpointError as error:
             said.append(str(error))
             if mesh.rank == 0:  # which removes what was written
-                assert not list(save_dir.glob("*.tmp")) and (save_dir / TRACKER).read_text() == "100"
+                assert (
+                    not list(save_dir.glob("*.tmp")) and (save_dir / TRACKER).read_text() == "100"
+                )
     return said
 
 
@@ -175,9 +213,15 @@ def broken(saver: Background, save_dir: Path, how: str):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("full disk", r"/iter_0000200\.tmp/shard_0000{}\.safetensors cannot be written: File too large"),
+        (
+            "full disk",
+            r"/iter_0000200\.tmp/shard_0000{}\.safetensors cannot be written: File too large",
+        ),
         ("killed", r"its writer, process \d+, was killed by SIGKILL"),
-        ("folder removed", r"/iter_0000200\.tmp(/shard_0000{}\.safetensors cannot be written: No such file or directory| was removed)"),
+        (
+            "folder removed",
+            r"/iter_0000200\.tmp(/shard_0000{}\.safetensors cannot be written: No such file or directory| was removed)",
+        ),
     ],
 )
 def test_a_writer_that_fails_on_one_rank_is_one_error_on_all(tmp_path, failing, how, reason):
@@ -189,7 +233,10 @@ def test_a_writer_that_fails_on_one_rank_is_one_error_on_all(tmp_path, failing, 
     assert re.fullmatch(expected.replace("{}", "[01]"), line), line
     if how != "folder removed":  # there both fail, and the lowest rank is quoted
         assert line.startswith(f"rank {failing}: ")
-    assert publish.published_iterations(tmp_path) == [100, 300] and cases.read(tmp_path).iteration == 300
+    assert (
+        publish.published_iterations(tmp_path) == [100, 300]
+        and cases.read(tmp_path).iteration == 300
+    )
 
 
 @pytest.mark.parametrize("place", ["below a file", "read-only"])
@@ -197,7 +244,10 @@ def test_a_folder_that_cannot_be_made_is_one_line_in_the_foreground(tmp_path, pl
     (tmp_path / "file").write_text("")
     save_dir = tmp_path / "file" / "save" if place == "below a file" else Path("/sys/kernel/save")
     for save in (lambda: start(alone(), save_dir, 1, 1), lambda: cases.write(save_dir, 1, 1)):
-        with pytest.raises(CheckpointError, match=f"checkpoint of iteration 1 was not saved: .*{save_dir}.*; none is published there"):
+        with pytest.raises(
+            CheckpointError,
+            match=f"checkpoint of iteration 1 was not saved: .*{save_dir}.*; none is published there",
+        ):
             save()
 
 
@@ -233,7 +283,9 @@ time.sleep(60)
 @pytest.mark.parametrize("others", ["alone", "forked"])
 def test_a_writer_ends_with_its_trainer(tmp_path, others):
     """Of two ranks' parts one never comes, so it would wait for ever; its trainer is killed, and it is gone before another run can start."""
-    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, tmp_path, others], stdout=subprocess.PIPE, text=True)
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, tmp_path, others], stdout=subprocess.PIPE, text=True
+    )
     writer, *worker = map(int, trainer.stdout.readline().split())
     try:
         wait_until(lambda: (tmp_path / "iter_0000100.tmp/manifest_00000.json").exists())
@@ -269,7 +321,9 @@ def test_a_job_that_makes_no_sense_is_one_line(tmp_path):
     job = json.dumps({"save_dir": str(tmp_path)}).encode()
     os.write(memory, job)
     command = [sys.executable, "-m", "trivium.checkpoint.writer", str(memory), "0", str(len(job))]
-    writer = subprocess.Popen(command, pass_fds=[memory], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        command, pass_fds=[memory], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     said = writer.stderr.read()  # before its stdin is closed, which ends it
     os.close(memory)
     assert writer.wait() == 1 and said == "KeyError: 'iteration'\n"

@@ -65,9 +65,13 @@ def edit_shard(path: Path, change) -> None:
 
 
 HEADERS = {
-    "a shape of more bytes than there are": lambda header: header["q@0,0"].update(shape=[1 << 40, 1 << 20]),
+    "a shape of more bytes than there are": lambda header: header["q@0,0"].update(
+        shape=[1 << 40, 1 << 20]
+    ),
     "a shape that overflows": lambda header: header["q@0,0"].update(shape=[1 << 63, 1 << 63]),
-    "bytes behind the end": lambda header: header["q@0,0"].update(data_offsets=[1 << 40, (1 << 40) + 768]),
+    "bytes behind the end": lambda header: header["q@0,0"].update(
+        data_offsets=[1 << 40, (1 << 40) + 768]
+    ),
     "negative bytes": lambda header: header["q@0,0"].update(data_offsets=[768, 0]),
     "a dtype of its own": lambda header: header["q@0,0"].update(dtype="OBJECT"),
     "another dtype of the same size": lambda header: header["q@0,0"].update(dtype="I32"),
@@ -88,7 +92,9 @@ def test_a_header_of_any_length_is_refused(save_dir, folder, length):
     refused(save_dir, SHARD)
 
 
-def test_a_manifest_and_a_shard_that_agree_on_a_lie_are_refused_by_the_sum_of_the_bytes(save_dir, folder):
+def test_a_manifest_and_a_shard_that_agree_on_a_lie_are_refused_by_the_sum_of_the_bytes(
+    save_dir, folder
+):
     tensors = load_file(folder / SHARD)
     save_file({key: tensor * 0 for key, tensor in tensors.items()}, folder / SHARD)
     refused(save_dir, SHARD, "damaged")
@@ -96,7 +102,19 @@ def test_a_manifest_and_a_shard_that_agree_on_a_lie_are_refused_by_the_sum_of_th
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json"])
 @pytest.mark.parametrize(
-    "text", ["", "[]", "3", "null", "nan", "[" * 100_000, "1" * 5000, '{"iteration": ' + "9" * 5000 + "}", "\udcff"], ids=lambda text: text[:20]
+    "text",
+    [
+        "",
+        "[]",
+        "3",
+        "null",
+        "nan",
+        "[" * 100_000,
+        "1" * 5000,
+        '{"iteration": ' + "9" * 5000 + "}",
+        "\udcff",
+    ],
+    ids=lambda text: text[:20],
 )
 def test_what_is_no_json_object_is_refused(save_dir, folder, name, text):
     (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -118,14 +136,25 @@ ABSURD = {
 }
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in ABSURD.items() for value in values], ids=str)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field, values in ABSURD.items() for value in values],
+    ids=str,
+)
 def test_absurd_numbers_in_the_state_are_refused_by_name(save_dir, folder, field, value):
     (folder / "state.json").write_text(json.dumps(cases.state(200, 2) | {field: value}))
     refused(save_dir, "state.json", field)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("scale", 0), ("scale", -1.0), ("scale", float("inf")), ("good_updates", -1), ("bad_updates_left", 0.5)]
+    ("field", "value"),
+    [
+        ("scale", 0),
+        ("scale", -1.0),
+        ("scale", float("inf")),
+        ("good_updates", -1),
+        ("bad_updates_left", 0.5),
+    ],
 )
 def test_absurd_numbers_in_the_loss_scale_are_refused_by_name(save_dir, folder, field, value):
     state = cases.state(200, 2)

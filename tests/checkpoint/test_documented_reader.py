@@ -31,12 +31,19 @@ def test_the_reader_of_the_page_reads_every_tensor(tmp_path, ranks):
     for name, dtype in cases.DTYPES.items():
         found = names["read_tensor"](tmp_path / "iter_0000100", name)
         expected = cases.whole(name, 5)
-        assert np.array_equal(found, (expected.float() if dtype == torch.bfloat16 else expected).numpy()), name
+        assert np.array_equal(
+            found, (expected.float() if dtype == torch.bfloat16 else expected).numpy()
+        ), name
 
 
 def test_it_needs_neither_torch_nor_us():
     command = f"{the_reader()}\nimport sys; print(sorted({{'torch', 'trivium', 'safetensors'}} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", command], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 def test_it_sees_a_flipped_bit(tmp_path):

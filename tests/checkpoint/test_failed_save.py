@@ -38,19 +38,40 @@ def test_a_rank_that_cannot_write_stops_all_and_publishes_nothing(tmp_path, fail
     cases.write(tmp_path, 100, 1)
     results = run_ranks(2, save_with_a_small_limit, tmp_path, failing)
     assert results[0] == results[1] and "\n" not in results[0]
-    assert f"shard_{failing:05d}.safetensors cannot be written" in results[0] and "too large" in results[0].lower()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000100", "latest_checkpointed_iteration.txt"]
+    assert (
+        f"shard_{failing:05d}.safetensors cannot be written" in results[0]
+        and "too large" in results[0].lower()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "iter_0000100",
+        "latest_checkpointed_iteration.txt",
+    ]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "100"
     assert run_ranks(2, save_with_a_small_limit, tmp_path, 2) == ["published"] * 2
 
 
 def save_in_two_minds(mesh: Mesh, save_dir: Path, what: str) -> str:
     """Two ranks that do not agree on what they own."""
-    rows = {"both": (0, 4), "gap": (0, 1 + mesh.rank), "shape": (2 * mesh.rank, 2 * mesh.rank + 2), "dtype": (2 * mesh.rank, 2 * mesh.rank + 2)}[what]
+    rows = {
+        "both": (0, 4),
+        "gap": (0, 1 + mesh.rank),
+        "shape": (2 * mesh.rank, 2 * mesh.rank + 2),
+        "dtype": (2 * mesh.rank, 2 * mesh.rank + 2),
+    }[what]
     height = 4 + mesh.rank if what == "shape" else 4
-    tensor = torch.zeros(rows[1] - rows[0], dtype=torch.float64 if what == "dtype" and mesh.rank else torch.float32)
+    tensor = torch.zeros(
+        rows[1] - rows[0], dtype=torch.float64 if what == "dtype" and mesh.rank else torch.float32
+    )
     try:
-        save(save_dir, 1, [Piece("t", (height,), (rows,), tensor)], state={}, config_yaml="", world=mesh.world, device=cases.CPU)
+        save(
+            save_dir,
+            1,
+            [Piece("t", (height,), (rows,), tensor)],
+            state={},
+            config_yaml="",
+            world=mesh.world,
+            device=cases.CPU,
+        )
     except CheckpointError as error:
         return str(error)
     return "published"
@@ -58,7 +79,12 @@ def save_in_two_minds(mesh: Mesh, save_dir: Path, what: str) -> str:
 
 @pytest.mark.parametrize(
     ("what", "reason"),
-    [("both", "hold 8 .* 4"), ("gap", "hold 3 .* 4"), ("shape", r"\[4\].*\[5\]"), ("dtype", "float32.*float64")],
+    [
+        ("both", "hold 8 .* 4"),
+        ("gap", "hold 3 .* 4"),
+        ("shape", r"\[4\].*\[5\]"),
+        ("dtype", "float32.*float64"),
+    ],
 )
 def test_ranks_that_disagree_publish_nothing(tmp_path, what, reason):
     results = run_ranks(2, save_in_two_minds, tmp_path, what)
@@ -69,7 +95,10 @@ def test_ranks_that_disagree_publish_nothing(tmp_path, what, reason):
 @pytest.mark.parametrize(
     ("piece", "reason"),
     [
-        (Piece("t", (4,), ((0, 4),), torch.zeros(4, dtype=torch.complex64)), "t is torch.complex64"),
+        (
+            Piece("t", (4,), ((0, 4),), torch.zeros(4, dtype=torch.complex64)),
+            "t is torch.complex64",
+        ),
         (Piece("t", (4,), ((0, 4),), torch.zeros(3)), r"t: a tensor of shape \[3\]"),
         (Piece("t", (4,), ((2, 6),), torch.zeros(4)), "outside its shape"),
     ],
@@ -83,7 +112,15 @@ def test_a_piece_that_makes_no_sense_is_refused(tmp_path, piece, reason):
 
 def test_state_that_is_not_json_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="not JSON serializable"):
-        save(tmp_path, 1, [], state={"generator": object()}, config_yaml="", world=cases.ALONE, device=cases.CPU)
+        save(
+            tmp_path,
+            1,
+            [],
+            state={"generator": object()},
+            config_yaml="",
+            world=cases.ALONE,
+            device=cases.CPU,
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -61,7 +61,18 @@ def test_a_lying_manifest_is_refused_by_name(save_dir, lie):
 
 
 def of_slices(*boxes: tuple[tuple[int, ...], tuple[int, ...]], shape=(4, 6)) -> Manifest:
-    return Manifest({"t": Entry(shape, "float32", tuple(Slice("f", str(i), at, size, "crc32:00000000") for i, (at, size) in enumerate(boxes)))})
+    return Manifest(
+        {
+            "t": Entry(
+                shape,
+                "float32",
+                tuple(
+                    Slice("f", str(i), at, size, "crc32:00000000")
+                    for i, (at, size) in enumerate(boxes)
+                ),
+            )
+        }
+    )
 
 
 def test_cover_is_exact_not_only_by_count():
@@ -71,7 +82,14 @@ def test_cover_is_exact_not_only_by_count():
     with pytest.raises(CheckpointError, match="overlap"):
         of_slices(((0, 0), (2, 6)), ((1, 0), (2, 6))).check_cover(where)
     with pytest.raises(CheckpointError, match="overlap"):
-        of_slices(((0, 0), (4, 2)), ((0, 3), (4, 2)), ((1, 4), (2, 2)), ((3, 5), (1, 1)), ((0, 5), (1, 1)), ((0, 2), (2, 1))).check_cover(where)
+        of_slices(
+            ((0, 0), (4, 2)),
+            ((0, 3), (4, 2)),
+            ((1, 4), (2, 2)),
+            ((3, 5), (1, 1)),
+            ((0, 5), (1, 1)),
+            ((0, 2), (2, 1)),
+        ).check_cover(where)
     with pytest.raises(CheckpointError, match=r"18 elements.* 24"):
         of_slices(((0, 0), (3, 6))).check_cover(where)
 
@@ -81,4 +99,7 @@ def test_the_manifest_comes_back_as_it_was_written(tmp_path):
     path = tmp_path / "iter_0000100" / "manifest.json"
     manifest = Manifest.read(path)
     (tmp_path / "again.json").write_text(manifest.text())
-    assert Manifest.read(tmp_path / "again.json") == manifest and (tmp_path / "again.json").read_text() == path.read_text()
+    assert (
+        Manifest.read(tmp_path / "again.json") == manifest
+        and (tmp_path / "again.json").read_text() == path.read_text()
+    )

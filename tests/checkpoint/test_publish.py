@@ -38,10 +38,18 @@ def test_a_save_leaves_the_folders_of_the_contract(tmp_path):
     cases.write(tmp_path, 100, 1)
     cases.write(tmp_path, 12345678, 2)
     assert names(tmp_path) == ["iter_0000100", "iter_12345678", TRACKER]
-    assert names(tmp_path / "iter_0000100") == ["config.yaml", "manifest.json", "shard_00000.safetensors", "state.json"]
+    assert names(tmp_path / "iter_0000100") == [
+        "config.yaml",
+        "manifest.json",
+        "shard_00000.safetensors",
+        "state.json",
+    ]
     assert (tmp_path / TRACKER).read_text() == "12345678"
     assert json.loads((tmp_path / "iter_0000100" / "state.json").read_text())["iteration"] == 100
-    assert publish.published_iterations(tmp_path) == [100, 12345678] and publish.tracked_iteration(tmp_path) == 12345678
+    assert (
+        publish.published_iterations(tmp_path) == [100, 12345678]
+        and publish.tracked_iteration(tmp_path) == 12345678
+    )
 
 
 # --- which to load ---
@@ -88,7 +96,13 @@ def test_an_explicit_step_or_folder_stands_alone(tmp_path):
 
 def test_nothing_else_is_taken_for_a_checkpoint(tmp_path):
     make(tmp_path, 100)
-    for name in ("iter_0000200.tmp", "iter_300", "iter_0000400.bak", "xiter_0000500", "iter_0000600.removed.tmp"):
+    for name in (
+        "iter_0000200.tmp",
+        "iter_300",
+        "iter_0000400.bak",
+        "xiter_0000500",
+        "iter_0000600.removed.tmp",
+    ):
         (tmp_path / name).mkdir()
     (tmp_path / "iter_0000700").write_text("a file")
     assert publish.published_iterations(tmp_path) == [100]
@@ -133,17 +147,33 @@ def test_death_at_every_rename_and_removal_of_a_publication_loses_nothing(tmp_pa
         save_dir = tmp_path / str(step)
         cases.write(save_dir, 50, 0)
         cases.write(save_dir, 100, 1)
-        steps = ((Path, "rename"), (Path, "mkdir"), (Path, "unlink"), (Path, "write_text"), (publish.shutil, "rmtree"), (os, "fsync"))
+        steps = (
+            (Path, "rename"),
+            (Path, "mkdir"),
+            (Path, "unlink"),
+            (Path, "write_text"),
+            (publish.shutil, "rmtree"),
+            (os, "fsync"),
+        )
         killed = cases.killed_at(step, steps, partial(cases.write, save_dir, 100, 2))
         checkpoint = cases.read(save_dir)
-        assert checkpoint.iteration == 100 and cases.differences(checkpoint, checkpoint.state["seed"]) == []
+        assert (
+            checkpoint.iteration == 100
+            and cases.differences(checkpoint, checkpoint.state["seed"]) == []
+        )
         found.append(checkpoint.state["seed"])
         cases.write(save_dir, 150, 3)
         assert names(save_dir) == ["iter_0000050", "iter_0000100", "iter_0000150", TRACKER]
         assert cases.differences(cases.read(save_dir, 100), found[-1]) == []
         if not killed:
             break
-    assert not killed and found[0] == 1 and found[-1] == 2 and found == sorted(found) and len(found) > 10
+    assert (
+        not killed
+        and found[0] == 1
+        and found[-1] == 2
+        and found == sorted(found)
+        and len(found) > 10
+    )
 
 
 SAVER = """
@@ -164,7 +194,11 @@ while True:
 def kill_while_saving(save_dir: Path, times: int, chance: random.Random) -> None:
     """Start a process that saves without pause over iterations 1 to 5, kill -9 it at a random moment, look at what is there."""
     for _ in range(times):
-        saver = subprocess.Popen([sys.executable, "-c", SAVER, str(save_dir), str(Path(cases.__file__).parent)], stdout=subprocess.PIPE, text=True)
+        saver = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(save_dir), str(Path(cases.__file__).parent)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         try:
             first = saver.stdout.readline()
             assert first == "1\n", "the saver did not start"
@@ -177,7 +211,10 @@ def kill_while_saving(save_dir: Path, times: int, chance: random.Random) -> None
         assert published
         for iteration in published:
             checkpoint = cases.read(save_dir, iteration)
-            assert checkpoint.state["iteration"] == iteration and cases.differences(checkpoint, checkpoint.state["seed"]) == []
+            assert (
+                checkpoint.state["iteration"] == iteration
+                and cases.differences(checkpoint, checkpoint.state["seed"]) == []
+            )
         tracked = publish.tracked_iteration(save_dir)
         assert cases.read(save_dir).iteration == tracked
 

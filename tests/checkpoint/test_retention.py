@@ -16,13 +16,21 @@ from trivium.checkpoint.retention import Retention, retain
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
-def make(save_dir: Path, *iterations: int, tracker: int | None = None, losses: dict | None = None, transient: tuple[int, ...] = ()) -> Path:
+def make(
+    save_dir: Path,
+    *iterations: int,
+    tracker: int | None = None,
+    losses: dict | None = None,
+    transient: tuple[int, ...] = (),
+) -> Path:
     """Published folders with a manifest and a state, which is all that retention looks at."""
     for n in iterations:
         folder = save_dir / publish.folder_name(n)
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
-        (folder / "state.json").write_text(json.dumps({"validation_loss": (losses or {}).get(n), "persistent": n not in transient}))
+        (folder / "state.json").write_text(
+            json.dumps({"validation_loss": (losses or {}).get(n), "persistent": n not in transient})
+        )
     if tracker is not None:
         (save_dir / TRACKER).write_text(str(tracker))
     return save_dir
@@ -69,13 +77,25 @@ def test_a_state_that_cannot_be_read_is_neither_best_nor_transient(tmp_path):
 
 
 def test_one_that_is_not_persistent_goes_when_a_newer_one_is_there_and_counts_for_nothing(tmp_path):
-    make(tmp_path, 100, 110, 120, 200, 210, tracker=210, transient=(110, 120, 210), losses={120: 0.1, 210: 0.1})
+    make(
+        tmp_path,
+        100,
+        110,
+        120,
+        200,
+        210,
+        tracker=210,
+        transient=(110, 120, 210),
+        losses={120: 0.1, 210: 0.1},
+    )
     assert retain(tmp_path, Retention()) == [110, 120]
     assert left(tmp_path) == [100, 200, 210]
     assert retain(tmp_path, Retention(keep_last=2, keep_best=1, interval=10)) == []
     make(tmp_path, 220, tracker=220, transient=(220,))
     assert retain(tmp_path, Retention(keep_last=1)) == [100, 210]
-    assert left(tmp_path) == [200, 220], "the last persistent one stays behind a newer one that is not"
+    assert left(tmp_path) == [200, 220], (
+        "the last persistent one stays behind a newer one that is not"
+    )
 
 
 def test_it_neither_counts_nor_touches_what_is_not_published(tmp_path):
@@ -108,18 +128,28 @@ def test_one_that_cannot_be_removed_is_one_line(tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted", str(path))
 
     monkeypatch.setattr(retention.publish, "remove", refuse)
-    with pytest.raises(CheckpointError, match=r"an old checkpoint cannot be removed: .*not permitted.*iter_0000100"):
+    with pytest.raises(
+        CheckpointError, match=r"an old checkpoint cannot be removed: .*not permitted.*iter_0000100"
+    ):
         retain(tmp_path, Retention(keep_last=1))
 
 
 def test_killed_at_every_step_of_it_a_published_one_is_whole_and_the_next_save_cleans_up(tmp_path):
     rule, all_there = Retention(keep_last=1, keep_best=1), ["manifest.json", "state.json"]
     for step in range(50):
-        save_dir = make(tmp_path / str(step), 100, 200, 300, 400, tracker=400, losses={200: 1.0, 300: 2.0})
-        killed = cases.killed_at(step, ((Path, "rename"), (os, "unlink"), (os, "rmdir")), lambda folder=save_dir: retain(folder, rule))
+        save_dir = make(
+            tmp_path / str(step), 100, 200, 300, 400, tracker=400, losses={200: 1.0, 300: 2.0}
+        )
+        killed = cases.killed_at(
+            step,
+            ((Path, "rename"), (os, "unlink"), (os, "rmdir")),
+            lambda folder=save_dir: retain(folder, rule),
+        )
         assert {200, 400} <= set(left(save_dir))
         for folder in publish.published_folders(save_dir).values():
-            assert sorted(path.name for path in folder.iterdir()) == all_there, f"step {step}: {folder.name} is published and not whole"
+            assert sorted(path.name for path in folder.iterdir()) == all_there, (
+                f"step {step}: {folder.name} is published and not whole"
+            )
         publish.begin(save_dir, 500)
         assert not list(save_dir.glob("*.removed.tmp"))
         retain(save_dir, rule)
@@ -130,14 +160,29 @@ def test_killed_at_every_step_of_it_a_published_one_is_whole_and_the_next_save_c
 
 
 counts = st.none() | st.integers(1, 4)
-published = st.dictionaries(st.integers(1, 30), st.tuples(st.none() | st.floats(0, 9), st.booleans()), min_size=1)
+published = st.dictionaries(
+    st.integers(1, 30), st.tuples(st.none() | st.floats(0, 9), st.booleans()), min_size=1
+)
 
 
 @given(published=published, rule=st.builds(Retention, counts, counts, counts), data=st.data())
-def test_whatever_is_there_the_newest_and_the_tracked_stay_and_it_is_done_at_once(tmp_path_factory, published, rule, data):
+def test_whatever_is_there_the_newest_and_the_tracked_stay_and_it_is_done_at_once(
+    tmp_path_factory, published, rule, data
+):
     tracked = data.draw(st.sampled_from(sorted(published)))
-    losses, transient = {n: loss for n, (loss, _) in published.items()}, tuple(n for n, (_, persistent) in published.items() if not persistent)
-    save_dir = make(tmp_path_factory.mktemp("save"), *published, tracker=tracked, losses=losses, transient=transient)
+    losses, transient = (
+        {n: loss for n, (loss, _) in published.items()},
+        tuple(n for n, (_, persistent) in published.items() if not persistent),
+    )
+    save_dir = make(
+        tmp_path_factory.mktemp("save"),
+        *published,
+        tracker=tracked,
+        losses=losses,
+        transient=transient,
+    )
     retired = retain(save_dir, rule)
-    assert set(retired) | set(left(save_dir)) == set(published) and not set(retired) & set(left(save_dir))
+    assert set(retired) | set(left(save_dir)) == set(published) and not set(retired) & set(
+        left(save_dir)
+    )
     assert {max(published), tracked} <= set(left(save_dir)) and retain(save_dir, rule) == []

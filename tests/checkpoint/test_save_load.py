@@ -24,30 +24,67 @@ def write_on_ranks(mesh: Mesh, save_dir: Path, iteration: int, seed: int) -> Non
 
 def read_on_ranks(mesh: Mesh, load_dir: Path, seed: int) -> tuple[int, dict, str, list[str]]:
     checkpoint = open_checkpoint(load_dir, world=mesh.world, device=cases.CPU)
-    return checkpoint.iteration, checkpoint.state, checkpoint.config_yaml, cases.differences(checkpoint, seed, mesh.tp)
+    return (
+        checkpoint.iteration,
+        checkpoint.state,
+        checkpoint.config_yaml,
+        cases.differences(checkpoint, seed, mesh.tp),
+    )
 
 
 @pytest.mark.parametrize(("writers", "readers"), [(1, 1), (1, 2), (2, 1), (4, 2), (2, 4)])
 def test_what_one_layout_wrote_another_reads(tmp_path, writers, readers):
     run_ranks(writers, write_on_ranks, tmp_path, 100, 5, tp=writers)
-    assert run_ranks(readers, read_on_ranks, tmp_path, 5, tp=readers) == [(100, cases.state(100, 5), "seed: 5\n", [])] * readers
+    assert (
+        run_ranks(readers, read_on_ranks, tmp_path, 5, tp=readers)
+        == [(100, cases.state(100, 5), "seed: 5\n", [])] * readers
+    )
 
 
 def test_the_manifest_does_not_depend_on_the_layout(tmp_path):
     run_ranks(1, write_on_ranks, tmp_path / "one", 1, 5)
     run_ranks(4, write_on_ranks, tmp_path / "four", 1, 5, tp=4)
-    one, four = (Manifest.read(tmp_path / name / "iter_0000001" / "manifest.json").tensors for name in ("one", "four"))
-    assert {name: (entry.shape, entry.dtype) for name, entry in one.items()} == {name: (entry.shape, entry.dtype) for name, entry in four.items()}
-    assert [len(four[name].slices) for name in ("q", "o", "words", "norm", "steps")] == [4, 4, 4, 1, 1]
+    one, four = (
+        Manifest.read(tmp_path / name / "iter_0000001" / "manifest.json").tensors
+        for name in ("one", "four")
+    )
+    assert {name: (entry.shape, entry.dtype) for name, entry in one.items()} == {
+        name: (entry.shape, entry.dtype) for name, entry in four.items()
+    }
+    assert [len(four[name].slices) for name in ("q", "o", "words", "norm", "steps")] == [
+        4,
+        4,
+        4,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("boxes", [1, 3])
 def test_flat_shards_of_an_optimizer_reshard(tmp_path, boxes):
     """A flat range of a matrix is at most three boxes: the end of a row, whole rows, the start of a row."""
     tensor = torch.arange(35.0).view(5, 7)
-    cuts = [((0, 5), (0, 7))] if boxes == 1 else [((0, 1), (0, 3)), ((0, 1), (3, 7)), ((1, 4), (0, 7)), ((4, 5), (0, 2)), ((4, 5), (2, 7))]
+    cuts = (
+        [((0, 5), (0, 7))]
+        if boxes == 1
+        else [
+            ((0, 1), (0, 3)),
+            ((0, 1), (3, 7)),
+            ((1, 4), (0, 7)),
+            ((4, 5), (0, 2)),
+            ((4, 5), (2, 7)),
+        ]
+    )
     pieces = [Piece("m", (5, 7), box, tensor[slice(*box[0]), slice(*box[1])]) for box in cuts]
-    save(tmp_path, 1, pieces, state=cases.state(1, 5), config_yaml="", world=cases.ALONE, device=cases.CPU)
+    save(
+        tmp_path,
+        1,
+        pieces,
+        state=cases.state(1, 5),
+        config_yaml="",
+        world=cases.ALONE,
+        device=cases.CPU,
+    )
     checkpoint = cases.read(tmp_path)
     assert torch.equal(checkpoint.read("m"), tensor)
     assert torch.equal(checkpoint.read("m", ((0, 3), (2, 5))), tensor[:3, 2:5])
@@ -56,8 +93,13 @@ def test_flat_shards_of_an_optimizer_reshard(tmp_path, boxes):
 def test_shards_split_at_the_limit(tmp_path):
     cases.write(tmp_path, 1, 5, max_shard_bytes=800)
     files = sorted(path.name for path in (tmp_path / "iter_0000001").glob("*.safetensors"))
-    assert files[:2] == ["shard_00000.safetensors", "shard_00000_0001.safetensors"] and len(files) > 2
-    assert all(sum(t.nbytes for t in load_file(tmp_path / "iter_0000001" / file).values()) <= 800 for file in files)
+    assert (
+        files[:2] == ["shard_00000.safetensors", "shard_00000_0001.safetensors"] and len(files) > 2
+    )
+    assert all(
+        sum(t.nbytes for t in load_file(tmp_path / "iter_0000001" / file).values()) <= 800
+        for file in files
+    )
     assert cases.differences(cases.read(tmp_path), 5) == []
 
 
@@ -70,11 +112,28 @@ def test_tensors_are_converted_to_the_readers_dtype(tmp_path):
 
 def test_views_of_one_storage_and_strided_views_are_saved(tmp_path):
     flat = torch.arange(24.0)
-    pieces = [Piece("a", (2, 3), ((0, 2), (0, 3)), flat[:6].view(2, 3)), Piece("b", (3, 6), ((0, 3), (0, 6)), flat[6:].view(6, 3).t())]
-    save(tmp_path, 1, pieces, state=cases.state(1, 5), config_yaml="", world=cases.ALONE, device=cases.CPU)
+    pieces = [
+        Piece("a", (2, 3), ((0, 2), (0, 3)), flat[:6].view(2, 3)),
+        Piece("b", (3, 6), ((0, 3), (0, 6)), flat[6:].view(6, 3).t()),
+    ]
+    save(
+        tmp_path,
+        1,
+        pieces,
+        state=cases.state(1, 5),
+        config_yaml="",
+        world=cases.ALONE,
+        device=cases.CPU,
+    )
     checkpoint = cases.read(tmp_path)
-    assert torch.equal(checkpoint.read("a"), flat[:6].view(2, 3)) and torch.equal(checkpoint.read("b"), flat[6:].view(6, 3).t())
-    assert checkpoint.names() == ["a", "b"] and checkpoint.shape("b") == (3, 6) and checkpoint.dtype("b") == torch.float32
+    assert torch.equal(checkpoint.read("a"), flat[:6].view(2, 3)) and torch.equal(
+        checkpoint.read("b"), flat[6:].view(6, 3).t()
+    )
+    assert (
+        checkpoint.names() == ["a", "b"]
+        and checkpoint.shape("b") == (3, 6)
+        and checkpoint.dtype("b") == torch.float32
+    )
 
 
 def test_what_is_read_outlives_the_file(tmp_path):
@@ -105,20 +164,31 @@ def replace_by_pickle(folder: Path) -> None:
 
 def replace_by_another(folder: Path) -> None:
     """A whole shard of another run, with every tensor where the manifest looks for it."""
-    save_file({key: tensor + 1 for key, tensor in load_file(folder / SHARD).items()}, folder / SHARD)
+    save_file(
+        {key: tensor + 1 for key, tensor in load_file(folder / SHARD).items()}, folder / SHARD
+    )
 
 
 def store_another_dtype(folder: Path) -> None:
     tensors = load_file(folder / SHARD)
-    save_file({key: t.view(torch.int32) if t.dtype == torch.float32 else t for key, t in tensors.items()}, folder / SHARD)
+    save_file(
+        {key: t.view(torch.int32) if t.dtype == torch.float32 else t for key, t in tensors.items()},
+        folder / SHARD,
+    )
 
 
 def store_another_shape(folder: Path) -> None:
-    save_file({key: tensor.reshape(-1) for key, tensor in load_file(folder / SHARD).items()}, folder / SHARD)
+    save_file(
+        {key: tensor.reshape(-1) for key, tensor in load_file(folder / SHARD).items()},
+        folder / SHARD,
+    )
 
 
 def drop_a_tensor(folder: Path) -> None:
-    save_file({key: tensor for key, tensor in load_file(folder / SHARD).items() if key != "q@0,0"}, folder / SHARD)
+    save_file(
+        {key: tensor for key, tensor in load_file(folder / SHARD).items() if key != "q@0,0"},
+        folder / SHARD,
+    )
 
 
 def remove(name: str):
@@ -137,7 +207,10 @@ DAMAGES = {
     "missing manifest": (remove("manifest.json"), "manifest.json is missing"),
     "missing state": (remove("state.json"), "state.json is missing"),
     "missing configuration": (remove("config.yaml"), "config.yaml is missing"),
-    "half a manifest": (lambda folder: (folder / "manifest.json").write_text('{"q": {"shape"'), "is not JSON"),
+    "half a manifest": (
+        lambda folder: (folder / "manifest.json").write_text('{"q": {"shape"'),
+        "is not JSON",
+    ),
 }
 
 
@@ -148,7 +221,12 @@ def test_damage_falls_back_to_the_older_and_says_why(save_dir, damage, reason):
         checkpoint = cases.read(save_dir)
     assert checkpoint.iteration == 100 and cases.differences(checkpoint, 1) == []
     (line,) = lines
-    assert reason in line and "iter_0000200" in line and line.endswith("falling back to iteration 100") and "\n" not in line
+    assert (
+        reason in line
+        and "iter_0000200" in line
+        and line.endswith("falling back to iteration 100")
+        and "\n" not in line
+    )
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
@@ -187,14 +265,19 @@ def test_every_slice_is_verified_by_some_rank_and_all_ranks_fall_back_together(t
 
 def test_each_slice_is_verified_once_over_all_ranks(save_dir, monkeypatch):
     seen = []
-    monkeypatch.setattr("trivium.checkpoint.load._verify_slice", lambda shard, path, stored, dtype: seen.append(stored.key))
+    monkeypatch.setattr(
+        "trivium.checkpoint.load._verify_slice",
+        lambda shard, path, stored, dtype: seen.append(stored.key),
+    )
     folder = save_dir / "iter_0000200"
     manifest = Manifest.read(folder / "manifest.json")
     for size in (1, 2, 3, 50):
         seen.clear()
         for rank in range(size):
             verify(folder, manifest, rank, size)
-        assert sorted(seen) == sorted(piece.key for entry in manifest.tensors.values() for piece in entry.slices), size
+        assert sorted(seen) == sorted(
+            piece.key for entry in manifest.tensors.values() for piece in entry.slices
+        ), size
     seen.clear()
     verify(folder, manifest, 1, 2)
     assert 0 < len(seen) < len(manifest.tensors), "the second of two ranks has its share"

@@ -41,24 +41,32 @@ def some_tensors() -> dict[str, torch.Tensor]:
 def test_every_dtype_and_shape_comes_back_by_the_formats_own_reader(tmp_path):
     tensors = some_tensors()
     assert next(iter(tensors)) == "bool" and tensors["bool"].numel() == 3
-    checksums = write_shard(tmp_path / "f", [stored(*item) for item in tensors.items()], {"format": "pt"})
+    checksums = write_shard(
+        tmp_path / "f", [stored(*item) for item in tensors.items()], {"format": "pt"}
+    )
     with safe_open(tmp_path / "f", framework="pt") as file:
         assert sorted(file.keys()) == sorted(tensors) and file.metadata() == {"format": "pt"}
         for name, tensor in tensors.items():
             found = file.get_tensor(name)
             assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
-    assert checksums == [f"crc32:{zlib.crc32(host_bytes(tensor)):08x}" for tensor in tensors.values()]
+    assert checksums == [
+        f"crc32:{zlib.crc32(host_bytes(tensor)):08x}" for tensor in tensors.values()
+    ]
 
 
 @pytest.mark.parametrize("first", DTYPES)
 def test_whatever_comes_first_each_tensor_lies_at_a_multiple_of_its_element(tmp_path, first):
     names = [first, *(name for name in DTYPES if name != first)]
-    tensors = [Stored(name, name, (3,), partial(bytes, 3 * DTYPES[name].item_size)) for name in names]
+    tensors = [
+        Stored(name, name, (3,), partial(bytes, 3 * DTYPES[name].item_size)) for name in names
+    ]
     write_shard(tmp_path / "f", tensors)
     data = (tmp_path / "f").read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    assert length % 8 == 0 and all(header[name]["data_offsets"][0] % DTYPES[name].item_size == 0 for name in names)
+    assert length % 8 == 0 and all(
+        header[name]["data_offsets"][0] % DTYPES[name].item_size == 0 for name in names
+    )
     places = sorted(fields["data_offsets"] for fields in header.values())
     assert places[0][0] == 0 and places[-1][1] == len(data) - 8 - length, "no gap before or behind"
     assert all(a[1] == b[0] for a, b in itertools.pairwise(places)), "no gap between"
@@ -75,13 +83,17 @@ def test_one_tensor_at_a_time_is_held(tmp_path):
         asked.append(i)
         return array
 
-    write_shard(tmp_path / "f", [Stored(f"t{i}", "uint8", (1000,), partial(make, i)) for i in range(5)])
+    write_shard(
+        tmp_path / "f", [Stored(f"t{i}", "uint8", (1000,), partial(make, i)) for i in range(5)]
+    )
     assert asked == list(range(5))
 
 
 def test_large_tensors_are_summed_over_all_their_bytes(tmp_path):
     data = random.Random(1).randbytes(3_000_001)
-    assert write_shard(tmp_path / "f", [Stored("t", "uint8", (3_000_001,), lambda: data)]) == [f"crc32:{zlib.crc32(data):08x}"]
+    assert write_shard(tmp_path / "f", [Stored("t", "uint8", (3_000_001,), lambda: data)]) == [
+        f"crc32:{zlib.crc32(data):08x}"
+    ]
 
 
 def test_no_tensor_at_all_is_a_file_too(tmp_path):
@@ -93,8 +105,14 @@ def test_no_tensor_at_all_is_a_file_too(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "reason"),
     [
-        ([Stored("t", "float32", (2,), lambda: bytes(7))], r"f: t gave 7 bytes, its shape \[2\] has 8"),
-        ([Stored("t", "uint8", (1,), lambda: b"a"), Stored("t", "uint8", (1,), lambda: b"b")], "two tensors are named t"),
+        (
+            [Stored("t", "float32", (2,), lambda: bytes(7))],
+            r"f: t gave 7 bytes, its shape \[2\] has 8",
+        ),
+        (
+            [Stored("t", "uint8", (1,), lambda: b"a"), Stored("t", "uint8", (1,), lambda: b"b")],
+            "two tensors are named t",
+        ),
     ],
     ids=["bytes and shape differ", "one name twice"],
 )
@@ -110,7 +128,10 @@ def below_a_file(folder: Path) -> Path:
 
 PLACES = {
     "full disk": (lambda folder: Path("/dev/full"), "No space left on device"),
-    "read-only file system": (lambda folder: Path("/sys/kernel/f"), "Read-only file system|Operation not permitted|Permission denied"),
+    "read-only file system": (
+        lambda folder: Path("/sys/kernel/f"),
+        "Read-only file system|Operation not permitted|Permission denied",
+    ),
     "below a file": (below_a_file, "Not a directory"),
     "no folder": (lambda folder: folder / "absent" / "f", "No such file or directory"),
 }
@@ -136,4 +157,9 @@ def test_a_limit_of_the_file_size_is_one_line_too(tmp_path):
 def test_what_a_writer_needs_imports_no_torch():
     modules = ", ".join(f"trivium.checkpoint.{name}" for name in WITHOUT_TORCH)
     command = f"import sys, {modules}; print(sorted({{'torch', 'numpy', 'yaml', 'safetensors'}} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", command], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )

@@ -58,7 +58,9 @@ def megatron_model(kind: dict):
         activation_func=torch.nn.functional.silu if kind["swiglu"] else torch.nn.functional.gelu, qk_layernorm=kind["qk_layernorm"],
         pipeline_dtype=torch.float32, bias_activation_fusion=False, attention_dropout=0.0, hidden_dropout=0.0,
     )  # fmt: skip
-    spec = get_gpt_layer_local_spec(normalization=kind["normalization"], qk_layernorm=kind["qk_layernorm"])
+    spec = get_gpt_layer_local_spec(
+        normalization=kind["normalization"], qk_layernorm=kind["qk_layernorm"]
+    )
     return GPTModel(
         config, spec, PADDED, 64, position_embedding_type="rope" if kind["rotary"] else "learned_absolute",
         share_embeddings_and_output_weights=kind["tied"],
@@ -86,7 +88,10 @@ def write_torch_dist(_: Mesh, folder, kind: dict) -> torch.Tensor:
             if isinstance(item, ShardedTensor):
                 target = whole.setdefault(item.key, torch.zeros(item.global_shape))
                 sizes = (1,) * item.prepend_axis_num + item.local_shape
-                box = tuple(slice(offset, offset + size) for offset, size in zip(item.global_offset, sizes, strict=True))
+                box = tuple(
+                    slice(offset, offset + size)
+                    for offset, size in zip(item.global_offset, sizes, strict=True)
+                )
                 target[box] = item.data.detach().view(target[box].shape)
         iteration = folder / "iter_0000050"
         dcp.save(whole, checkpoint_id=iteration)
@@ -98,13 +103,18 @@ def write_torch_dist(_: Mesh, folder, kind: dict) -> torch.Tensor:
             qk_layernorm=kind["qk_layernorm"], untie_embeddings_and_output_weights=not kind["tied"], params_dtype=torch.float32,
             model_type=ModelType.encoder_or_decoder,
         )  # fmt: skip
-        torch.save({"args": arguments, "checkpoint_version": 3.0, "iteration": 50}, iteration / "common.pt")
+        torch.save(
+            {"args": arguments, "checkpoint_version": 3.0, "iteration": 50}, iteration / "common.pt"
+        )
         (folder / "latest_checkpointed_iteration.txt").write_text("50")
         tokens = torch.arange(64)[None] % VOCAB
         mask = torch.triu(torch.ones(1, 1, 64, 64, dtype=torch.bool), 1)
         # Its tables ask for the current device, and its dropout for that device's generator, wherever the model is and at dropout 0.
         device = mock.patch.object(torch.cuda, "current_device", lambda: "cpu")
-        generators = mock.patch("megatron.core.tensor_parallel.get_cuda_rng_tracker", lambda: argparse.Namespace(fork=nullcontext))
+        generators = mock.patch(
+            "megatron.core.tensor_parallel.get_cuda_rng_tracker",
+            lambda: argparse.Namespace(fork=nullcontext),
+        )
         with torch.no_grad(), device, generators:
             return model(tokens, torch.arange(64)[None], mask)[..., :VOCAB].float()
     finally:
@@ -116,7 +126,17 @@ def write_torch_dist(_: Mesh, folder, kind: dict) -> torch.Tensor:
 def test_logits_are_those_of_megatron_core(kind, tmp_path):
     (expected,) = run_ranks(1, write_torch_dist, tmp_path, kind)
     result = tool(
-        "convert_checkpoint", "--from", "megatron", "--to", "trivium", "--load", tmp_path, "--save", tmp_path / "run", "--vocab-size", VOCAB
+        "convert_checkpoint",
+        "--from",
+        "megatron",
+        "--to",
+        "trivium",
+        "--load",
+        tmp_path,
+        "--save",
+        tmp_path / "run",
+        "--vocab-size",
+        VOCAB,
     )
     assert result.returncode == 0, result.stderr
     model = load_pretrained(tmp_path / "run", device=torch.device("cpu"), dtype=torch.float32).model
@@ -151,9 +171,21 @@ def test_a_model_that_means_something_else_is_refused(arguments, expected, tmp_p
     run_ranks(1, write_torch_dist, tmp_path, LLAMA)
     changed(tmp_path, **arguments)
     result = tool(
-        "convert_checkpoint", "--from", "megatron", "--to", "trivium", "--load", tmp_path, "--save", tmp_path / "run", "--vocab-size", VOCAB
+        "convert_checkpoint",
+        "--from",
+        "megatron",
+        "--to",
+        "trivium",
+        "--load",
+        tmp_path,
+        "--save",
+        tmp_path / "run",
+        "--vocab-size",
+        VOCAB,
     )
-    assert result.returncode == 1 and expected in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert (
+        result.returncode == 1 and expected in result.stderr and result.stderr.count("\n") == 1
+    ), result.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -161,4 +193,8 @@ def test_windows_and_scales_of_its_arguments_are_taken_over(tmp_path):
     run_ranks(1, write_torch_dist, tmp_path, LLAMA)
     changed(tmp_path, window_size=(5, 0), window_attn_skip_freq=2, softmax_scale=0.5)
     model = MegatronDist(tmp_path, VOCAB).config
-    assert [model.window(layer) for layer in range(3)] == [6, None, 6] and model.softmax_scale == 0.5
+    assert [model.window(layer) for layer in range(3)] == [
+        6,
+        None,
+        6,
+    ] and model.softmax_scale == 0.5

@@ -40,14 +40,20 @@ def megatron(blend, split, seq_length, seed, sizes, per_split=None):
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    return builder.BlendedMegatronDatasetBuilder(gpt_dataset.GPTDataset, sizes, lambda: True, config).build()
+    return builder.BlendedMegatronDatasetBuilder(
+        gpt_dataset.GPTDataset, sizes, lambda: True, config
+    ).build()
 
 
 def write(prefix, random, num_documents, longest, vocab_size=1000):
     """A dataset of random documents, some of them empty."""
     with IndexedDatasetWriter(prefix, best_dtype(vocab_size)) as writer:
         for _ in range(num_documents):
-            writer.add_document(random.integers(0, vocab_size, random.integers(0 if random.random() < 0.2 else 1, longest)))
+            writer.add_document(
+                random.integers(
+                    0, vocab_size, random.integers(0 if random.random() < 0.2 else 1, longest)
+                )
+            )
     return str(prefix)
 
 
@@ -64,14 +70,22 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("case", range(32))
 def test_one_dataset_gives_the_samples_megatron_gives(case, tmp_path):
     random = np.random.default_rng(case)
-    prefix = write(tmp_path / "data", random, int(random.integers(30, 120)), int(random.integers(3, 60)), int(random.choice([1000, 70000])))
+    prefix = write(
+        tmp_path / "data",
+        random,
+        int(random.integers(30, 120)),
+        int(random.integers(3, 60)),
+        int(random.choice([1000, 70000])),
+    )
     split = str(random.choice(["8,1,1", "100,0,0", "90,10", "0.6,0.3,0.1", "1,1,1"]))
     seq_length, seed = int(random.integers(1, 40)), int(random.integers(0, 10000))
     sizes = [int(n) for n in random.integers(1, 200, 3)]
     if random.random() < 0.2:
         sizes[1] = None
     theirs = megatron(([prefix], None), split, seq_length, seed, sizes)
-    ours = build_datasets([prefix], split, seq_length, seed, tuple(sizes), cache_path=tmp_path / "cache")
+    ours = build_datasets(
+        [prefix], split, seq_length, seed, tuple(sizes), cache_path=tmp_path / "cache"
+    )
     for mine, reference in zip((ours.train, ours.valid, ours.test), theirs, strict=True):
         if reference is None:
             assert mine is None
@@ -84,19 +98,49 @@ def test_one_dataset_gives_the_samples_megatron_gives(case, tmp_path):
 def test_blend_gives_the_samples_megatron_gives(case, weighted, tmp_path):
     random = np.random.default_rng(1000 + case)
     count = int(random.integers(1 if weighted else 2, 18))
-    prefixes = [write(tmp_path / f"data{i}", random, int(random.integers(20, 50)), 30) for i in range(count)]
+    prefixes = [
+        write(tmp_path / f"data{i}", random, int(random.integers(20, 50)), 30) for i in range(count)
+    ]
     # Equal and small whole weights make ties, which the last bit decides; powers of ten make extremes.
-    kinds = [np.ones(count), random.integers(1, 10, count), 10.0 ** random.integers(-4, 3, count) * random.integers(1, 9, count)]
+    kinds = [
+        np.ones(count),
+        random.integers(1, 10, count),
+        10.0 ** random.integers(-4, 3, count) * random.integers(1, 9, count),
+    ]
     weights = kinds[case % 3].tolist()
-    seq_length, seed, sizes = int(random.integers(1, 12)), int(random.integers(0, 10000)), [int(n) for n in random.integers(1, 300, 3)]
-    items = [item for weight, prefix in zip(weights, prefixes, strict=True) for item in (repr(weight), prefix)] if weighted else prefixes
-    theirs_or_error = _result_or(IndexError, megatron, megatron_utils.get_blend_from_list(items), "6,2,2", seq_length, seed, sizes)
-    ours_or_error = _result_or(DataError, build_datasets, items, "6,2,2", seq_length, seed, tuple(sizes), may_run_dry=True)
+    seq_length, seed, sizes = (
+        int(random.integers(1, 12)),
+        int(random.integers(0, 10000)),
+        [int(n) for n in random.integers(1, 300, 3)],
+    )
+    items = (
+        [
+            item
+            for weight, prefix in zip(weights, prefixes, strict=True)
+            for item in (repr(weight), prefix)
+        ]
+        if weighted
+        else prefixes
+    )
+    theirs_or_error = _result_or(
+        IndexError,
+        megatron,
+        megatron_utils.get_blend_from_list(items),
+        "6,2,2",
+        seq_length,
+        seed,
+        sizes,
+    )
+    ours_or_error = _result_or(
+        DataError, build_datasets, items, "6,2,2", seq_length, seed, tuple(sizes), may_run_dry=True
+    )
     if isinstance(theirs_or_error, IndexError):
         assert isinstance(ours_or_error, DataError) and "draws" in str(ours_or_error)
         return
     assert not isinstance(ours_or_error, DataError), ours_or_error
-    for mine, reference in zip((ours_or_error.train, ours_or_error.valid, ours_or_error.test), theirs_or_error, strict=True):
+    for mine, reference in zip(
+        (ours_or_error.train, ours_or_error.valid, ours_or_error.test), theirs_or_error, strict=True
+    ):
         assert_same(mine, reference)
 
 
@@ -111,10 +155,29 @@ def _result_or(error, call, *args, **kwargs):
 def test_each_split_from_its_own_path_gives_the_samples_megatron_gives(case, tmp_path):
     random = np.random.default_rng(2000 + case)
     prefixes = [write(tmp_path / f"data{i}", random, 30, 40) for i in range(4)]
-    paths = [["3", prefixes[0], "1", prefixes[1]], [prefixes[2], prefixes[3], prefixes[0]], ["1", prefixes[1]]]
-    seq_length, seed, sizes = int(random.integers(2, 12)), int(random.integers(0, 10000)), [int(random.integers(50, 300)), None, 40]
-    theirs = megatron(None, None, seq_length, seed, sizes, per_split=[megatron_utils.get_blend_from_list(path) for path in paths])
-    keywords = {"train_data_path": paths[0], "valid_data_path": paths[1], "test_data_path": paths[2]}
+    paths = [
+        ["3", prefixes[0], "1", prefixes[1]],
+        [prefixes[2], prefixes[3], prefixes[0]],
+        ["1", prefixes[1]],
+    ]
+    seq_length, seed, sizes = (
+        int(random.integers(2, 12)),
+        int(random.integers(0, 10000)),
+        [int(random.integers(50, 300)), None, 40],
+    )
+    theirs = megatron(
+        None,
+        None,
+        seq_length,
+        seed,
+        sizes,
+        per_split=[megatron_utils.get_blend_from_list(path) for path in paths],
+    )
+    keywords = {
+        "train_data_path": paths[0],
+        "valid_data_path": paths[1],
+        "test_data_path": paths[2],
+    }
     ours = build_datasets(None, "1", seq_length, seed, tuple(sizes), **keywords)
     for mine, reference in zip((ours.train, ours.valid, ours.test), theirs, strict=True):
         assert_same(mine, reference)
@@ -144,7 +207,9 @@ def test_we_read_and_write_the_bytes_megatron_writes(dtype, tmp_path):
             ours.add_sequences(ids, lengths)
     theirs.finalize(str(tmp_path / "theirs.idx"))
     for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (
+            tmp_path / f"theirs{suffix}"
+        ).read_bytes()
     IndexedDataset(tmp_path / "theirs")
 
 
@@ -158,10 +223,22 @@ def test_merged_files_are_those_megatron_merges(tmp_path):
             theirs.add_index(prefix)
     theirs.finalize(str(tmp_path / "theirs.idx"))
     for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (
+            tmp_path / f"theirs{suffix}"
+        ).read_bytes()
 
 
-@pytest.mark.parametrize("items", [["a"], ["a", "b"], ["1", "a"], ["0.3", " a ", "0.7", "b"], ["1", "2", "3"], ["a", "1", "b", "2"]])
+@pytest.mark.parametrize(
+    "items",
+    [
+        ["a"],
+        ["a", "b"],
+        ["1", "a"],
+        ["0.3", " a ", "0.7", "b"],
+        ["1", "2", "3"],
+        ["a", "1", "b", "2"],
+    ],
+)
 def test_data_path_is_parsed_as_megatron_parses_it(items):
     prefixes, weights = megatron_utils.get_blend_from_list(items)
     assert order.parse_data_path(items) == (list(prefixes), weights)

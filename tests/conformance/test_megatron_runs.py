@@ -31,7 +31,9 @@ def data(tmp_path_factory):
     prefix, random = tmp_path_factory.mktemp("megatron") / "walks", np.random.RandomState(0)
     builder = indexed_dataset.IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for _ in range(300):
-        walk = (random.randint(200) + random.randint(1, 4) * np.arange(random.randint(5, 150))) % 200
+        walk = (
+            random.randint(200) + random.randint(1, 4) * np.arange(random.randint(5, 150))
+        ) % 200
         builder.add_document(torch.from_numpy(np.append(walk, 200)), [len(walk) + 1])
     builder.finalize(f"{prefix}.idx")
     return prefix
@@ -43,8 +45,15 @@ def test_a_megatron_command_line_trains(data, tmp_path, capsys, model):
     assert pretrain_gpt.cli(arguments.split()) == 0
     out, rows = capsys.readouterr().out, rows_of(tmp_path / "run/metrics.jsonl")
     assert "flags without effect here: --use-mcore-models --transformer-impl" in out
-    ignored = next(line for line in out.splitlines() if line.startswith("flags without effect here:"))
-    for honoured in ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", "--tensor-model-parallel-size"):
+    ignored = next(
+        line for line in out.splitlines() if line.startswith("flags without effect here:")
+    )
+    for honoured in (
+        "--use-distributed-optimizer",
+        "--overlap-grad-reduce",
+        "--overlap-param-gather",
+        "--tensor-model-parallel-size",
+    ):
         assert honoured not in ignored.split()
     assert len(rows) == 30 and rows[0]["lm_loss"] == pytest.approx(np.log(201), rel=0.02)
     assert rows[-1]["lm_loss"] < 0.8 * rows[0]["lm_loss"]

@@ -26,15 +26,21 @@ def never():
 
 
 def arrays_equal(one, other):
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[name], other[name]) for name in one
+    )
 
 
 def test_what_was_built_once_is_mapped_afterwards(tmp_path):
     cache = IndexCache(tmp_path / "cache")
     cache.arrays("data", "key", SHAPES, build)
     again = IndexCache(tmp_path / "cache").arrays("data", "key", SHAPES, never)
-    assert arrays_equal(again, build()) and all(isinstance(array, np.memmap) for array in again.values())
-    assert sorted(os.listdir(tmp_path / "cache")) == ["key-a-v1.npy", "key-b-v1.npy"], "no temporary file is left"
+    assert arrays_equal(again, build()) and all(
+        isinstance(array, np.memmap) for array in again.values()
+    )
+    assert sorted(os.listdir(tmp_path / "cache")) == ["key-a-v1.npy", "key-b-v1.npy"], (
+        "no temporary file is left"
+    )
 
 
 @pytest.mark.parametrize("other", [{"key": "another"}, {"shapes": {"a": (999,), "b": (3, 2)}}])
@@ -52,7 +58,13 @@ def test_a_damaged_file_is_built_anew(damage, tmp_path, caplog):
     path = tmp_path / "key-a-v1.npy"
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
-    damaged = {"truncated": bytes(content[:-700]), "flipped": bytes(content), "zeroed": bytes(len(content)), "empty": b"", "foreign": b"x" * 5000}
+    damaged = {
+        "truncated": bytes(content[:-700]),
+        "flipped": bytes(content),
+        "zeroed": bytes(len(content)),
+        "empty": b"",
+        "foreign": b"x" * 5000,
+    }
     path.write_bytes(damaged[damage])
     assert arrays_equal(cache.arrays("data", "key", SHAPES, build), build())
     assert "key-a-v1.npy: the cached index is damaged" in caplog.text
@@ -78,7 +90,9 @@ def test_where_nothing_can_be_written_the_arrays_stay_in_memory(tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache_module, "_publish", full)
-    assert arrays_equal(IndexCache(tmp_path / "cache").arrays("data", "key", SHAPES, build), build())
+    assert arrays_equal(
+        IndexCache(tmp_path / "cache").arrays("data", "key", SHAPES, build), build()
+    )
     assert "no folder for the index cache can be written" in caplog.text
 
 
@@ -98,7 +112,11 @@ def test_processes_that_race_read_the_same(tmp_path):
     with ProcessPoolExecutor(4) as pool:
         results = list(pool.map(race, [str(tmp_path)] * 8))
     assert all(result == results[0] for result in results)
-    assert sorted(path.name.split("-")[1] for path in (tmp_path / "cache").iterdir()) == ["document", "sample", "shuffle"]
+    assert sorted(path.name.split("-")[1] for path in (tmp_path / "cache").iterdir()) == [
+        "document",
+        "sample",
+        "shuffle",
+    ]
 
 
 def write(folder, seed, count=30):
@@ -113,7 +131,9 @@ def test_data_made_again_under_the_same_name_is_never_served_from_the_old_cache(
     for seed in (1, 2):
         write(tmp_path, seed)
         orders.append(race(str(tmp_path)))
-    lengths = build_datasets([str(tmp_path / "data")], "1", 8, 1, (500, 0, 0)).train.indexed.sequence_lengths
+    lengths = build_datasets(
+        [str(tmp_path / "data")], "1", 8, 1, (500, 0, 0)
+    ).train.indexed.sequence_lengths
     fresh = order.build_indices(lengths, 0, order.plan_epochs(int(lengths.sum()), 8, 500), 8, 1)
     cached = build_datasets([str(tmp_path / "data")], "1", 8, 1, (500, 0, 0)).train
     np.testing.assert_array_equal(cached._sample, fresh["sample"])
@@ -130,7 +150,9 @@ def test_a_change_that_a_digest_of_blocks_misses_is_told_by_the_time_of_the_file
             writer.add_documents(np.zeros(lengths.sum(), np.uint16), lengths)
         dataset = build_datasets([str(tmp_path / "data")], "1", 64, 1, (10, 0, 0)).train
         samples.append((dataset.indexed.identity, np.array(dataset._sample)))
-    assert samples[0][0] == samples[1][0], "the swap must lie between two blocks for this test to say anything"
+    assert samples[0][0] == samples[1][0], (
+        "the swap must lie between two blocks for this test to say anything"
+    )
     assert not np.array_equal(samples[0][1], samples[1][1])
 
 

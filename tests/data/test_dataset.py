@@ -49,7 +49,9 @@ def test_an_epoch_of_samples_holds_every_document_in_shuffled_order(prefix):
 def test_neighbouring_samples_share_one_token(prefix):
     dataset = train(prefix)
     at = np.argsort(dataset._shuffle)
-    assert all(dataset.tokens(at[j])[-1] == dataset.tokens(at[j + 1])[0] for j in range(len(dataset) - 1))
+    assert all(
+        dataset.tokens(at[j])[-1] == dataset.tokens(at[j + 1])[0] for j in range(len(dataset) - 1)
+    )
 
 
 def test_every_id_is_located_in_its_file(prefix):
@@ -65,7 +67,10 @@ def test_every_id_is_located_in_its_file(prefix):
 
 def test_splits_do_not_share_a_token(prefix):
     data = build_datasets([prefix], "6,2,2", 4, 7, (None, None, None))
-    seen = [set(np.concatenate([dataset.tokens(k) for k in range(len(dataset))]).tolist()) for dataset in (data.train, data.valid, data.test)]
+    seen = [
+        set(np.concatenate([dataset.tokens(k) for k in range(len(dataset))]).tolist())
+        for dataset in (data.train, data.valid, data.test)
+    ]
     assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
 
 
@@ -89,13 +94,23 @@ def test_a_blend_without_weights_uses_every_sample_of_each(prefix, tmp_path):
     dataset = train([prefix, other])
     parts = all_tokens(train(prefix)) + all_tokens(train(other))
     assert sorted(all_tokens(dataset)) == sorted(parts)
-    assert all_tokens(train([prefix, other], 50)) == all_tokens(train([prefix, other], len(dataset)))[:50]
+    assert (
+        all_tokens(train([prefix, other], 50))
+        == all_tokens(train([prefix, other], len(dataset)))[:50]
+    )
 
 
 def test_the_fingerprint_is_of_the_order_that_results(prefix, tmp_path):
     base = train(prefix, 40).fingerprint
-    assert base == train(prefix, 50).fingerprint, "56 samples are one epoch: the order of 40 is that of 50"
-    for other in (train(prefix, 100), train(prefix, 40, seed=8), train(prefix, 40, seq_length=5), train(prefix, 40, split="9,1")):
+    assert base == train(prefix, 50).fingerprint, (
+        "56 samples are one epoch: the order of 40 is that of 50"
+    )
+    for other in (
+        train(prefix, 100),
+        train(prefix, 40, seed=8),
+        train(prefix, 40, seq_length=5),
+        train(prefix, 40, split="9,1"),
+    ):
         assert other.fingerprint != base
     for suffix in (".bin", ".idx"):
         shutil.copyfile(prefix + suffix, tmp_path / f"copy{suffix}")
@@ -110,7 +125,16 @@ def test_the_fingerprint_of_a_blend_follows_the_weights_and_not_the_length(prefi
     other = write(tmp_path / "other", [50] * 9)
     base = train(["1", prefix, "3", other], 30).fingerprint
     assert base == train(["2", prefix, "6", other], 40).fingerprint
-    assert len({base, train(["1", prefix, "2", other], 30).fingerprint, train(["3", other, "1", prefix], 30).fingerprint}) == 3
+    assert (
+        len(
+            {
+                base,
+                train(["1", prefix, "2", other], 30).fingerprint,
+                train(["3", other, "1", prefix], 30).fingerprint,
+            }
+        )
+        == 3
+    )
 
 
 def test_the_fingerprint_of_a_run_is_that_of_its_training_order(prefix):
@@ -140,7 +164,12 @@ def test_a_dataset_too_small_for_validation_has_none_and_says_so(tmp_path, caplo
         (["{tiny}"], "1", None, "its train split holds 3 tokens, one sample needs 5"),
         (["{hollow}"], "1,2", 5, "the 1 sequences of its train split hold no token"),
         (["1", "{big}"], "1", None, "say how many train samples"),
-        (["{big}", "{big}"], "1", 500, r"500 train samples are asked of 2 datasets without weights, which hold 248"),
+        (
+            ["{big}", "{big}"],
+            "1",
+            500,
+            r"500 train samples are asked of 2 datasets without weights, which hold 248",
+        ),
         (["{big}"] * 32767, "1", 5, "names 32767 datasets"),
     ],
 )
@@ -158,13 +187,21 @@ def test_what_would_go_wrong_later_is_an_error_now(items, split, samples, messag
 
 def test_a_blend_that_oversamples_a_dataset_is_an_error(tmp_path):
     # 55 of 110 samples are to come from the first, built for 56; each of 50 others rounds 1.1 up to 2: of 155 samples half are 78.
-    items = ["50", write(tmp_path / "small", [56 * 4 + 1])] + ["1", write(tmp_path / "other", [50] * 10)] * 50
-    with pytest.raises(DataError, match=r"--data-path: a blend of 155 samples draws 7\d from .*small, which is built for 56"):
+    items = ["50", write(tmp_path / "small", [56 * 4 + 1])] + [
+        "1",
+        write(tmp_path / "other", [50] * 10),
+    ] * 50
+    with pytest.raises(
+        DataError,
+        match=r"--data-path: a blend of 155 samples draws 7\d from .*small, which is built for 56",
+    ):
         train(items, 110, seq_length=4)
 
 
 def test_validation_that_runs_dry_uses_what_there_is(prefix, tmp_path, caplog):
-    data = build_datasets([prefix, write(tmp_path / "other", [50] * 9)], "8,2", 4, 7, (10, 10_000, 0))
+    data = build_datasets(
+        [prefix, write(tmp_path / "other", [50] * 9)], "8,2", 4, 7, (10, 10_000, 0)
+    )
     assert 0 < len(data.valid) < 10_000 and "10000 valid samples are asked" in caplog.text
 
 
@@ -172,7 +209,10 @@ def test_mock_samples_follow_from_seed_and_number_alone():
     data = build_datasets(None, "1", 16, 3, (50, 20, 0), mock=True, vocab_size=40)
     assert (len(data.train), len(data.valid), data.test) == (50, 20, None)
     again = build_datasets(None, "1", 16, 3, (9, 9, 9), mock=True, vocab_size=40)
-    assert all_tokens(again.train) == all_tokens(data.train)[:9] and again.fingerprint == data.fingerprint
+    assert (
+        all_tokens(again.train) == all_tokens(data.train)[:9]
+        and again.fingerprint == data.fingerprint
+    )
     assert all_tokens(again.train) != all_tokens(again.valid) != all_tokens(again.test)
     ids = np.array(all_tokens(data.train))
     assert ids.shape == (50, 17) and ids.min() >= 0 and ids.max() < 40

@@ -32,12 +32,21 @@ def load(dataset, **more):
 
 def gather(batches):
     """Every field of all batches, joined: tokens, labels, loss_mask, samples."""
-    return [torch.cat(field) for field in zip(*((b.tokens, b.labels, b.loss_mask, b.samples) for b in batches), strict=True)]
+    return [
+        torch.cat(field)
+        for field in zip(
+            *((b.tokens, b.labels, b.loss_mask, b.samples) for b in batches), strict=True
+        )
+    ]
 
 
 def reading_workers():
     """Children of this process but for the ranks that other tests keep, which come from a fork server."""
-    return [child for child in multiprocessing.active_children() if not child.name.startswith("ForkServer")]
+    return [
+        child
+        for child in multiprocessing.active_children()
+        if not child.name.startswith("ForkServer")
+    ]
 
 
 def wait_for_no_children():
@@ -51,34 +60,49 @@ def wait_for_no_children():
 def test_batches_hold_the_samples_in_order(dataset, workers):
     tokens, labels, mask, samples = gather(load(dataset, num_workers=workers))
     ids = np.stack([dataset.tokens(k) for k in range(24)])
-    assert tokens.dtype == labels.dtype == samples.dtype == torch.int64 and mask.dtype == torch.float32
+    assert (
+        tokens.dtype == labels.dtype == samples.dtype == torch.int64 and mask.dtype == torch.float32
+    )
     assert tokens.tolist() == ids[:, :-1].tolist() and labels.tolist() == ids[:, 1:].tolist()
     assert samples.tolist() == list(range(24)) and mask.min() == 1
 
 
 @WORKERS
 @pytest.mark.parametrize("start", [0, 4, 12, 24])
-def test_a_loader_from_a_position_yields_what_one_from_zero_yields_after_it(dataset, workers, start):
+def test_a_loader_from_a_position_yields_what_one_from_zero_yields_after_it(
+    dataset, workers, start
+):
     tail = list(load(dataset))[start // 2 :]
     resumed = list(load(dataset, start=start, num_workers=workers))
     assert len(resumed) == len(tail) == (24 - start) // 2
     for one, other in zip(resumed, tail, strict=True):
-        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("tokens", "labels", "loss_mask", "samples"))
+        assert all(
+            torch.equal(getattr(one, name), getattr(other, name))
+            for name in ("tokens", "labels", "loss_mask", "samples")
+        )
 
 
 @pytest.mark.parametrize(("micro_batch_size", "dp_size"), [(1, 1), (3, 2), (2, 4), (1, 8)])
 def test_the_global_order_does_not_depend_on_the_ranks(dataset, micro_batch_size, dp_size):
-    ranks = [load(dataset, micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    ranks = [
+        load(dataset, micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=dp_size)
+        for rank in range(dp_size)
+    ]
     steps = [gather(step) for step in zip(*ranks, strict=True)]
     samples = [step[3] for step in steps]
-    assert torch.cat(samples).tolist() == list(range(24)) and {len(step) for step in samples} == {micro_batch_size * dp_size}
+    assert torch.cat(samples).tolist() == list(range(24)) and {len(step) for step in samples} == {
+        micro_batch_size * dp_size
+    }
     assert torch.cat([step[0] for step in steps]).equal(gather(load(dataset))[0])
 
 
 @WORKERS
 @pytest.mark.parametrize("end", [1, 5, 7, 13])
 def test_a_short_last_step_counts_every_sample_once_on_as_many_batches(dataset, workers, end):
-    ranks = [list(load(dataset, end=end, dp_rank=rank, dp_size=3, num_workers=workers)) for rank in range(3)]
+    ranks = [
+        list(load(dataset, end=end, dp_rank=rank, dp_size=3, num_workers=workers))
+        for rank in range(3)
+    ]
     assert {len(batches) for batches in ranks} == {-(-end // 6)}
     _, _, mask, samples = gather([batch for batches in ranks for batch in batches])
     assert sorted(samples[mask.all(dim=1)].tolist()) == list(range(end))
@@ -153,7 +177,9 @@ def test_signals_of_the_scheduler_leave_the_workers_reading(dataset):
     assert wait_for_no_children()
 
 
-@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "os.kill(os.getpid(), signal.SIGTERM)"])
+@pytest.mark.parametrize(
+    "ending", ["", "raise SystemExit(3)", "os.kill(os.getpid(), signal.SIGTERM)"]
+)
 def test_a_run_that_ends_in_the_middle_leaves_no_process_and_no_noise(ending):
     script = f"""
         import multiprocessing, os, signal, sys
@@ -165,8 +191,16 @@ def test_a_run_that_ends_in_the_middle_leaves_no_process_and_no_noise(ending):
         {ending}
     """
     # The workers hold the pipes: `run` returns only when they are gone too.
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == {"": 0, "r": 3, "o": -signal.SIGTERM}[ending[:1]] and done.stderr == ""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (
+        done.returncode == {"": 0, "r": 3, "o": -signal.SIGTERM}[ending[:1]] and done.stderr == ""
+    )
     assert len(done.stdout.split()) == 2
 
 

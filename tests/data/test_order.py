@@ -61,7 +61,12 @@ def test_a_split_that_is_none_is_an_error(split):
     [
         (101, 10, None, Epochs(1, False, 10, 10)),
         (101, 10, 10, Epochs(1, False, 10, 10)),
-        (100, 10, 10, Epochs(2, True, 9, 19)),  # 100 tokens hold 9 samples and one token; 1 of the last epoch is below int(0.8 * 9) = 7
+        (
+            100,
+            10,
+            10,
+            Epochs(2, True, 9, 19),
+        ),  # 100 tokens hold 9 samples and one token; 1 of the last epoch is below int(0.8 * 9) = 7
         (100, 10, 16, Epochs(2, False, 19, 19)),  # 16 - 9 = 7 is not
         (100, 10, 15, Epochs(2, True, 9, 19)),
         (1001, 10, 179, Epochs(2, True, 100, 200)),  # int(0.8 * 100) = 80, of which 79 are used
@@ -77,7 +82,9 @@ def test_epochs_are_the_fewest_that_hold_the_samples(tokens, seq_length, num_sam
 @pytest.mark.parametrize("native", BOTH)
 def test_a_sample_that_ends_at_a_document_s_end_stays_there(native):
     # Documents of 3, 2 and 4 tokens in this order; samples of 2 tokens share one.
-    index = order.sample_index(np.array([2, 4, 3], np.int32), 7, np.array([9, 7, 8], np.int32), 2, 4, native)
+    index = order.sample_index(
+        np.array([2, 4, 3], np.int32), 7, np.array([9, 7, 8], np.int32), 2, 4, native
+    )
     assert index.tolist() == [[0, 0], [0, 2], [1, 1], [2, 1], [2, 3]] and index.dtype == np.int32
 
 
@@ -90,7 +97,9 @@ def test_native_sample_index_is_the_numpy_one(case):
     document = random.integers(first, first + len(lengths), 200).astype(np.int32)
     num_samples = max(0, (int(lengths[document - first].sum()) - 1) // seq_length)
     ours = order.sample_index(lengths, first, document, seq_length, num_samples, native=True)
-    np.testing.assert_array_equal(ours, order.sample_index(lengths, first, document, seq_length, num_samples, native=False))
+    np.testing.assert_array_equal(
+        ours, order.sample_index(lengths, first, document, seq_length, num_samples, native=False)
+    )
 
 
 @pytest.mark.parametrize("native", BOTH)
@@ -113,7 +122,9 @@ def test_indices_have_the_announced_shapes_and_the_last_epoch_apart():
     indices = order.build_indices(lengths, 10, epochs, 2, 1234)
     assert {name: array.shape for name, array in indices.items()} == order.index_shapes(4, epochs)
     assert sorted(indices["document"][:4]) == sorted(indices["document"][4:]) == [10, 11, 12, 13]
-    assert sorted(indices["shuffle"][:8]) == list(range(8)) and sorted(indices["shuffle"][8:]) == list(range(8, 17))
+    assert sorted(indices["shuffle"][:8]) == list(range(8)) and sorted(
+        indices["shuffle"][8:]
+    ) == list(range(8, 17))
     assert (indices["document"].dtype, indices["shuffle"].dtype) == (np.int32, np.uint32)
 
 
@@ -123,7 +134,10 @@ def test_the_random_draws_come_in_the_order_document_then_shuffle():
     random.shuffle(document)
     random.shuffle(shuffle)
     indices = order.build_indices(np.full(3, 2, np.int32), 0, Epochs(2, False, 5, 5), 2, 5)
-    assert indices["document"].tolist() == document.tolist() and indices["shuffle"].tolist() == shuffle.tolist()
+    assert (
+        indices["document"].tolist() == document.tolist()
+        and indices["shuffle"].tolist() == shuffle.tolist()
+    )
 
 
 def test_blend_sizes_round_up_and_then_add_half_a_percent():
@@ -137,7 +151,16 @@ def test_a_blend_takes_the_dataset_furthest_behind_and_the_first_of_equals(nativ
     assert dataset.tolist() == [0, 1, 0, 1, 0, 1] and sample.tolist() == [0, 0, 1, 1, 2, 2]
     # By hand, behind by: (.25, .75) (.25, -.25) (-.5, .5) (-.25, .25) (0, 0) (-.75, .75) (-.5, .5) (-.25, .25).
     dataset, sample = order.blend_index([1, 3], 8, native)
-    assert dataset.tolist() == [1, 0, 1, 1, 0, 1, 1, 1] and sample.tolist() == [0, 0, 1, 2, 1, 3, 4, 5]
+    assert dataset.tolist() == [1, 0, 1, 1, 0, 1, 1, 1] and sample.tolist() == [
+        0,
+        0,
+        1,
+        2,
+        1,
+        3,
+        4,
+        5,
+    ]
     assert (dataset.dtype, sample.dtype) == (np.int16, np.int64)
 
 
@@ -153,13 +176,23 @@ def test_an_exhaustive_blend_uses_every_sample_once(native):
 def test_native_blends_are_the_numpy_ones(case):
     random = np.random.default_rng(case)
     count = int(random.integers(1, 30))
-    weights = (10.0 ** random.uniform(-5, 5, count)).tolist() if case % 2 else random.integers(1, 4, count).tolist()
+    weights = (
+        (10.0 ** random.uniform(-5, 5, count)).tolist()
+        if case % 2
+        else random.integers(1, 4, count).tolist()
+    )
     sizes = random.integers(1, 60, count).tolist()
-    built = [[order.blend_index(weights, 500, native), order.exhaustive_blend_index(sizes, native)] for native in (True, False)]
+    built = [
+        [order.blend_index(weights, 500, native), order.exhaustive_blend_index(sizes, native)]
+        for native in (True, False)
+    ]
     for ours, reference in zip(*built, strict=True):
         for mine, theirs in zip(ours, reference, strict=True):
             np.testing.assert_array_equal(mine, theirs)
 
 
 def test_normalized_weights_sum_to_one():
-    assert math.isclose(sum(order.normalized([1, 2, 3e8])), 1) and order.normalized([1, 3]) == [0.25, 0.75]
+    assert math.isclose(sum(order.normalized([1, 2, 3e8])), 1) and order.normalized([1, 3]) == [
+        0.25,
+        0.75,
+    ]

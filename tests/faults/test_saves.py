@@ -21,7 +21,9 @@ from trivium.checkpoint.manifest import CheckpointError
 from trivium.mesh import Axis
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = f"{SMALL}{LLAMA}{NO_DROPOUT} --eval-interval 6 --eval-iters 2 --split 80,20,0 --log-interval 1"
+RUN = (
+    f"{SMALL}{LLAMA}{NO_DROPOUT} --eval-interval 6 --eval-iters 2 --split 80,20,0 --log-interval 1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +34,28 @@ def data(tmp_path_factory):
 def start(arguments: str, **options) -> subprocess.Popen:
     command = [sys.executable, ROOT / "pretrain_gpt.py", *arguments.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
 
 
 # --- kills ---
 
 
-def kill_at_random_moments(arguments: str, saving: str, interval: int, folder: Path, kills: int, chance: random.Random, processes: int = 1) -> None:
+def kill_at_random_moments(
+    arguments: str,
+    saving: str,
+    interval: int,
+    folder: Path,
+    kills: int,
+    chance: random.Random,
+    processes: int = 1,
+) -> None:
     """Start, kill, start again until it ends by itself, every other time with --async-save. interval: iterations between saves by the flags `saving`.
 
     After each kill a checkpoint verifies that is no older than it must be. The rows at the end are those of a run that was left alone.
@@ -49,11 +66,16 @@ def kill_at_random_moments(arguments: str, saving: str, interval: int, folder: P
     for i in range(kills):
         asynchronous = (i + processes) % 2 == 0
         command = f"{arguments} {'--async-save' if asynchronous else ''}"
-        reached = reached_before_it_is_killed(start_step(command) if processes > 1 else [start(command)], chance)
+        reached = reached_before_it_is_killed(
+            start_step(command) if processes > 1 else [start(command)], chance
+        )
         # The saves before the last iteration that was logged are finished, all but one that may have been in flight.
         check_what_is_left(parts, (reached - 1) // interval * interval - interval * asynchronous)
     train(arguments, processes)
-    whole, found = ([rows_of(path, split) for split in (None, "valid")] for path in (folder / "whole.jsonl", parts / "metrics.jsonl"))
+    whole, found = (
+        [rows_of(path, split) for split in (None, "valid")]
+        for path in (folder / "whole.jsonl", parts / "metrics.jsonl")
+    )
     assert [row["iteration"] for row in found[0]] == list(range(1, len(whole[0]) + 1))
     assert exact(found[0]) == exact(whole[0]) and found[1] == whole[1]
 
@@ -78,26 +100,40 @@ def check_what_is_left(save_dir: Path, owed: int) -> None:
     newest = publish.tracked_iteration(save_dir) if published else 0
     if published:
         checkpoint = open_checkpoint(save_dir, world=Axis("world"), device=torch.device("cpu"))
-        assert checkpoint.iteration == newest == checkpoint.state["iteration"], "the newest does not verify"
-        assert rows_in(save_dir / "metrics.jsonl")[:newest] == list(range(1, newest + 1)), "a row before the checkpoint is missing"
+        assert checkpoint.iteration == newest == checkpoint.state["iteration"], (
+            "the newest does not verify"
+        )
+        assert rows_in(save_dir / "metrics.jsonl")[:newest] == list(range(1, newest + 1)), (
+            "a row before the checkpoint is missing"
+        )
     assert newest >= owed
 
 
 def rows_in(path: Path) -> list[int]:
     """Iterations of the training rows; the last line may be torn."""
     lines = path.read_text().splitlines(keepends=True)
-    return [int(match[1]) for line in lines if line.endswith("\n") and '"split"' not in line and (match := re.match(r'{"iteration": (\d+)', line))]
+    return [
+        int(match[1])
+        for line in lines
+        if line.endswith("\n")
+        and '"split"' not in line
+        and (match := re.match(r'{"iteration": (\d+)', line))
+    ]
 
 
 def test_killed_runs_end_up_with_the_losses_of_an_uninterrupted_one(data, tmp_path):
     arguments = f"{RUN} --data-path {data} --train-iters 60"
-    kill_at_random_moments(arguments, "--save-interval 3 --save-keep-last 3", 3, tmp_path, 4, random.Random(1))
+    kill_at_random_moments(
+        arguments, "--save-interval 3 --save-keep-last 3", 3, tmp_path, 4, random.Random(1)
+    )
 
 
 def test_killed_runs_of_two_processes_do_too(data, tmp_path):
     """--deterministic-mode: the order of the sums over processes is then always the same."""
     arguments = f"{RUN} --data-path {data} --train-iters 24 --deterministic-mode --use-distributed-optimizer"
-    kill_at_random_moments(arguments, "--save-interval 3", 3, tmp_path, 1, random.Random(2), processes=2)
+    kill_at_random_moments(
+        arguments, "--save-interval 3", 3, tmp_path, 1, random.Random(2), processes=2
+    )
 
 
 @pytest.mark.soak
@@ -106,8 +142,12 @@ def test_killed_runs_of_two_processes_do_too(data, tmp_path):
 def test_runs_killed_a_hundred_times(data, tmp_path, processes, kills, iterations):
     """With everything that removes checkpoints, and data workers."""
     arguments = f"{RUN} --data-path {data} --train-iters {iterations} --num-workers 1 --deterministic-mode --eval-interval 20"
-    saving = "--save-interval 20 --non-persistent-save-interval 4 --save-keep-last 4 --save-keep-best 2"
-    kill_at_random_moments(arguments, saving, 4, tmp_path, kills, random.Random(processes), processes)
+    saving = (
+        "--save-interval 20 --non-persistent-save-interval 4 --save-keep-last 4 --save-keep-best 2"
+    )
+    kill_at_random_moments(
+        arguments, saving, 4, tmp_path, kills, random.Random(processes), processes
+    )
 
 
 # --- saves that fail ---
@@ -118,9 +158,13 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """A file system with room for one checkpoint of the small model (about 330 kB), not for two."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], capture_output=True, text=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], capture_output=True, text=True
+    )
     if made.returncode:
-        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}; the limits in tests/checkpoint are all that is tested")
+        pytest.skip(
+            f"no file system can be mounted here: {made.stderr.strip()}; the limits in tests/checkpoint are all that is tested"
+        )
     yield place
     subprocess.run(["umount", place], check=True)
 
@@ -130,17 +174,23 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_published(data, tmp_path, 
     """With more room the run goes on from there, to the same losses."""
     arguments = f"{RUN} --data-path {data} --train-iters 40 --save-interval 10 {way}"
     train(f"{arguments} --save {tmp_path}/whole")
-    save = f"{arguments} --metrics-jsonl {tmp_path}/rows.jsonl --save {small_disk} --load {small_disk}"
+    save = (
+        f"{arguments} --metrics-jsonl {tmp_path}/rows.jsonl --save {small_disk} --load {small_disk}"
+    )
     with pytest.raises(CheckpointError) as failure, log_of(tmp_path / "log"):
         train(save)
     reason = rf"checkpoint of iteration 20 was not saved: {small_disk}/\S+ cannot be written: No space left on device; the newest published is 10"
     assert re.fullmatch(reason, str(failure.value))
     assert sorted(path.name for path in small_disk.iterdir()) == ["iter_0000010", publish.TRACKER]
     log = (tmp_path / "log").read_text()
-    assert log.count("saved checkpoint") == 1 and "iteration       31/" not in log, "no further save is tried"
+    assert log.count("saved checkpoint") == 1 and "iteration       31/" not in log, (
+        "no further save is tried"
+    )
     subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
     train(save)
-    assert exact(rows_of(tmp_path / "rows.jsonl")) == exact(rows_of(tmp_path / "whole/metrics.jsonl"))
+    assert exact(rows_of(tmp_path / "rows.jsonl")) == exact(
+        rows_of(tmp_path / "whole/metrics.jsonl")
+    )
 
 
 def test_a_writer_killed_on_one_of_two_processes_ends_both_with_the_same_line(data, tmp_path):
@@ -166,7 +216,9 @@ def kill_writers_of(process: subprocess.Popen) -> None:
     while process.poll() is None:
         assert time.monotonic() < deadline
         with suppress(OSError):  # a process may end between two looks at it
-            for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            for child in (
+                Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            ):
                 if b"trivium.checkpoint.writer" in Path(f"/proc/{child}/cmdline").read_bytes():
                     os.kill(int(child), signal.SIGKILL)
         time.sleep(0.005)
@@ -202,11 +254,23 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(data, tmp_path, way):
     (folders[6] / shard).unlink()
     with log_of(tmp_path / "log"):
         train(f"{arguments} --save {tmp_path}/parts --load {tmp_path}/parts")
-    warnings = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("warning: checkpoint")]
-    for line, (iteration, reason) in zip(warnings, [(12, "cannot be read"), (9, "is damaged"), (6, "is missing")], strict=True):
-        assert line.startswith(f"warning: checkpoint {iteration} does not verify: ") and reason in line and shard in line
+    warnings = [
+        line
+        for line in (tmp_path / "log").read_text().splitlines()
+        if line.startswith("warning: checkpoint")
+    ]
+    for line, (iteration, reason) in zip(
+        warnings, [(12, "cannot be read"), (9, "is damaged"), (6, "is missing")], strict=True
+    ):
+        assert (
+            line.startswith(f"warning: checkpoint {iteration} does not verify: ")
+            and reason in line
+            and shard in line
+        )
     assert "training from iteration 3\n" in (tmp_path / "log").read_text()
-    assert exact(rows_of(tmp_path / "parts/metrics.jsonl")) == exact(rows_of(tmp_path / "whole/metrics.jsonl"))
+    assert exact(rows_of(tmp_path / "parts/metrics.jsonl")) == exact(
+        rows_of(tmp_path / "whole/metrics.jsonl")
+    )
     assert publish.published_iterations(tmp_path / "parts") == [3, 6, 9, 12, 15, 18, 20]
 
 

@@ -17,7 +17,15 @@ from ranks import RankError, run_ranks
 from runs import NO_DROPOUT, SMALL, free_port, start_step
 
 import pretrain_gpt
-from trivium.comm import CommunicationError, all_reduce, all_to_all, start_all_gather, start_receive, start_reduce_scatter, start_send
+from trivium.comm import (
+    CommunicationError,
+    all_reduce,
+    all_to_all,
+    start_all_gather,
+    start_receive,
+    start_reduce_scatter,
+    start_send,
+)
 from trivium.data.loader import MicroBatches
 from trivium.launch import Place
 from trivium.mesh import Axis, Mesh
@@ -52,7 +60,9 @@ def outcomes(mesh: Mesh, groups: list[dist.ProcessGroup]) -> dict[str, tuple[flo
 
 def beside_a_stopped_rank(mesh: Mesh, path: Path) -> dict[str, tuple[float, str]] | None:
     groups = [dist.new_group([0, 1], timeout=timedelta(seconds=3)) for _ in OPERATIONS]
-    for group in groups:  # each group's connections are made by its first operation or before: not by one that fails
+    for group in (
+        groups
+    ):  # each group's connections are made by its first operation or before: not by one that fails
         all_reduce(torch.zeros(1), replace(mesh.tp, group=group))
     if mesh.rank == 1:
         path.write_text(str(os.getpid()))
@@ -77,22 +87,45 @@ def state(process: int) -> str:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def test_every_operation_with_a_stopped_rank_fails_after_its_timeout_and_says_which_it_was(tmp_path):
+def test_every_operation_with_a_stopped_rank_fails_after_its_timeout_and_says_which_it_was(
+    tmp_path,
+):
     failures = run_ranks(2, beside_a_stopped_rank, tmp_path / "process", tp=2)[0]
     for operation, (seconds, message) in failures.items():
         assert 2.5 < seconds < 13, (operation, seconds)  # the rest is for a busy machine
         assert message.startswith(f"rank 0: {operation} over tp (ranks 0, 1) failed: "), message
-        assert re.search(r"Timed out waiting 3000ms|timeout", message) and message.endswith(f"; {SLOW}"), message
+        assert re.search(r"Timed out waiting 3000ms|timeout", message) and message.endswith(
+            f"; {SLOW}"
+        ), message
 
 
 # --- whole runs ---
 
 SECONDS = 6
 RUNS = [
-    pytest.param("--tensor-model-parallel-size 2 --sequence-parallel", "(all-gather|reduce-scatter|all-reduce) over tp", True, id="tp2"),
-    pytest.param("--context-parallel-size 2 --cp-comm-type a2a", "all-to-all over cp", False, id="cp2"),
-    pytest.param("--pipeline-model-parallel-size 2", "(receive from|send to) rank 1 over pp", True, id="pp2", marks=pytest.mark.soak),
-    pytest.param("--use-distributed-optimizer", "reduce-scatter over shards", False, id="dp2", marks=pytest.mark.soak),
+    pytest.param(
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+        "(all-gather|reduce-scatter|all-reduce) over tp",
+        True,
+        id="tp2",
+    ),
+    pytest.param(
+        "--context-parallel-size 2 --cp-comm-type a2a", "all-to-all over cp", False, id="cp2"
+    ),
+    pytest.param(
+        "--pipeline-model-parallel-size 2",
+        "(receive from|send to) rank 1 over pp",
+        True,
+        id="pp2",
+        marks=pytest.mark.soak,
+    ),
+    pytest.param(
+        "--use-distributed-optimizer",
+        "reduce-scatter over shards",
+        False,
+        id="dp2",
+        marks=pytest.mark.soak,
+    ),
 ]
 
 
@@ -113,7 +146,9 @@ class Hanging(MicroBatches):
         return super().__next__()
 
 
-def run_beside_a_hanging_loader(mesh: Mesh, flags: str, stopped: bool, path: Path, port: str) -> tuple[float, str]:
+def run_beside_a_hanging_loader(
+    mesh: Mesh, flags: str, stopped: bool, path: Path, port: str
+) -> tuple[float, str]:
     """A run whose rank 1 hangs: how many seconds after it the run ended on this rank, and with what words."""
     dist.destroy_process_group()  # the pool's: the run makes its own, with its own timeout
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -122,7 +157,10 @@ def run_beside_a_hanging_loader(mesh: Mesh, flags: str, stopped: bool, path: Pat
         pretrain_gpt.MicroBatches = Hanging
     try:
         with pytest.raises(CommunicationError) as failure:
-            pretrain_gpt.main(f"{RUN} {flags} --distributed-timeout-minutes {SECONDS / 60}".split(), Place(mesh.rank, 2, mesh.rank))
+            pretrain_gpt.main(
+                f"{RUN} {flags} --distributed-timeout-minutes {SECONDS / 60}".split(),
+                Place(mesh.rank, 2, mesh.rank),
+            )
         return time.time() - path.stat().st_mtime if mesh.rank == 0 else 0.0, str(failure.value)
     finally:
         pretrain_gpt.MicroBatches = MicroBatches
@@ -133,10 +171,22 @@ def run_beside_a_hanging_loader(mesh: Mesh, flags: str, stopped: bool, path: Pat
 
 
 @pytest.mark.parametrize(("flags", "operation", "stopped"), RUNS)
-def test_a_run_with_a_hanging_rank_ends_in_time_and_names_the_axis(tmp_path, flags, operation, stopped):
-    seconds, message = run_ranks(2, run_beside_a_hanging_loader, flags, stopped, tmp_path / "process", free_port(), timeout=120)[0]
+def test_a_run_with_a_hanging_rank_ends_in_time_and_names_the_axis(
+    tmp_path, flags, operation, stopped
+):
+    seconds, message = run_ranks(
+        2,
+        run_beside_a_hanging_loader,
+        flags,
+        stopped,
+        tmp_path / "process",
+        free_port(),
+        timeout=120,
+    )[0]
     assert seconds < SECONDS + 10
-    assert re.match(rf"rank 0: {operation} \(ranks 0, 1\) failed: ", message) and message.endswith(f"; {SLOW}"), message
+    assert re.match(rf"rank 0: {operation} \(ranks 0, 1\) failed: ", message) and message.endswith(
+        f"; {SLOW}"
+    ), message
 
 
 def beside_a_killed_rank(mesh: Mesh, folder: Path) -> None:
@@ -146,7 +196,9 @@ def beside_a_killed_rank(mesh: Mesh, folder: Path) -> None:
     if mesh.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     failures = outcomes(mesh, groups)
-    (folder / "failures").write_text("\n".join(f"{seconds} {message}" for seconds, message in failures.values()))
+    (folder / "failures").write_text(
+        "\n".join(f"{seconds} {message}" for seconds, message in failures.values())
+    )
 
 
 def test_every_operation_with_a_killed_rank_fails_at_once_and_says_that_it_is_gone(tmp_path):
@@ -156,7 +208,9 @@ def test_every_operation_with_a_killed_rank_fails_at_once_and_says_that_it_is_go
     for operation, line in zip(OPERATIONS, failures, strict=True):
         seconds, _, message = line.partition(" ")
         assert float(seconds) < 10, "not after the 100 seconds that it may take"
-        assert message.startswith(f"rank 0: {operation} over tp (ranks 0, 1) failed: ") and message.endswith(f"; {GONE}"), message
+        assert message.startswith(
+            f"rank 0: {operation} over tp (ranks 0, 1) failed: "
+        ) and message.endswith(f"; {GONE}"), message
 
 
 @pytest.mark.soak
@@ -165,8 +219,13 @@ def test_every_operation_with_a_killed_rank_fails_at_once_and_says_that_it_is_go
     [(signal.SIGSTOP, 12, 11, 24, SLOW), (signal.SIGKILL, 100, 0, 30, GONE)],
     ids=["stopped", "killed"],
 )
-@pytest.mark.parametrize("flags", ["--overlap-grad-reduce", "--context-parallel-size 2 --cp-comm-type a2a --num-workers 2"])
-def test_the_processes_of_a_failed_run_are_gone_and_say_one_line(tmp_path, number, timeout, earliest, latest, reason, flags):
+@pytest.mark.parametrize(
+    "flags",
+    ["--overlap-grad-reduce", "--context-parallel-size 2 --cp-comm-type a2a --num-workers 2"],
+)
+def test_the_processes_of_a_failed_run_are_gone_and_say_one_line(
+    tmp_path, number, timeout, earliest, latest, reason, flags
+):
     """Groups that are taken down with operations under way abort the process: it has to leave without, and still with its rows written."""
     arguments = f"{RUN} {flags} --log-interval 1 --distributed-timeout-minutes {timeout / 60} --metrics-jsonl {tmp_path}/rows.jsonl"
     ranks = start_step(arguments)
@@ -180,6 +239,10 @@ def test_the_processes_of_a_failed_run_are_gone_and_say_one_line(tmp_path, numbe
     finally:
         for rank in ranks:
             rank.kill()
-    assert ranks[0].returncode == 1 and error.count("\n") == 1 and error.startswith("pretrain_gpt.py: rank 0: "), error
+    assert (
+        ranks[0].returncode == 1
+        and error.count("\n") == 1
+        and error.startswith("pretrain_gpt.py: rank 0: ")
+    ), error
     assert error.strip().endswith(f"; {reason}") and earliest <= took < latest, (took, error)
     assert '"iteration": 5,' in (tmp_path / "rows.jsonl").read_text()

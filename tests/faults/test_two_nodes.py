@@ -32,8 +32,17 @@ def obstacle() -> str | None:
     name = f"trivium{os.getpid()}"
     # `ip netns delete` takes the cable's ends along with the namespace.
     make = f"ip netns add {name} && ip link add cable netns {name} type veth peer name other netns {name}"
-    result = subprocess.run(["sh", "-c", f"{make}; made=$?; ip netns delete {name}; exit $made"], capture_output=True, text=True, env={"PATH": PATH})
-    return f"no network namespace can be made here: {result.stderr.strip()}" if result.returncode else None
+    result = subprocess.run(
+        ["sh", "-c", f"{make}; made=$?; ip netns delete {name}; exit $made"],
+        capture_output=True,
+        text=True,
+        env={"PATH": PATH},
+    )
+    return (
+        f"no network namespace can be made here: {result.stderr.strip()}"
+        if result.returncode
+        else None
+    )
 
 
 OBSTACLE = obstacle()
@@ -45,13 +54,21 @@ def two_nodes(arguments: str, processes: int, errors: Path) -> Iterator[subproce
     """The script under way, its stdout in a pipe, its stderr in the file `errors`; at the end neither it nor a namespace is left."""
     environment = os.environ | {"PATH": PATH, "PROCESSES": str(processes)}
     with errors.open("w") as stderr:
-        script = subprocess.Popen([SCRIPT, *arguments.split()], env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        script = subprocess.Popen(
+            [SCRIPT, *arguments.split()],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
     try:
         yield script
     finally:
         script.send_signal(signal.SIGTERM)
         script.communicate(timeout=60)
-        left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, env={"PATH": PATH}).stdout
+        left = subprocess.run(
+            ["ip", "netns", "list"], capture_output=True, text=True, env={"PATH": PATH}
+        ).stdout
         assert f"trivium{script.pid}-" not in left
 
 
@@ -62,7 +79,12 @@ def losses(path: Path) -> list[float]:
 LAYOUTS = [
     pytest.param(1, "--pipeline-model-parallel-size 2", id="pp2 across"),
     pytest.param(2, TP_PP, id="tp2 within, pp2 across", marks=pytest.mark.soak),
-    pytest.param(2, "--tensor-model-parallel-size 2 --use-distributed-optimizer", id="tp2 within, dp2 across", marks=pytest.mark.soak),
+    pytest.param(
+        2,
+        "--tensor-model-parallel-size 2 --use-distributed-optimizer",
+        id="tp2 within, dp2 across",
+        marks=pytest.mark.soak,
+    ),
 ]
 
 
@@ -70,7 +92,9 @@ LAYOUTS = [
 def test_two_nodes_train_as_one_process(tmp_path, processes, layout):
     """Six fp32 losses of about 4.5. Sums in another order differ by some 2^-24 = 6e-8 of them, which six updates do not raise above 1e-5."""
     run = f"{RUN}{NO_DROPOUT} --train-iters 6"
-    with two_nodes(f"{run} {layout} --metrics-jsonl {tmp_path}/two.jsonl", processes, tmp_path / "errors") as script:
+    with two_nodes(
+        f"{run} {layout} --metrics-jsonl {tmp_path}/two.jsonl", processes, tmp_path / "errors"
+    ) as script:
         printed = script.communicate(timeout=200)[0]
         assert script.returncode == 0, printed + (tmp_path / "errors").read_text()
     train(f"{run} --metrics-jsonl {tmp_path}/one.jsonl")
@@ -102,7 +126,9 @@ OPERATION = r"(all-reduce|all-gather|reduce-scatter|send to rank \d|receive from
 
 
 @pytest.mark.parametrize(("way", "processes", "layout"), FAILURES)
-def test_without_a_network_both_nodes_end_in_time_and_name_the_operation(tmp_path, way, processes, layout):
+def test_without_a_network_both_nodes_end_in_time_and_name_the_operation(
+    tmp_path, way, processes, layout
+):
     with two_nodes(f"{CUT} {layout}", processes, tmp_path / "errors") as script:
         fail_network(script, way)
         start = time.monotonic()
@@ -115,7 +141,14 @@ def test_without_a_network_both_nodes_end_in_time_and_name_the_operation(tmp_pat
         told = re.findall(rf"^node {node} \| .*pretrain_gpt.py: rank (\d+): (.*)", errors, re.M)
         assert 1 <= len(told) <= processes, errors
         ranks = [int(rank) for rank, _ in told]
-        assert len(set(ranks)) == len(ranks) and set(ranks) <= set(range(node * processes, (node + 1) * processes))
+        assert len(set(ranks)) == len(ranks) and set(ranks) <= set(
+            range(node * processes, (node + 1) * processes)
+        )
         assert all(re.match(OPERATION, message) for _, message in told), told
-        assert any(re.search(f"(waiting {TIMEOUT}000ms|timeout).*raise --distributed-timeout-minutes$", said) for _, said in told), told
+        assert any(
+            re.search(
+                f"(waiting {TIMEOUT}000ms|timeout).*raise --distributed-timeout-minutes$", said
+            )
+            for _, said in told
+        ), told
     assert str(ROOT / "core") not in errors, "torchrun's own report is no more than that"

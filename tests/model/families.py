@@ -10,7 +10,13 @@ _SHAPE = {
     "max_position_embeddings": 64, "initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 _WHOLE_HEADS = {key: value for key, value in _SHAPE.items() if key != "num_key_value_heads"}
-_LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 _LLAMA32 = _LLAMA31 | {"factor": 32.0, "original_max_position_embeddings": 16}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 _LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.3], "long_factor": [2.0, 5.0]}
@@ -61,7 +67,9 @@ def write_peer(name: str, folder: Path, dtype: torch.dtype = torch.float32):
 
     kind, values = CONFIGS[name]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**values), attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, kind)(**values), attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -41,7 +41,9 @@ BLOCKS = {
 PAST, NEW = 6, 5
 
 
-def block_of(config: ModelConfig, dtype: torch.dtype, ops: Ops, sharding: Sharding | None = None) -> Block:
+def block_of(
+    config: ModelConfig, dtype: torch.dtype, ops: Ops, sharding: Sharding | None = None
+) -> Block:
     """With norms and biases that would hide no swap; values as bf16 holds them."""
     block = Block(0, config, sharding or Sharding(), ops, 1, Recompute()).eval()
     noise = torch.Generator().manual_seed(1)
@@ -53,12 +55,22 @@ def block_of(config: ModelConfig, dtype: torch.dtype, ops: Ops, sharding: Shardi
 
 
 @torch.no_grad()
-def outputs(block: Block, config: ModelConfig, x: torch.Tensor, steps: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs(
+    block: Block, config: ModelConfig, x: torch.Tensor, steps: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the last NEW tokens of x, one at a time, and what the cache holds then."""
     weight = block.attention.qkv.weight
-    cache = GPT(replace(config, num_layers=1), 8, ops=block.attention.ops, seed=1).place(x.device, weight.dtype).caches(len(x), PAST + NEW)[0]
+    cache = (
+        GPT(replace(config, num_layers=1), 8, ops=block.attention.ops, seed=1)
+        .place(x.device, weight.dtype)
+        .caches(len(x), PAST + NEW)[0]
+    )
     cache.step = block.step(len(x)) if steps else None
-    rotary, parts, start = Rotary(config) if config.position_embedding_type == "rope" else None, [], 0
+    rotary, parts, start = (
+        Rotary(config) if config.position_embedding_type == "rope" else None,
+        [],
+        0,
+    )
     for end in range(PAST, PAST + NEW + 1):
         positions = torch.arange(start, end)
         angles = rotary and rotary(positions, end)
@@ -72,7 +84,9 @@ def outputs(block: Block, config: ModelConfig, x: torch.Tensor, steps: bool) -> 
 
 
 def inputs(config: ModelConfig, sequences: int, dtype: torch.dtype) -> torch.Tensor:
-    x = torch.randn(sequences, PAST + NEW, config.hidden_size, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(
+        sequences, PAST + NEW, config.hidden_size, generator=torch.Generator().manual_seed(2)
+    )
     return x.bfloat16().to(dtype)
 
 
@@ -81,7 +95,10 @@ def inputs(config: ModelConfig, sequences: int, dtype: torch.dtype) -> torch.Ten
 def test_a_step_in_fp32_is_that_of_float64(name, sequences):
     """Sums over at most 128 terms, some ten roundings one after another: 1e-5 of the largest number; measured 1.5e-6."""
     config = BLOCKS[name]
-    block, exact = block_of(config, torch.float32, Ops("native")), block_of(config, torch.float64, Ops())
+    block, exact = (
+        block_of(config, torch.float32, Ops("native")),
+        block_of(config, torch.float64, Ops()),
+    )
     assert block.step(sequences) is not None and exact.step(sequences) is None
     for found, expected in zip(
         outputs(block, config, inputs(config, sequences, torch.float32), True),
@@ -96,8 +113,13 @@ def test_a_step_in_fp32_is_that_of_float64(name, sequences):
 def test_a_step_in_bf16_rounds_where_the_block_does(name, sequences):
     """Bit by bit, but where attention, in fp32 in both and summed in another order, comes to lie on the other side of a rounding."""
     config = BLOCKS[name]
-    block, x = block_of(config, torch.bfloat16, Ops("native", widens=True)), inputs(config, sequences, torch.bfloat16)
-    for found, expected in zip(outputs(block, config, x, True), outputs(block, config, x, False), strict=True):
+    block, x = (
+        block_of(config, torch.bfloat16, Ops("native", widens=True)),
+        inputs(config, sequences, torch.bfloat16),
+    )
+    for found, expected in zip(
+        outputs(block, config, x, True), outputs(block, config, x, False), strict=True
+    ):
         assert found.dtype == torch.bfloat16 and expected.abs().max() > 0
         assert (found != expected).float().mean() <= 0.02
 
@@ -106,8 +128,15 @@ def test_a_step_in_bf16_rounds_where_the_block_does(name, sequences):
 def test_scores_that_decide_everything_or_nothing(scale):
     """Scores of up to 1,300 in size: a rounding of one, 6e-5, is in the weights as it is."""
     config = replace(LLAMA, softmax_scale=scale)
-    found = outputs(block_of(config, torch.float32, Ops("native")), config, inputs(config, 2, torch.float32), True)[0]
-    expected = outputs(block_of(config, torch.float64, Ops()), config, inputs(config, 2, torch.float64), False)[0]
+    found = outputs(
+        block_of(config, torch.float32, Ops("native")),
+        config,
+        inputs(config, 2, torch.float32),
+        True,
+    )[0]
+    expected = outputs(
+        block_of(config, torch.float64, Ops()), config, inputs(config, 2, torch.float64), False
+    )[0]
     assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
@@ -115,15 +144,26 @@ def test_scores_that_decide_everything_or_nothing(scale):
 def test_hidden_states_of_any_size(size):
     """Zeros, subnormals, squares below and far above what the weights are."""
     config = LLAMA
-    block, exact = block_of(config, torch.float32, Ops("native")), block_of(config, torch.float64, Ops())
+    block, exact = (
+        block_of(config, torch.float32, Ops("native")),
+        block_of(config, torch.float64, Ops()),
+    )
     x = size * inputs(config, 2, torch.float32)
-    found, expected = outputs(block, config, x, True)[0], outputs(exact, config, x.double(), False)[0]
+    found, expected = (
+        outputs(block, config, x, True)[0],
+        outputs(exact, config, x.double(), False)[0],
+    )
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_the_number_of_threads_changes_no_bit():
     config = replace(LLAMA, hidden_size=300, ffn_hidden_size=700)
-    block, x, threads, results = block_of(config, torch.float32, Ops("native")), inputs(config, 3, torch.float32), torch.get_num_threads(), []
+    block, x, threads, results = (
+        block_of(config, torch.float32, Ops("native")),
+        inputs(config, 3, torch.float32),
+        torch.get_num_threads(),
+        [],
+    )
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
@@ -143,20 +183,43 @@ def test_a_step_sees_new_weights_and_does_not_write_past_the_cache():
             p.data = 2 * p.data  # another place, as an optimizer's buffers are
         after = step(x, *angles, keys, values, 0)
         assert not torch.equal(before, after)
-        assert (after - block(x, angles, Passage(torch.arange(1)))).abs().max() <= 1e-5 * after.abs().max()
+        assert (
+            after - block(x, angles, Passage(torch.arange(1)))
+        ).abs().max() <= 1e-5 * after.abs().max()
     with pytest.raises(ValueError, match="a cache of 1 places is full"):
         step(x, *angles, keys, values, 1)
-    for tensors in ((x.bfloat16(), keys, values), (x, keys.bfloat16(), values), (x, keys, values.double())):
+    for tensors in (
+        (x.bfloat16(), keys, values),
+        (x, keys.bfloat16(), values),
+        (x, keys, values.double()),
+    ):
         with pytest.raises(TypeError, match="tensors of one dtype"):
             step(tensors[0], *angles, *tensors[1:], 0)
 
 
 @pytest.mark.parametrize(
-    "reason", ["1p", "tensor parallel", "float64", "float16", "two dtypes", "gaps", "sequences", "--kernels torch", "rope", "backend", "itself"]
+    "reason",
+    [
+        "1p",
+        "tensor parallel",
+        "float64",
+        "float16",
+        "two dtypes",
+        "gaps",
+        "sequences",
+        "--kernels torch",
+        "rope",
+        "backend",
+        "itself",
+    ],
 )
 def test_where_there_is_no_step(reason):
     """Then the block goes op by op."""
-    kernels = {"--kernels torch": Ops(), "rope": Ops("native", overrides=(("rope", "torch"),)), "backend": Ops("native", "unfused")}
+    kernels = {
+        "--kernels torch": Ops(),
+        "rope": Ops("native", overrides=(("rope", "torch"),)),
+        "backend": Ops("native", "unfused"),
+    }
     kernels["itself"] = Ops("native", overrides=(("block_step", "torch"),))
     config = replace(LLAMA, ffn_hidden_size=36, apply_layernorm_1p=reason == "1p")
     sharding = Sharding(tp=Axis("tp", 2, 0)) if reason == "tensor parallel" else None
@@ -172,7 +235,9 @@ def test_where_there_is_no_step(reason):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_generation_takes_steps_and_a_gradient_goes_op_by_op(dtype, monkeypatch):
     taken, honest = [], native.BlockStep.__call__
-    monkeypatch.setattr(native.BlockStep, "__call__", lambda self, *args: (taken.append(1), honest(self, *args))[1])
+    monkeypatch.setattr(
+        native.BlockStep, "__call__", lambda self, *args: (taken.append(1), honest(self, *args))[1]
+    )
     model = GPT(LLAMA, 50, ops=Ops("native"), seed=1).place(torch.device("cpu"), dtype)
     prompt = torch.tensor([[1, 2, 3]])
     tokens = list(generate(model, prompt, 4, Sampling(temperature=0), torch.Generator()))
@@ -189,8 +254,13 @@ def test_every_wrong_weight_is_seen():
     first = outputs(block, config, x, True)[0]
     for name, p in block.named_parameters():
         changed = copy.deepcopy(block)
-        changed.get_parameter(name).data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
-        found, expected = outputs(changed, config, x, True)[0], outputs(changed, config, x, False)[0]
+        changed.get_parameter(name).data += 0.1 * torch.randn(
+            p.shape, generator=torch.Generator().manual_seed(3)
+        )
+        found, expected = (
+            outputs(changed, config, x, True)[0],
+            outputs(changed, config, x, False)[0],
+        )
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), name
         # A bias on all keys moves every score of a query alike.
         assert "k_norm.bias" in name or not torch.allclose(found, first, atol=1e-4), name

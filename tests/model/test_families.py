@@ -31,14 +31,21 @@ from trivium.validate import validate
 
 def loaded(source: HFModel, kernels: str = "torch") -> GPT:
     model = GPT(source.config, source.vocab_size, ops=Ops(kernels), seed=None)
-    source.read_into(piece for parameter in model.parameters() for piece in parameter.param_layout.pieces(parameter.data))
+    source.read_into(
+        piece
+        for parameter in model.parameters()
+        for piece in parameter.param_layout.pieces(parameter.data)
+    )
     return model.eval()
 
 
 BASIC = [name for name in CONFIGS if "-" not in name]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in BASIC else pytest.mark.parity) for name in CONFIGS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in BASIC else pytest.mark.parity) for name in CONFIGS],
+)
 def test_every_gradient_is_that_of_transformers(name, tmp_path):
     """Two implementations of one function in fp32: sums over up to 97 terms through four layers, 1e-5 of a gradient's norm, or of its share
     of the whole norm where the true gradient is nearly zero, as a key bias' is.
@@ -47,10 +54,19 @@ def test_every_gradient_is_that_of_transformers(name, tmp_path):
     source = HFModel(tmp_path)
     model, labels = loaded(source), tokens.roll(-1, dims=1)
     model.loss(tokens, labels, torch.full(labels.shape, 1 / labels.numel()))[0].backward()
-    torch.nn.functional.cross_entropy(peer(tokens).logits.flatten(0, 1), labels.flatten()).backward()
-    ours = {part.name: part.within(p.grad) for p in model.parameters() for part in p.param_layout.parts}
-    found = {their: assemble(their, source.places, ours.get) for their in their_shapes(source.places)}
-    expected = {("embed_out.weight" if key == "lm_head.weight" and "neox" in name else key): p.grad for key, p in peer.named_parameters()}
+    torch.nn.functional.cross_entropy(
+        peer(tokens).logits.flatten(0, 1), labels.flatten()
+    ).backward()
+    ours = {
+        part.name: part.within(p.grad) for p in model.parameters() for part in p.param_layout.parts
+    }
+    found = {
+        their: assemble(their, source.places, ours.get) for their in their_shapes(source.places)
+    }
+    expected = {
+        ("embed_out.weight" if key == "lm_head.weight" and "neox" in name else key): p.grad
+        for key, p in peer.named_parameters()
+    }
     assert found.keys() == expected.keys()
     total = sum(gradient.square().sum() for gradient in expected.values()).sqrt()
     count = sum(gradient.numel() for gradient in expected.values())
@@ -67,11 +83,25 @@ def test_logits_are_those_of_transformers_and_weights_go_back_bit_for_bit(name, 
     logits, expected = loaded(source)(tokens_of())[..., :VOCAB], peer(tokens_of()).logits
     assert (logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
 
-    export_weights(source.config, source.vocab_size, source.read, tmp_path / "ours", source.dtype, [], {"eos_token_id": 2})
-    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "ours"))
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    export_weights(
+        source.config,
+        source.vocab_size,
+        source.read,
+        tmp_path / "ours",
+        source.dtype,
+        [],
+        {"eos_token_id": 2},
+    )
+    before, after = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "ours")
+    )
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[key], after[key]) for key in before
+    )
     transformers = pytest.importorskip("transformers")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager"
+    ).eval()
     assert type(again) is type(peer) and torch.equal(again(tokens_of()).logits, expected)
 
 
@@ -86,13 +116,19 @@ LAYOUTS = {
 }
 
 
-def logits_on_rank(mesh: Mesh, folder, layout: str) -> tuple[int, torch.Tensor, torch.Tensor] | None:
+def logits_on_rank(
+    mesh: Mesh, folder, layout: str
+) -> tuple[int, torch.Tensor, torch.Tensor] | None:
     """What the last stage computes: its rank of tp, its columns of the logits, and the places of its tokens."""
     source, config = HFModel(folder), flags.parse(f"{RUN} {layout} --device cpu".split()).config
     config = resolve(replace(config, model=source.config), mesh.world_size)
     assert not validate(config, mesh.world_size)
     stages = build_stages(config, source.vocab_size, mesh, Ops(), torch.device("cpu"))
-    source.read_into(piece for parameter in stages.parameters() for piece in parameter.param_layout.pieces(parameter.data))
+    source.read_into(
+        piece
+        for parameter in stages.parameters()
+        for piece in parameter.param_layout.pieces(parameter.data)
+    )
     positions, found = token_positions(LENGTH, mesh.cp), []
     tokens, passage = local_tokens(tokens_of(), mesh.cp), Passage(positions, length=LENGTH)
 
@@ -109,9 +145,18 @@ def logits_on_rank(mesh: Mesh, folder, layout: str) -> tuple[int, torch.Tensor, 
 
 
 # Of `make test`: every family with its layers cut both ways, and the three ways to cut a sequence under a window. `make parity`: everything.
-CORE = {(name, f"{TP} 2 {SP} {PP} 2") for name in BASIC} | {(name, f"{cut} 2") for name in ("gpt2", "olmo2", "gemma3") for cut in (TP, PP)}
-CORE |= {("gemma2", f"{CP} 2"), ("mistral", f"{CP} 2 --cp-comm-type allgather"), ("gemma3", f"{CP} 2 --cp-comm-type a2a")}
-CASES = [pytest.param(*case, marks=() if case in CORE else pytest.mark.parity) for case in product(CONFIGS, LAYOUTS)]
+CORE = {(name, f"{TP} 2 {SP} {PP} 2") for name in BASIC} | {
+    (name, f"{cut} 2") for name in ("gpt2", "olmo2", "gemma3") for cut in (TP, PP)
+}
+CORE |= {
+    ("gemma2", f"{CP} 2"),
+    ("mistral", f"{CP} 2 --cp-comm-type allgather"),
+    ("gemma3", f"{CP} 2 --cp-comm-type a2a"),
+}
+CASES = [
+    pytest.param(*case, marks=() if case in CORE else pytest.mark.parity)
+    for case in product(CONFIGS, LAYOUTS)
+]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
@@ -120,23 +165,51 @@ def test_logits_under_a_layout_are_those_of_transformers(name, layout, tmp_path)
     with torch.no_grad():
         expected = write_peer(name, tmp_path)(tokens_of()).logits
     ranks, axes = LAYOUTS[layout]
-    found = [result for result in run_ranks(ranks, logits_on_rank, tmp_path, layout, **axes) if result]
-    logits = torch.full((2, LENGTH, max(rank for rank, *_ in found) + 1, found[0][1].shape[-1]), torch.nan)
+    found = [
+        result for result in run_ranks(ranks, logits_on_rank, tmp_path, layout, **axes) if result
+    ]
+    logits = torch.full(
+        (2, LENGTH, max(rank for rank, *_ in found) + 1, found[0][1].shape[-1]), torch.nan
+    )
     for rank, columns, positions in found:
         logits[:, positions, rank] = columns
     logits = logits.flatten(2)[..., :VOCAB]
     assert (logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
 
 
-@pytest.mark.parametrize("kernels", ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.AVAILABLE, reason="no compiler"))])
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gemma3", "mistral", "phi3-longrope", "qwen2", "qwen3-yarn", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        "torch",
+        pytest.param(
+            "native", marks=pytest.mark.skipif(not native.AVAILABLE, reason="no compiler")
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        "gemma2",
+        "gemma3",
+        "mistral",
+        "phi3-longrope",
+        "qwen2",
+        "qwen3-yarn",
+        "olmo2",
+        "gpt_neox",
+    ],
+)
 @torch.no_grad()
 def test_a_cache_gives_what_the_whole_sequence_gives(name, kernels, tmp_path):
     """Several tokens at a time and single ones, which native takes in one call a block: all but Gemma's."""
     write_peer(name, tmp_path)
     model, tokens = loaded(HFModel(tmp_path), kernels), tokens_of()
     whole, caches = model(tokens), model.caches(2, LENGTH)
-    assert all((cache.step is not None) == (kernels == "native" and "gemma" not in name) for cache in caches)
+    assert all(
+        (cache.step is not None) == (kernels == "native" and "gemma" not in name)
+        for cache in caches
+    )
     ends = [0, 11, 12, 13, 20, *range(21, LENGTH + 1)]
     parts = [model(tokens[:, a:b], caches=caches) for a, b in pairwise(ends)]
     assert (torch.cat(parts, dim=1) - whole).abs().max() <= 1e-5 * max(1.0, whole.abs().max())
@@ -153,7 +226,9 @@ def written(folder, name: str, change: dict | None = None, drop: tuple[str, ...]
 
 def reloaded(folder):
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager"
+    ).eval()
 
 
 @pytest.mark.parametrize(
@@ -161,18 +236,52 @@ def reloaded(folder):
     [
         ("llama2", {}, ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")),
         ("qwen3", {}, ("rms_norm_eps", "rope_parameters", "layer_types")),
-        ("gemma2", {}, ("rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping", "layer_types", "tie_word_embeddings")),
+        (
+            "gemma2",
+            {},
+            (
+                "rms_norm_eps",
+                "attn_logit_softcapping",
+                "final_logit_softcapping",
+                "layer_types",
+                "tie_word_embeddings",
+            ),
+        ),
         ("mistral", {}, ("rms_norm_eps",)),
-        ("llama2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}, ()),
+        (
+            "llama2",
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+            (),
+        ),
         ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, ()),
-        ("phi3-longrope", {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 3.0], "long_factor": [2.0, 5.0]}}, ("rope_parameters",)),
+        (
+            "phi3-longrope",
+            {
+                "rope_scaling": {
+                    "type": "longrope",
+                    "short_factor": [1.0, 3.0],
+                    "long_factor": [2.0, 5.0],
+                }
+            },
+            ("rope_parameters",),
+        ),
     ],
 )
 @torch.no_grad()
-def test_what_config_json_leaves_out_or_says_twice_means_what_transformers_makes_of_it(name, change, drop, tmp_path):
+def test_what_config_json_leaves_out_or_says_twice_means_what_transformers_makes_of_it(
+    name, change, drop, tmp_path
+):
     source, peer = written(tmp_path, name, change, drop), reloaded(tmp_path)
     expected = peer(tokens_of()).logits
-    assert (loaded(source)(tokens_of())[..., :VOCAB] - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+    assert (loaded(source)(tokens_of())[..., :VOCAB] - expected).abs().max() <= 1e-5 * max(
+        1.0, expected.abs().max()
+    )
 
 
 def test_a_missing_window_is_the_familys(tmp_path):
@@ -184,14 +293,29 @@ def test_a_missing_window_is_the_familys(tmp_path):
     [
         ("gemma3", {"attn_logit_softcapping": 5.0}, "gemma3_text leaves it out"),
         ("gemma2", {"query_pre_attn_scalar": 204.08}, "of a whole number"),
-        ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear' is none of default, longrope"),
+        (
+            "phi3",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type 'linear' is none of default, longrope",
+        ),
         ("llama2", {"num_hidden_layers": "4"}, "num_layers is '4'"),
         ("llama2", {"hidden_size": -32}, "--hidden-size -32 must be above 0"),
         ("llama2", {"rms_norm_eps": "x"}, "norm_epsilon is 'x'"),
-        ("llama2", {"rope_theta": -1.0, "rope_parameters": None}, "--rotary-base -1.0 must be above 0"),
+        (
+            "llama2",
+            {"rope_theta": -1.0, "rope_parameters": None},
+            "--rotary-base -1.0 must be above 0",
+        ),
         ("llama2", {"vocab_size": None}, "vocab_size is None"),
         ("llama2", {"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' without factor"),
-        ("llama2", {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rotates whole heads"),
+        (
+            "llama2",
+            {
+                "partial_rotary_factor": 0.5,
+                "rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5},
+            },
+            "rotates whole heads",
+        ),
     ],
 )
 def test_a_config_json_that_means_something_else_is_refused(name, change, expected, tmp_path):
@@ -202,9 +326,20 @@ def test_a_config_json_that_means_something_else_is_refused(name, change, expect
 def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tmp_path):
     write_peer("llama3.2", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    for head, fits in ((tensors["model.embed_tokens.weight"].clone(), True), (torch.zeros(VOCAB, 32), False)):
-        save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with nullcontext() if fits else pytest.raises(CheckpointError, match="tie_word_embeddings, but lm_head"):
+    for head, fits in (
+        (tensors["model.embed_tokens.weight"].clone(), True),
+        (torch.zeros(VOCAB, 32), False),
+    ):
+        save_file(
+            tensors | {"lm_head.weight": head},
+            tmp_path / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        with (
+            nullcontext()
+            if fits
+            else pytest.raises(CheckpointError, match="tie_word_embeddings, but lm_head")
+        ):
             HFModel(tmp_path)
 
 
@@ -233,19 +368,27 @@ def test_what_is_exported_transformers_loads_and_computes_alike(line, family, tm
         assert export_problems(config)
         return
     model = GPT(config, VOCAB, ops=Ops(), seed=1).eval()
-    parts = {part.name: part.within(p.data) for p in model.parameters() for part in p.param_layout.parts}
-    export_weights(config, VOCAB, parts.get, tmp_path, lambda name: torch.float32, [], {"eos_token_id": 2})
+    parts = {
+        part.name: part.within(p.data) for p in model.parameters() for part in p.param_layout.parts
+    }
+    export_weights(
+        config, VOCAB, parts.get, tmp_path, lambda name: torch.float32, [], {"eos_token_id": 2}
+    )
     peer = reloaded(tmp_path)
     expected = peer(tokens_of()).logits
     assert peer.config.model_type == family
-    assert (model(tokens_of())[..., :VOCAB] - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+    assert (model(tokens_of())[..., :VOCAB] - expected).abs().max() <= 1e-5 * max(
+        1.0, expected.abs().max()
+    )
 
 
 def test_generation_past_the_original_length_equals_transformers(tmp_path):
     """Where longrope changes its frequencies the keys so far are computed again."""
     peer = write_peer("phi3-longrope-beyond", tmp_path)
     prompt = tokens_of(10)[:1]
-    ours = list(generate(loaded(HFModel(tmp_path)), prompt, 16, Sampling(temperature=0), torch.Generator()))
+    ours = list(
+        generate(loaded(HFModel(tmp_path)), prompt, 16, Sampling(temperature=0), torch.Generator())
+    )
     peer.generation_config.eos_token_id = None
     theirs = peer.generate(prompt, max_new_tokens=16, do_sample=False)[0, 10:]
     assert torch.cat(ours).tolist() == theirs.tolist()

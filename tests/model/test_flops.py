@@ -10,7 +10,14 @@ LLAMA = ModelConfig(
     max_position_embeddings=16, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, disable_bias_linear=True,
     untie_embeddings_and_output_weights=True,
 )  # fmt: skip
-GPT2 = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=32, num_attention_heads=4, kv_channels=2, max_position_embeddings=16)
+GPT2 = ModelConfig(
+    num_layers=2,
+    hidden_size=8,
+    ffn_hidden_size=32,
+    num_attention_heads=4,
+    kv_channels=2,
+    max_position_embeddings=16,
+)
 
 
 def test_matrix_parameters_by_hand():

@@ -36,7 +36,11 @@ def tokens_of(batch: int = 2, length: int = 32) -> torch.Tensor:
 
 
 def pieces_of(model: GPT, of=lambda p: p.data) -> dict[str, torch.Tensor]:
-    return {piece.name: piece.tensor for p in model.parameters() for piece in p.param_layout.pieces(of(p))}
+    return {
+        piece.name: piece.tensor
+        for p in model.parameters()
+        for piece in p.param_layout.pieces(of(p))
+    }
 
 
 def llama_of(model: GPT, **options):
@@ -44,18 +48,33 @@ def llama_of(model: GPT, **options):
     values = families.write_config(model.config, VOCAB, {})
     peer = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**values), **options)
     places = hf_places(model.config, VOCAB)
-    peer.load_state_dict({places[name].name: tensor for name, tensor in pieces_of(model).items()}, strict=not model.config.tied)
+    peer.load_state_dict(
+        {places[name].name: tensor for name, tensor in pieces_of(model).items()},
+        strict=not model.config.tied,
+    )
     return peer
 
 
-@pytest.mark.parametrize("change", [{}, {"use_rope_scaling": True}, {"untie_embeddings_and_output_weights": False}, {"disable_bias_linear": False}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"use_rope_scaling": True},
+        {"untie_embeddings_and_output_weights": False},
+        {"disable_bias_linear": False},
+    ],
+)
 def test_llama_equals_transformers_in_logits_and_every_gradient(change):
     """fp32, two implementations of one function: rounding of sums over at most 96 terms, 1e-6 of the norm."""
     config = replace(LLAMA, **change)
     model = model_of(config)
     with torch.no_grad():
         for p in model.parameters():  # norms of one and biases of zero would hide a swap
-            p[...] += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * (p != 0)
+            p[...] += (
+                0.05
+                * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+                * (p != 0)
+            )
     peer, places = llama_of(model, attn_implementation="eager"), hf_places(model.config, VOCAB)
     tokens, labels = tokens_of(), tokens_of().roll(-1, dims=1)
     expected = peer(tokens).logits
@@ -76,14 +95,25 @@ def test_llama_equals_transformers_in_logits_and_every_gradient(change):
 def test_gpt2_equals_transformers():
     model = model_of(GPT2)
     peer = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=VOCAB, n_positions=40, n_embd=48, n_layer=3, n_head=6, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+        transformers.GPT2Config(
+            vocab_size=VOCAB,
+            n_positions=40,
+            n_embd=48,
+            n_layer=3,
+            n_head=6,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+        )
     )
     weights, ours = peer.state_dict(), pieces_of(model)
     weights["transformer.wte.weight"] = weights["lm_head.weight"] = ours["embedding.word.weight"]
     weights["transformer.wpe.weight"] = ours["embedding.position.weight"]
     for i in range(3):
         theirs, mine = f"transformer.h.{i}", f"layers.{i}"
-        weights[f"{theirs}.attn.c_attn.weight"] = torch.cat([ours[f"{mine}.attention.{n}.weight"] for n in "qkv"]).T
+        weights[f"{theirs}.attn.c_attn.weight"] = torch.cat(
+            [ours[f"{mine}.attention.{n}.weight"] for n in "qkv"]
+        ).T
         weights[f"{theirs}.attn.c_proj.weight"] = ours[f"{mine}.attention.out.weight"].T
         weights[f"{theirs}.mlp.c_fc.weight"] = ours[f"{mine}.mlp.up.weight"].T
         weights[f"{theirs}.mlp.c_proj.weight"] = ours[f"{mine}.mlp.down.weight"].T
@@ -97,7 +127,9 @@ def test_padding_of_the_vocabulary_changes_nothing_and_gets_no_gradient():
     losses = []
     for multiple in (1, 128):
         model = model_of(replace(GPT2, make_vocab_size_divisible_by=multiple))
-        loss, _ = model.loss(tokens, tokens.roll(-1, 1), torch.full(tokens.shape, 1 / tokens.numel()))
+        loss, _ = model.loss(
+            tokens, tokens.roll(-1, 1), torch.full(tokens.shape, 1 / tokens.numel())
+        )
         loss.backward()
         losses.append(loss.item())
         assert model.embedding.weight.grad[VOCAB:].abs().sum() == 0
@@ -105,7 +137,10 @@ def test_padding_of_the_vocabulary_changes_nothing_and_gets_no_gradient():
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2, replace(LLAMA, qk_layernorm=True, rotary_percent=0.5, rotary_interleaved=True)])
+@pytest.mark.parametrize(
+    "config",
+    [LLAMA, GPT2, replace(LLAMA, qk_layernorm=True, rotary_percent=0.5, rotary_interleaved=True)],
+)
 def test_cache_gives_the_logits_of_the_whole_sequence(config):
     model, tokens = model_of(config).eval(), tokens_of(length=20)
     with torch.no_grad():
@@ -120,8 +155,15 @@ def test_cache_gives_the_logits_of_the_whole_sequence(config):
 def test_initial_weights_have_the_spread_they_should():
     """Megatron's: init_method_std, and that over sqrt(2 layers) for what writes into the residual stream. 2,304 draws or more: 5 sigma is 7.4%."""
     weights = pieces_of(model_of(LLAMA))
-    for name, expected in (("attention.q", 0.1), ("mlp.gate", 0.1), ("attention.out", 0.1 / 6**0.5), ("mlp.down", 0.1 / 6**0.5)):
-        assert weights[f"layers.1.{name}.weight"].std().item() == pytest.approx(expected, rel=0.074), name
+    for name, expected in (
+        ("attention.q", 0.1),
+        ("mlp.gate", 0.1),
+        ("attention.out", 0.1 / 6**0.5),
+        ("mlp.down", 0.1 / 6**0.5),
+    ):
+        assert weights[f"layers.1.{name}.weight"].std().item() == pytest.approx(
+            expected, rel=0.074
+        ), name
     assert weights["embedding.word.weight"][:VOCAB].std().item() == pytest.approx(0.1, rel=0.05)
 
 
@@ -134,7 +176,11 @@ def test_hidden_dropout_is_at_every_site_with_its_own_mask(site, monkeypatch):
     with torch.no_grad():
         whole = model(tokens, passage)
         honest = rng.DropoutStream.keep
-        monkeypatch.setattr(rng.DropoutStream, "keep", lambda self, shape, p, at: honest(self, shape, p, at) | (at == site))
+        monkeypatch.setattr(
+            rng.DropoutStream,
+            "keep",
+            lambda self, shape, p, at: honest(self, shape, p, at) | (at == site),
+        )
         assert not torch.equal(model(tokens, passage), whole)
 
 
@@ -142,7 +188,9 @@ def test_greedy_generation_equals_transformers():
     model = model_of(LLAMA).eval()
     peer = llama_of(model).eval()
     prompt = tokens_of(1, 5)
-    ours = torch.stack(list(generate(model, prompt, 20, Sampling(temperature=0), torch.Generator())), dim=1)
+    ours = torch.stack(
+        list(generate(model, prompt, 20, Sampling(temperature=0), torch.Generator())), dim=1
+    )
     theirs = peer.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)[:, 5:]
     assert ours.tolist() == theirs.tolist()
 
@@ -156,10 +204,16 @@ def test_sampling_follows_the_distribution_and_its_cuts():
         return torch.bincount(choose(logits, sampling, generator), minlength=4) / 20_000
 
     def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-        return bool(((found - expected).abs() <= 5 * (expected * (1 - expected) / 20_000).sqrt() + 1e-9).all())
+        return bool(
+            (
+                (found - expected).abs() <= 5 * (expected * (1 - expected) / 20_000).sqrt() + 1e-9
+            ).all()
+        )
 
     assert close(frequencies(Sampling()), probabilities)
     assert close(frequencies(Sampling(top_k=2)), torch.tensor([0.625, 0.375, 0, 0]))
     assert close(frequencies(Sampling(top_p=0.6)), torch.tensor([0.625, 0.375, 0, 0]))
-    assert close(frequencies(Sampling(temperature=0.5)), probabilities**2 / (probabilities**2).sum())
+    assert close(
+        frequencies(Sampling(temperature=0.5)), probabilities**2 / (probabilities**2).sum()
+    )
     assert frequencies(Sampling(temperature=0))[0] == 1

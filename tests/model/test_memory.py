@@ -45,11 +45,13 @@ LLAMA = f"--ffn-hidden-size 160{runs.LLAMA} "
 TIED = LLAMA.replace("--untie-embeddings-and-output-weights ", "")
 QK = TIED + "--qk-layernorm --add-qkv-bias --rotary-percent 0.5 "
 FAMILIES = {
-    "gemma": TIED.replace("--swiglu", "--geglu") + "--apply-layernorm-1p --norm-placement both --attn-logit-softcapping 50 "
+    "gemma": TIED.replace("--swiglu", "--geglu")
+    + "--apply-layernorm-1p --norm-placement both --attn-logit-softcapping 50 "
     "--final-logit-softcapping 30 --scale-embeddings --window-size 15,0 --window-attn-skip-freq 2 --rotary-base-local 100 ",
     "mistral": LLAMA + "--window-size 15,0 ",
     "olmo": LLAMA + "--norm-placement post --qk-layernorm --qk-layernorm-width projection ",
-    "gemma3": TIED.replace("--swiglu", "--geglu") + "--apply-layernorm-1p --norm-placement both --qk-layernorm --window-size 15,0 "
+    "gemma3": TIED.replace("--swiglu", "--geglu")
+    + "--apply-layernorm-1p --norm-placement both --qk-layernorm --window-size 15,0 "
     "--window-attn-skip-freq 2 --rotary-base-local 100 ",
     "neox": "--parallel-residual --exact-gelu --position-embedding-type rope --rotary-percent 0.5 --untie-embeddings-and-output-weights ",
 }
@@ -64,7 +66,9 @@ def config_of(line: str, world_size: int) -> Config:
 
 def size_of(tensors) -> int:
     """Bytes of the storages behind them, each once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
     return sum(storages.values())
 
 
@@ -77,23 +81,34 @@ def test_llama3_8b_by_hand():
     assert 32 * layer + 2 * 128256 * 4096 + 4096 == 8_030_261_248
     model = resolve(Config.of(PRESETS["llama3-8b"] | {"seq_length": 8192}), 1).model
     assert total_parameters(model, 128256) == 8_030_261_248
-    assert sum(weight.numel for weight in weights_of(model, 128256, 1, [Chunk(32)])) == 8_030_261_248
+    assert (
+        sum(weight.numel for weight in weights_of(model, 128256, 1, [Chunk(32)])) == 8_030_261_248
+    )
 
 
 def test_llama3_405b_on_16_tensor_parallel_ranks_by_hand():
     """8 key-value heads on 16 ranks: each holds a whole one. Stages with and without ends."""
     model = resolve(Config.of(PRESETS["llama3.1-405b"] | {"seq_length": 8192}), 1).model
     layer = 2 * 16384**2 // 16 + 2 * 16384 * 128 + 3 * 16384 * 53248 // 16 + 2 * 16384
-    for chunk, ends in ((Chunk(7, True, False), 1), (Chunk(8, False, False), 0), (Chunk(7, False, True), 1)):
+    for chunk, ends in (
+        (Chunk(7, True, False), 1),
+        (Chunk(8, False, False), 0),
+        (Chunk(7, False, True), 1),
+    ):
         expected = chunk.layers * layer + ends * 128256 * 16384 // 16 + 16384 * chunk.predicts
-        assert model.padded_vocabulary(128256, 16) == 129024 and 129024 != 128256  # so padding counts too
+        assert (
+            model.padded_vocabulary(128256, 16) == 129024 and 129024 != 128256
+        )  # so padding counts too
         expected += ends * (129024 - 128256) * 16384 // 16
         assert sum(weight.numel for weight in weights_of(model, 128256, 16, [chunk])) == expected
 
 
 def test_state_of_llama3_8b_on_8_ranks_by_hand():
     """P = 8.03e9 in bf16: 2 P of weights, 4 P of gradients, of each shard 4 of masters and 8 of moments; aligned, which is less than a millionth."""
-    model, p = PRESETS["llama3-8b"] | {"seq_length": 8192, "micro_batch_size": 1, "bf16": True}, 8_030_261_248
+    model, p = (
+        PRESETS["llama3-8b"] | {"seq_length": 8192, "micro_batch_size": 1, "bf16": True},
+        8_030_261_248,
+    )
     for strategy, weights, gradients, optimizer in (
         ("no_shard", 2 * p, 4 * p, 12 * p),
         ("optim", 2 * p, 4 * p, 12 * p / 8),
@@ -101,14 +116,23 @@ def test_state_of_llama3_8b_on_8_ranks_by_hand():
         ("optim_grads_params", None, 4 * p / 8, 12 * p / 8),
     ):
         config = resolve(Config.of(model | {"data_parallel_sharding_strategy": strategy}), 8)
-        state = state_of(weights_of(config.model, 128256, 1, [Chunk(32)]), config, 1 if strategy == "no_shard" else 8, 8)
-        assert state.gradients == pytest.approx(gradients, rel=1e-6) and state.optimizer == pytest.approx(optimizer, rel=1e-6)
+        state = state_of(
+            weights_of(config.model, 128256, 1, [Chunk(32)]),
+            config,
+            1 if strategy == "no_shard" else 8,
+            8,
+        )
+        assert state.gradients == pytest.approx(
+            gradients, rel=1e-6
+        ) and state.optimizer == pytest.approx(optimizer, rel=1e-6)
         if weights:
             assert state.weights == pytest.approx(weights, rel=1e-6)
         head = 128256 * 4096
         # ZeRO-2: embedding and head, each its own full bucket. ZeRO-3: 2 bytes of the ends and two layers, 6 bytes of the ends' gradient.
         ends, layer = 2 * head + 4096, (p - 2 * head - 4096) // 32
-        assert state.transient == pytest.approx({"optim_grads": 8 * head, "optim_grads_params": 6 * ends}.get(strategy, 0), rel=0.01)
+        assert state.transient == pytest.approx(
+            {"optim_grads": 8 * head, "optim_grads_params": 6 * ends}.get(strategy, 0), rel=0.01
+        )
         if strategy == "optim_grads_params":
             assert state.weights == 2 * (ends + 2 * layer)
 
@@ -118,7 +142,11 @@ def test_zero_3_holds_the_heads_gradient_beside_a_layers():
     config = config_of(f"{LLAMA}--bf16 {STRATEGY} optim_grads_params ", 2)
     layer = sum(weight.numel for weight in layer_weights(config.model, 1))
     for chunk, head in ((Chunk(8), 2 * 112 * 64), (Chunk(4, True, False), 0)):
-        assert state_of(weights_of(config.model, VOCAB, 1, [chunk]), config, 2, 2).transient == 6 * layer + head > 6 * 2 * 112 * 64
+        assert (
+            state_of(weights_of(config.model, VOCAB, 1, [chunk]), config, 2, 2).transient
+            == 6 * layer + head
+            > 6 * 2 * 112 * 64
+        )
 
 
 LAYOUTS = [
@@ -134,19 +162,35 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("model", [GPT2, LLAMA, QK, FAMILIES["gemma"], FAMILIES["olmo"]], ids=["gpt2", "llama", "tied-qk", "gemma", "olmo"])
-@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=[layout or "plain" for _, layout in LAYOUTS])
+@pytest.mark.parametrize(
+    "model",
+    [GPT2, LLAMA, QK, FAMILIES["gemma"], FAMILIES["olmo"]],
+    ids=["gpt2", "llama", "tied-qk", "gemma", "olmo"],
+)
+@pytest.mark.parametrize(
+    ("world_size", "layout"), LAYOUTS, ids=[layout or "plain" for _, layout in LAYOUTS]
+)
 def test_state_is_what_is_allocated(world_size, layout, model):
     """To the byte, on the first and last rank of every stage. No process is started: nothing is communicated before training."""
     config = config_of(model + layout, world_size)
     placement, specs = placement_of(config.parallel, 8), specs_of(config.parallel, 8)
     per_stage = world_size // placement.num_ranks
-    for rank in sorted({stage * per_stage + place for stage in range(placement.num_ranks) for place in (0, per_stage - 1)}):
+    for rank in sorted(
+        {
+            stage * per_stage + place
+            for stage in range(placement.num_ranks)
+            for place in (0, per_stage - 1)
+        }
+    ):
         mesh = plan_mesh(config, Place(rank, world_size))
         stages = build_stages(config, VOCAB, mesh, ops.Ops(), CPU)
         optimizer = build_optimizer(config, mesh, stages, ops.Ops())
         weights = {bucket.weights.untyped_storage().data_ptr() for bucket in optimizer.buckets}
-        own = [bucket.masters for bucket in optimizer.buckets if bucket.masters.untyped_storage().data_ptr() not in weights]
+        own = [
+            bucket.masters
+            for bucket in optimizer.buckets
+            if bucket.masters.untyped_storage().data_ptr() not in weights
+        ]
         real = (
             sum(parameter.numel() for parameter in stages.parameters()),
             size_of(bucket.weights for bucket in optimizer.buckets),
@@ -154,10 +198,23 @@ def test_state_is_what_is_allocated(world_size, layout, model):
             size_of(own),
             size_of(moment for moments in optimizer.moments for moment in moments.values()),
         )
-        held = [specs[placement.stage(mesh.pp.rank, chunk)] for chunk in range(placement.num_chunks)]
+        held = [
+            specs[placement.stage(mesh.pp.rank, chunk)] for chunk in range(placement.num_chunks)
+        ]
         chunks = [Chunk(len(spec.layers), spec.embeds, spec.predicts) for spec in held]
-        state = state_of(weights_of(config.model, VOCAB, mesh.tp.size, chunks), config, mesh.shards.size, mesh.dp_cp.size)
-        assert (state.parameters, state.weights, state.gradients, state.masters, state.moments) == real
+        state = state_of(
+            weights_of(config.model, VOCAB, mesh.tp.size, chunks),
+            config,
+            mesh.shards.size,
+            mesh.dp_cp.size,
+        )
+        assert (
+            state.parameters,
+            state.weights,
+            state.gradients,
+            state.masters,
+            state.moments,
+        ) == real
 
 
 # Activations.
@@ -170,9 +227,18 @@ def test_a_gpt_layer_keeps_34_bytes_by_hand():
     statistics = 2 * 8 * b * s + 4 * b * s * heads
     assert sum(layer_saved(model, Cut(b, s)).values()) == 34 * b * s * h + statistics
     # Section 4.2.1: with tensor parallel t, 10 + 24 / t; section 4.2.2: with sequence parallel all of it by t.
-    assert sum(layer_saved(model, Cut(b, s, tp=5)).values()) == (10 + 24 / 5) * b * s * h + 2 * 8 * b * s + 4 * b * s * 5
-    assert sum(layer_saved(model, Cut(b, s, tp=5, sequence_parallel=True)).values()) == (34 * b * s * h + statistics) / 5
-    assert sum(layer_saved(model, Cut(b, s, flash=False)).values()) > (34 + 5 * heads * s / h) * b * s * h  # with scores in fp32
+    assert (
+        sum(layer_saved(model, Cut(b, s, tp=5)).values())
+        == (10 + 24 / 5) * b * s * h + 2 * 8 * b * s + 4 * b * s * 5
+    )
+    assert (
+        sum(layer_saved(model, Cut(b, s, tp=5, sequence_parallel=True)).values())
+        == (34 * b * s * h + statistics) / 5
+    )
+    assert (
+        sum(layer_saved(model, Cut(b, s, flash=False)).values())
+        > (34 + 5 * heads * s / h) * b * s * h
+    )  # with scores in fp32
 
 
 def test_a_llama_layer_by_hand():
@@ -184,7 +250,9 @@ def test_a_llama_layer_by_hand():
     a_token = 2 * (4 * 4096 + 3 * 4096 + 3 * 1024 + 4 * 14336) + 8 + 4 * 32 + 4 * 64 * 2
     assert sum(layer_saved(model, Cut(1, 8192)).values()) == 8192 * a_token == 1_464_926_208
     kernels = frozenset({"rms_norm", "rope", "activation"})
-    assert sum(layer_saved(model, Cut(1, 8192, fused=kernels)).values()) == 8192 * (a_token - 2 * (4096 + 1024 + 14336) - 512)
+    assert sum(layer_saved(model, Cut(1, 8192, fused=kernels)).values()) == 8192 * (
+        a_token - 2 * (4096 + 1024 + 14336) - 512
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,7 +266,9 @@ def test_a_llama_layer_by_hand():
 )
 def test_a_configuration_says_which_ops_run_as_kernels(kernels, on_cpu, on_gpu):
     for device, expected in (("cpu", on_cpu), ("cuda", on_gpu)):
-        assert Cut.of(config_of(f"--kernels {kernels} --device {device} ", 1)).fused == set(expected.split())
+        assert Cut.of(config_of(f"--kernels {kernels} --device {device} ", 1)).fused == set(
+            expected.split()
+        )
 
 
 def cut_of(config: Config, run_ops: ops.Ops) -> Cut:
@@ -217,13 +287,23 @@ class Pass:
     cut: Cut
 
     @staticmethod
-    def of(mesh: Mesh, line: str, chunk: Chunk, widens: bool = False, deferral: Deferral | None = None) -> "Pass":
+    def of(
+        mesh: Mesh, line: str, chunk: Chunk, widens: bool = False, deferral: Deferral | None = None
+    ) -> "Pass":
         config = config_of(line, mesh.world_size)
         parallel, shape, batch = config.parallel, config.model, config.batch
-        planned = Mesh.plan(mesh.world_size, mesh.rank, tp=mesh.tp.size, cp=mesh.cp.size, kv_copies=key_value_copies(shape, parallel))
+        planned = Mesh.plan(
+            mesh.world_size,
+            mesh.rank,
+            tp=mesh.tp.size,
+            cp=mesh.cp.size,
+            kv_copies=key_value_copies(shape, parallel),
+        )
         sharding = replace(Sharding.of(mesh, parallel), kv=planned.kv)
         dtype = working_dtype(config.precision)
-        run_ops = replace(ops.choose(parallel.kernels, CPU, dtype, parallel.attention_backend), widens=widens)
+        run_ops = replace(
+            ops.choose(parallel.kernels, CPU, dtype, parallel.attention_backend), widens=widens
+        )
         cut = cut_of(config, run_ops)
         model = GPT(
             shape,
@@ -236,15 +316,34 @@ class Pass:
             predicts=chunk.predicts,
             recompute=Recompute.of(parallel),
         )
-        for bucket in make_buckets(model.parameters(), dtype, CPU, Reduction(deferral=deferral or Deferral()), 10**9):
+        for bucket in make_buckets(
+            model.parameters(), dtype, CPU, Reduction(deferral=deferral or Deferral()), 10**9
+        ):
             bucket.begin(1)
         positions = token_positions(batch.seq_length, mesh.cp)
         own = sharding.own_tokens(positions)
-        tokens = torch.randint(0, VOCAB, (batch.micro_batch_size, len(positions)), generator=torch.Generator().manual_seed(0))
-        stream = rng.DropoutStream.of(1, 1, torch.arange(len(tokens)), own) if shape.hidden_dropout else None
-        documents = torch.zeros(len(tokens), batch.seq_length, dtype=torch.long) if config.data.reset_attention_mask else None
+        tokens = torch.randint(
+            0,
+            VOCAB,
+            (batch.micro_batch_size, len(positions)),
+            generator=torch.Generator().manual_seed(0),
+        )
+        stream = (
+            rng.DropoutStream.of(1, 1, torch.arange(len(tokens)), own)
+            if shape.hidden_dropout
+            else None
+        )
+        documents = (
+            torch.zeros(len(tokens), batch.seq_length, dtype=torch.long)
+            if config.data.reset_attention_mask
+            else None
+        )
         passage = Passage(positions, documents, stream)
-        x = tokens if chunk.embeds else torch.randn(len(tokens), len(own), shape.hidden_size, dtype=dtype).requires_grad_()
+        x = (
+            tokens
+            if chunk.embeds
+            else torch.randn(len(tokens), len(own), shape.hidden_size, dtype=dtype).requires_grad_()
+        )
         if not chunk.predicts:
             return Pass(config, model, partial(model, x, passage), cut)
         mask = torch.ones(tokens.shape)
@@ -290,17 +389,29 @@ def tolerance(line: str) -> float:
     return LOOSE if rounded or "--window-attn-skip-freq" in line else CLOSE
 
 
-PRECISIONS = [("", False), ("--bf16 ", False), ("--bf16 ", True)]  # and whether products are made of fp32 copies
+PRECISIONS = [
+    ("", False),
+    ("--bf16 ", False),
+    ("--bf16 ", True),
+]  # and whether products are made of fp32 copies
 
 
-def assert_saved(line: str, chunk: Chunk, widens: bool = False, ranks: int = 1, **axes: int) -> None:
-    found = [saved(Mesh.plan(1, 0), line, chunk, widens)] if ranks == 1 else run_ranks(ranks, saved, line, chunk, widens, **axes)
+def assert_saved(
+    line: str, chunk: Chunk, widens: bool = False, ranks: int = 1, **axes: int
+) -> None:
+    found = (
+        [saved(Mesh.plan(1, 0), line, chunk, widens)]
+        if ranks == 1
+        else run_ranks(ranks, saved, line, chunk, widens, **axes)
+    )
     for real, formula in found:
         assert abs(formula / real - 1) <= tolerance(line), (real, formula)
 
 
 @pytest.mark.parametrize(("precision", "widens"), PRECISIONS, ids=["fp32", "bf16", "widened"])
-@pytest.mark.parametrize("model", [GPT2, LLAMA, QK, "--qk-layernorm "], ids=["gpt2", "llama", "tied-qk", "gpt2-qk"])
+@pytest.mark.parametrize(
+    "model", [GPT2, LLAMA, QK, "--qk-layernorm "], ids=["gpt2", "llama", "tied-qk", "gpt2-qk"]
+)
 @pytest.mark.parametrize(
     "how",
     [
@@ -352,18 +463,31 @@ def test_without_a_sink_the_heads_gradient_is_kept_too():
 @pytest.mark.parametrize("layout", [f"{TP} 2 {SP}", f"{CP} 2", f"{CP} 2 --cp-comm-type a2a"])
 @pytest.mark.parametrize("model", FAMILIES)
 def test_activations_of_families_on_ranks_are_what_autograd_keeps(model, layout):
-    assert_saved(FAMILIES[model] + layout, WHOLE, False, 2, **({"tp": 2} if TP in layout else {"cp": 2}))
+    assert_saved(
+        FAMILIES[model] + layout, WHOLE, False, 2, **({"tp": 2} if TP in layout else {"cp": 2})
+    )
 
 
-@pytest.mark.parametrize("line", [LLAMA, f"{LLAMA}--bf16 ", GPT2, "--squared-relu --seq-length 128"])
-@pytest.mark.parametrize("chunk", [Chunk(2, True, False), Chunk(2, False, False), Chunk(2, False, True), Chunk(0, False, True)], ids=str)
+@pytest.mark.parametrize(
+    "line", [LLAMA, f"{LLAMA}--bf16 ", GPT2, "--squared-relu --seq-length 128"]
+)
+@pytest.mark.parametrize(
+    "chunk",
+    [Chunk(2, True, False), Chunk(2, False, False), Chunk(2, False, True), Chunk(0, False, True)],
+    ids=str,
+)
 def test_activations_of_every_stage_are_what_autograd_keeps(line, chunk):
     assert_saved(line, chunk)
 
 
 @pytest.mark.parametrize(
     ("line", "widens"),
-    [(LLAMA, False), (f"{LLAMA}--bf16 --hidden-dropout 0.1 ", False), (f"{LLAMA}--bf16 ", True), (GPT2, False)],
+    [
+        (LLAMA, False),
+        (f"{LLAMA}--bf16 --hidden-dropout 0.1 ", False),
+        (f"{LLAMA}--bf16 ", True),
+        (GPT2, False),
+    ],
     ids=["llama", "bf16", "widened", "gpt2"],
 )
 @pytest.mark.parametrize(
@@ -383,7 +507,11 @@ def test_activations_of_every_stage_are_what_autograd_keeps(line, chunk):
 )
 def test_activations_on_ranks_are_what_autograd_keeps(line, widens, ranks, layout):
     words = layout.split()
-    axes = {name: int(words[words.index(flag) + 1]) for flag, name in ((TP, "tp"), (CP, "cp")) if flag in words}
+    axes = {
+        name: int(words[words.index(flag) + 1])
+        for flag, name in ((TP, "tp"), (CP, "cp"))
+        if flag in words
+    }
     assert_saved(line + layout, WHOLE, widens, ranks, **axes)
 
 
@@ -395,7 +523,12 @@ def deferred(mesh: Mesh, line: str, chunk: Chunk, widens: bool) -> tuple[int, in
     with deferral.holding() as products:
         out.backward(torch.ones_like(out))  # in memory of its own, as it comes from the next stage
     weights = {parameter.untyped_storage().data_ptr() for parameter in work.model.parameters()}
-    tensors = [tensor for product in products for tensor in reached(product) if tensor.untyped_storage().data_ptr() not in weights]
+    tensors = [
+        tensor
+        for product in products
+        for tensor in reached(product)
+        if tensor.untyped_storage().data_ptr() not in weights
+    ]
     return size_of(tensors), activations_of(work.config.model, VOCAB, chunk, work.cut).deferred
 
 
@@ -413,11 +546,16 @@ def reached(thing):
 
 @pytest.mark.parametrize("chunk", [WHOLE, Chunk(2, False, False)], ids=["whole", "middle"])
 @pytest.mark.parametrize(
-    ("line", "widens"), [(LLAMA, False), (f"{GPT2}--bf16 ", False), (f"{LLAMA}--bf16 ", True)], ids=["llama", "gpt2-bf16", "widened"]
+    ("line", "widens"),
+    [(LLAMA, False), (f"{GPT2}--bf16 ", False), (f"{LLAMA}--bf16 ", True)],
+    ids=["llama", "gpt2-bf16", "widened"],
 )
 def test_what_waits_for_its_weight_gradient_is_what_the_products_hold(line, widens, chunk):
     """Inputs and output gradients of the linear layers, exactly; with sequence parallel inputs cut, gradients of sums whole."""
-    for real, formula in [deferred(Mesh.plan(1, 0), line, chunk, widens), *run_ranks(2, deferred, f"{line} {TP} 2 {SP}", chunk, widens, tp=2)]:
+    for real, formula in [
+        deferred(Mesh.plan(1, 0), line, chunk, widens),
+        *run_ranks(2, deferred, f"{line} {TP} 2 {SP}", chunk, widens, tp=2),
+    ]:
         assert formula == real
 
 
@@ -444,7 +582,9 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-WIDE = " --hidden-size 256 --seq-length 64 --micro-batch-size 4 --num-layers 3 --ffn-hidden-size 704 "
+WIDE = (
+    " --hidden-size 256 --seq-length 64 --micro-batch-size 4 --num-layers 3 --ffn-hidden-size 704 "
+)
 
 
 @pytest.mark.parametrize(("precision", "widens"), PRECISIONS, ids=["fp32", "bf16", "widened"])
@@ -460,7 +600,9 @@ WIDE = " --hidden-size 256 --seq-length 64 --micro-batch-size 4 --num-layers 3 -
         pytest.param(f"{RECOMPUTE} full", 3000, 50 * 3008, marks=pytest.mark.parity),
     ],
 )
-def test_no_more_is_live_than_saved_and_working_memory(monkeypatch, precision, widens, how, vocabulary, logits):
+def test_no_more_is_live_than_saved_and_working_memory(
+    monkeypatch, precision, widens, how, vocabulary, logits
+):
     """The peak of two micro-batches, every temporary counted. Widest where one recomputed layer is most of it: its parts are freed as others come."""
     monkeypatch.setitem(loss._AT_A_TIME, "cpu", logits)
     monkeypatch.setitem(activations._LOGITS, "cpu", logits)
@@ -473,24 +615,41 @@ def test_the_loss_on_a_gpu_holds_copies_of_its_logits(monkeypatch, precision, ho
     """As it computes there: in PyTorch, all rows at a time, which outweighs all else."""
     monkeypatch.setattr(loss, "_AT_A_TIME", {})
     monkeypatch.setattr(reference, "_CPU_CHUNK", 1 << 28)
-    assert_live(config_of(f"{LLAMA}--kernels torch {precision}{how}{WIDE}", 1), 3000, False, 0.005, device="gpu")
+    assert_live(
+        config_of(f"{LLAMA}--kernels torch {precision}{how}{WIDE}", 1),
+        3000,
+        False,
+        0.005,
+        device="gpu",
+    )
 
 
 def test_the_loss_computes_so_many_logits_at_a_time():
-    assert {"cpu": loss._AT_A_TIME["cpu"], "gpu": loss._AT_A_TIME_ON_A_DEVICE} == activations._LOGITS
+    assert {
+        "cpu": loss._AT_A_TIME["cpu"],
+        "gpu": loss._AT_A_TIME_ON_A_DEVICE,
+    } == activations._LOGITS
     assert activations._LOGITS_IN_CACHE == 2 * reference._CPU_CHUNK
 
 
 def assert_live(config: Config, vocabulary: int, widens: bool, within: float, **cut) -> None:
     mesh = Mesh.plan(1, 0)
-    run_ops = replace(ops.choose(config.parallel.kernels, CPU, working_dtype(config.precision)), widens=widens)
+    run_ops = replace(
+        ops.choose(config.parallel.kernels, CPU, working_dtype(config.precision)), widens=widens
+    )
     stages = build_stages(config, vocabulary, mesh, run_ops, CPU)
     buckets = build_optimizer(config, mesh, stages, ops.Ops()).buckets
     for bucket in buckets:
         bucket.begin(2)
-    tokens, passage, mask = torch.randint(0, VOCAB, (4, 64)), Passage(torch.arange(64)), torch.ones(4, 64)
+    tokens, passage, mask = (
+        torch.randint(0, VOCAB, (4, 64)),
+        Passage(torch.arange(64)),
+        torch.ones(4, 64),
+    )
     with Live([memory for bucket in buckets for memory in (bucket.weights, bucket._sum)]) as live:
         for _ in range(2):
             stages.chunks[0].loss(tokens, tokens, mask, passage)[0].backward()
-    found = activations_of(config.model, vocabulary, Chunk(3), replace(cut_of(config, run_ops), **cut))
+    found = activations_of(
+        config.model, vocabulary, Chunk(3), replace(cut_of(config, run_ops), **cut)
+    )
     assert abs((found.saved + found.working) / live.peak - 1) <= within, (found, live.peak)

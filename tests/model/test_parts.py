@@ -45,7 +45,9 @@ def gradients_of(*models: GPT) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for parameter in dict.fromkeys(p for model in models for p in model.parameters()):
         for piece in parameter.param_layout.pieces(parameter.grad):
-            found[piece.name] = found[piece.name] + piece.tensor if piece.name in found else piece.tensor
+            found[piece.name] = (
+                found[piece.name] + piece.tensor if piece.name in found else piece.tensor
+            )
     return found
 
 
@@ -77,7 +79,15 @@ def stages_of(config: ModelConfig, ends: tuple[int, ...], *, shared: bool) -> li
     for stage, (first, last) in enumerate(zip((0, *ends), ends, strict=False)):
         tied = stages[0].embedding.weight if shared and stages and config.tied else None
         ends_of_model = {"embeds": stage == 0, "predicts": stage == len(ends) - 1}
-        stages.append(model_of(config, layers=range(first, last), sharding=sharding, tied_weight=tied, **ends_of_model))
+        stages.append(
+            model_of(
+                config,
+                layers=range(first, last),
+                sharding=sharding,
+                tied_weight=tied,
+                **ends_of_model,
+            )
+        )
     return stages
 
 
@@ -102,24 +112,39 @@ def test_each_stage_holds_what_it_computes_and_no_more(config):
     stages, whole = stages_of(config, (1, 2, 3), shared=False), model_of(config)
     held = [name for stage in stages for name in names_of(stage)]
     twins = {"embedding.word.weight"} if config.tied else set()
-    assert set(held) == set(names_of(whole)) and {name for name in held if held.count(name) > 1} == twins
-    assert {name.split(".")[1] for name in names_of(stages[1])} == {"1"} and stages[1].embedding is stages[1].head is stages[1].final_norm is None
-    assert stages[0].embeds and not stages[0].predicts and stages[2].predicts and not stages[2].embeds
+    assert (
+        set(held) == set(names_of(whole))
+        and {name for name in held if held.count(name) > 1} == twins
+    )
+    assert {name.split(".")[1] for name in names_of(stages[1])} == {"1"} and stages[
+        1
+    ].embedding is stages[1].head is stages[1].final_norm is None
+    assert (
+        stages[0].embeds and not stages[0].predicts and stages[2].predicts and not stages[2].embeds
+    )
     if config.tied:
         first, last = stages[0].embedding.weight, stages[2].head
-        assert torch.equal(first, last) and (first.param_layout.uses, last.param_layout.uses) == (1, 1)
+        assert torch.equal(first, last) and (first.param_layout.uses, last.param_layout.uses) == (
+            1,
+            1,
+        )
 
 
 def test_a_tied_weight_on_one_rank_is_one_parameter_used_twice():
     first, last = stages_of(TIED, (1, 3), shared=True)
     assert last.head is first.embedding.weight and last.head.param_layout.uses == 2
-    assert model_of(TIED).embedding.weight.param_layout.uses == 2 and model_of(UNTIED).embedding.weight.param_layout.uses == 1
+    assert (
+        model_of(TIED).embedding.weight.param_layout.uses == 2
+        and model_of(UNTIED).embedding.weight.param_layout.uses == 1
+    )
 
 
 # --- tokens ---
 
 
-@pytest.mark.parametrize("cut", [range(4), range(12, 16), [4, 5, 6, 7, 8, 9, 10, 11], [2, 3, 12, 13]], ids=str)
+@pytest.mark.parametrize(
+    "cut", [range(4), range(12, 16), [4, 5, 6, 7, 8, 9, 10, 11], [2, 3, 12, 13]], ids=str
+)
 @pytest.mark.parametrize("config", MODELS.values(), ids=list(MODELS))
 def test_dropout_and_positions_of_some_tokens_are_those_of_the_whole(config, cut):
     """Of sequence parallel, of context parallel's zig-zag, of both: all but attention treats each token by itself."""
@@ -129,7 +154,9 @@ def test_dropout_and_positions_of_some_tokens_are_those_of_the_whole(config, cut
     assert torch.equal(part, whole[:, tokens]) and (whole == 0).any()
     block.attention = torch.nn.Module()
     block.attention.forward = lambda x, *args: x
-    assert torch.equal(block(part, None, passage_of(tokens)), block(whole, None, passage_of())[:, tokens])
+    assert torch.equal(
+        block(part, None, passage_of(tokens)), block(whole, None, passage_of())[:, tokens]
+    )
 
 
 # --- recompute ---
@@ -141,7 +168,9 @@ def trained(model: GPT) -> tuple[torch.Tensor, torch.Tensor, int]:
     for bucket in buckets:
         bucket.begin(1)
     torch.manual_seed(11)  # attention dropout draws from torch's generator
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor
+    ):
         total, losses = model.loss(TOKENS, LABELS, torch.ones(LABELS.shape), passage_of())
     total.backward()
     for bucket in buckets:
@@ -160,12 +189,20 @@ RECOMPUTES = {
 
 
 @pytest.mark.parametrize(("recompute", "block_passes"), RECOMPUTES.values(), ids=list(RECOMPUTES))
-@pytest.mark.parametrize("config", [replace(config, attention_dropout=0.2) for config in MODELS.values()], ids=list(MODELS))
+@pytest.mark.parametrize(
+    "config",
+    [replace(config, attention_dropout=0.2) for config in MODELS.values()],
+    ids=list(MODELS),
+)
 def test_recompute_changes_no_bit_and_keeps_less(config, recompute, block_passes, monkeypatch):
     """With both kinds of dropout on; each use of a parameter is still one gradient. The block passes say what was computed again."""
     expected, reference, everything = trained(model_of(config))
     honest, passes = Block.forward, []
-    monkeypatch.setattr(Block, "forward", lambda self, *args, **kwargs: passes.append(self.name) or honest(self, *args, **kwargs))
+    monkeypatch.setattr(
+        Block,
+        "forward",
+        lambda self, *args, **kwargs: passes.append(self.name) or honest(self, *args, **kwargs),
+    )
     losses, gradients, kept = trained(model_of(config, recompute=recompute))
     assert torch.equal(losses, expected) and torch.equal(gradients, reference)
     assert len(passes) == block_passes and kept < everything

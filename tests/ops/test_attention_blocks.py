@@ -10,7 +10,10 @@ UNIT = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-8}
 DTYPES = pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "unfused"])  # flash, plain
 KV_HEADS = pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
-SHAPES = pytest.mark.parametrize(("queries", "keys", "causal"), [(7, 7, True), (7, 7, False), (3, 10, False), (10, 3, False), (1, 1, True)])
+SHAPES = pytest.mark.parametrize(
+    ("queries", "keys", "causal"),
+    [(7, 7, True), (7, 7, False), (3, 10, False), (10, 3, False), (1, 1, True)],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +23,12 @@ def _seed():
 
 def problem(queries, keys, kv_heads, dtype, size=8):
     """q, k, v and the gradient of o."""
-    shapes = [(2, queries, 4, size), (2, keys, kv_heads, size), (2, keys, kv_heads, size), (2, queries, 4, size)]
+    shapes = [
+        (2, queries, 4, size),
+        (2, keys, kv_heads, size),
+        (2, keys, kv_heads, size),
+        (2, queries, 4, size),
+    ]
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
@@ -56,11 +64,15 @@ def assert_close(actual, expected, bound):
 def test_a_block_matches_float64(backend, dtype, kv_heads, queries, keys, causal):
     *inputs, do = tensors = problem(queries, keys, kv_heads, dtype)
     o, lse = Ops(attention_backend=backend).attention_block(*inputs, causal=causal, scale=0.3)
-    grads = Ops(attention_backend=backend).attention_block_backward(do, *inputs, o, lse, causal=causal, scale=0.3)
+    grads = Ops(attention_backend=backend).attention_block_backward(
+        do, *inputs, o, lse, causal=causal, scale=0.3
+    )
     assert o.dtype == dtype and all(grad.dtype == dtype for grad in grads)
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = exactly(tensors, everything(queries, keys, causal), 0.3)
-    if queries * keys == 1:  # the one weight is 1 whatever the score: dq and dk are zero but for rounding
+    if (
+        queries * keys == 1
+    ):  # the one weight is 1 whatever the score: dq and dk are zero but for rounding
         assert_close((o, lse, grads[2]), (*expected[:2], expected[4]), 8 * UNIT[dtype])
         size = do.norm() * inputs[2].norm() * max(t.norm() for t in inputs[:2])
         assert all(grad.norm() <= UNIT[dtype] * size for grad in grads[:2])
@@ -83,7 +95,9 @@ def test_flash_equals_plain_pytorch(dtype, kv_heads, monkeypatch):
     monkeypatch.setattr(attention, "_CPU_FLASH", "_not_in_this_torch")
     assert_close(Ops().attention_block(q, k, v, causal=True), (o, lse), 4 * UNIT[dtype])
     assert len(calls) == 2
-    assert_close(Ops().attention_block_backward(do, q, k, v, o, lse, causal=True), grads, 8 * UNIT[dtype])
+    assert_close(
+        Ops().attention_block_backward(do, q, k, v, o, lse, causal=True), grads, 8 * UNIT[dtype]
+    )
 
 
 @DTYPES
@@ -98,15 +112,24 @@ def test_blocks_merged_are_the_whole(backend, dtype, loudness):
     o, lse = chosen.attention_block(q, k[:, parts[0]], v[:, parts[0]], causal=False)
     o = o.to(lse.dtype)
     for part in parts[1:]:
-        chosen.attention_merge_(o, lse, *chosen.attention_block(q, k[:, part], v[:, part], causal=False))
+        chosen.attention_merge_(
+            o, lse, *chosen.attention_block(q, k[:, part], v[:, part], causal=False)
+        )
     o = o.to(dtype)
-    blocks = [chosen.attention_block_backward(do, q, k[:, part], v[:, part], o, lse, causal=False) for part in parts]
+    blocks = [
+        chosen.attention_block_backward(do, q, k[:, part], v[:, part], o, lse, causal=False)
+        for part in parts
+    ]
     dq = sum(block[0].double() for block in blocks)
     dk, dv = (torch.cat([block[i] for block in blocks], dim=1) for i in (1, 2))
     expected = exactly(tensors, everything(5, 12, False), 8**-0.5)
     # A score is rounded in proportion to its size, in fp32 at least, and its weight, relatively, by as much.
     largest = max(1.0, expected[1].abs().max().item())
-    assert_close((o, lse, dq, dk, dv), expected, 8 * UNIT[dtype] + 8 * largest * min(UNIT[dtype], UNIT[torch.float32]))
+    assert_close(
+        (o, lse, dq, dk, dv),
+        expected,
+        8 * UNIT[dtype] + 8 * largest * min(UNIT[dtype], UNIT[torch.float32]),
+    )
 
 
 @pytest.mark.parametrize("queries", [2, 5, 11])
@@ -117,7 +140,9 @@ def test_late_queries_need_no_mask(queries, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)
     o = Ops().attention(*inputs, causal=True, scale=0.3)
     o_exact, _, *grads = exactly(tensors, everything(queries, 12, True), 0.3)
-    assert_close((o, *torch.autograd.grad(o, inputs, do)), (o_exact, *grads), 8 * UNIT[torch.float32])
+    assert_close(
+        (o, *torch.autograd.grad(o, inputs, do)), (o_exact, *grads), 8 * UNIT[torch.float32]
+    )
 
 
 def test_late_queries_under_dropout_see_what_they_do_without():
@@ -152,5 +177,7 @@ def test_the_calls_for_a_gpu_fit_this_torch():
     assert (o.shape, lse.shape, lse.dtype) == (q.shape, (2, 4, 6), torch.float32)
     grads = attention._flash_backward(do, q, k, v, o, lse, True, 0.3)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
-    masked = Ops().attention(q, k, v, causal=False, mask=torch.ones(2, 6, 6, dtype=torch.bool, device="meta"))
+    masked = Ops().attention(
+        q, k, v, causal=False, mask=torch.ones(2, 6, 6, dtype=torch.bool, device="meta")
+    )
     assert masked.shape == q.shape

@@ -9,7 +9,10 @@ from trivium.ops import Ops
 def problem(queries: int, keys: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, queries, 4, 8), (2, keys, 2, 8), (2, keys, 2, 8))
-    return [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    return [
+        torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+        for shape in shapes
+    ]
 
 
 def by_hand(q, k, v, hidden: torch.Tensor, cap: float, scale: float) -> torch.Tensor:
@@ -26,7 +29,11 @@ def test_capped_attention_and_its_gradients(queries, keys):
     found = Ops().attention(*inputs, causal=True, scale=0.7, softcap=2.0)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     ways = torch.randn_like(expected)
-    for ours, theirs in zip(torch.autograd.grad(found, inputs, ways), torch.autograd.grad(expected, inputs, ways), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, ways),
+        torch.autograd.grad(expected, inputs, ways),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 

@@ -30,7 +30,24 @@ def within(actual, expected, bound):
 
 def hostile(size, dtype):
     """Zeros of both signs, subnormals, numbers so small that their squares vanish, and so large that an exponential overflows."""
-    special = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1e-30, -1e-30, 20.0, -20.0, 88.0, -88.0, 104.0, -104.0, 1e4, -1e4])
+    special = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1e-40,
+            -1e-40,
+            1e-30,
+            -1e-30,
+            20.0,
+            -20.0,
+            88.0,
+            -88.0,
+            104.0,
+            -104.0,
+            1e4,
+            -1e4,
+        ]
+    )
     return torch.cat([torch.randn(size), special, torch.linspace(-12, 12, 101)]).to(dtype)
 
 
@@ -57,7 +74,10 @@ def test_activations_match_float64(kernels, dtype, kind):
         x = x.detach().clamp(-100, 100).requires_grad_()
     dy, wide = torch.randn(x.shape).to(dtype), x.detach().double().requires_grad_()
     y, expected = Ops(kernels).activation(x, kind), ACTIVATIONS[kind](wide)
-    (dx,), (wanted,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, wide, dy.double())
+    (dx,), (wanted,) = (
+        torch.autograd.grad(y, x, dy),
+        torch.autograd.grad(expected, wide, dy.double()),
+    )
     scale = 100 if kind == "squared_relu" else 1
     within(y, expected.detach(), scale * bound_of(wide.detach(), torch.ones(()), dtype))
     within(dx, torch.nan_to_num(wanted), scale * bound_of(wide.detach(), dy.double(), dtype))
@@ -73,7 +93,10 @@ def test_gated_activations_match_float64(kernels, dtype, columns, kind):
     dy, wide = torch.randn(3, columns).to(dtype), x.detach().double().requires_grad_()
     y = Ops(kernels).gated_activation(x, kind)
     expected = ACTIVATIONS[kind](wide[:, :columns]) * wide[:, columns:]
-    (dx,), (wanted,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, wide, dy.double())
+    (dx,), (wanted,) = (
+        torch.autograd.grad(y, x, dy),
+        torch.autograd.grad(expected, wide, dy.double()),
+    )
     g, u, d = wide.detach()[:, :columns], wide.detach()[:, columns:], dy.double()
     within(y, expected.detach(), bound_of(g, u, dtype))
     within(dx[:, :columns], wanted[:, :columns], bound_of(g, d * u, dtype, 8))
@@ -97,8 +120,14 @@ def test_norms_and_norms_of_a_sum_match_float64(kernels, dtype, columns, centred
     if kernels == "torch" and centred and shift:
         pytest.skip("PyTorch's own layer norm loses more of a spread far from zero")
     ops, shape = Ops(kernels), (2, 3, columns)
-    x, branch = (torch.randn(shape) + shift).to(dtype).requires_grad_(), torch.randn(shape).to(dtype).requires_grad_()
-    weight, bias = torch.randn(columns).to(dtype).requires_grad_(), torch.randn(columns).to(dtype).requires_grad_()
+    x, branch = (
+        (torch.randn(shape) + shift).to(dtype).requires_grad_(),
+        torch.randn(shape).to(dtype).requires_grad_(),
+    )
+    weight, bias = (
+        torch.randn(columns).to(dtype).requires_grad_(),
+        torch.randn(columns).to(dtype).requires_grad_(),
+    )
     tensors = (x, branch, weight, bias) if centred else (x, branch, weight)
     if centred:
         total, y = ops.add_layer_norm(x, branch, weight, bias, 1e-5)
@@ -107,20 +136,41 @@ def test_norms_and_norms_of_a_sum_match_float64(kernels, dtype, columns, centred
     assert torch.equal(total, x + branch)
     dtotal, dy = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     found = torch.autograd.grad((total, y), tensors, (dtotal, dy))
-    s, w, b = total.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), bias.detach().double().requires_grad_()
+    s, w, b = (
+        total.detach().double().requires_grad_(),
+        weight.detach().double().requires_grad_(),
+        bias.detach().double().requires_grad_(),
+    )
     expected = normed(s, w, b if centred else None, centred)
     ds, dw, *db = torch.autograd.grad(expected, (s, w, b)[: 2 + centred], dy.double())
     ds = ds + dtotal.double()
     # A mean of 100 under a spread of 1 costs seven bits of what is left: errors of the mean, of fp32, over the spread.
     lost = 4 * (columns**0.5 + 2) * UNIT[torch.float32] * (1 + shift)
-    x_hat = ((s - s.mean(-1, keepdim=True) if centred else s) * (expected - b * centred) / w).detach().abs()
+    x_hat = (
+        ((s - s.mean(-1, keepdim=True) if centred else s) * (expected - b * centred) / w)
+        .detach()
+        .abs()
+    )
     centre = s.detach() - (s.detach().mean(-1, keepdim=True) if centred else 0)
     rstd = (centre.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     x_hat, g = (centre * rstd).abs(), (dy.double() * w.detach()).abs()
-    within(y, expected.detach(), (3 * UNIT[dtype] + lost * rstd) * (x_hat * w.detach().abs() + b.detach().abs() * centred + w.detach().abs()) + 1e-30)
-    size = rstd * (g + g.mean(-1, keepdim=True) + (1 + x_hat) * (g * (1 + x_hat)).mean(-1, keepdim=True))
+    within(
+        y,
+        expected.detach(),
+        (3 * UNIT[dtype] + lost * rstd)
+        * (x_hat * w.detach().abs() + b.detach().abs() * centred + w.detach().abs())
+        + 1e-30,
+    )
+    size = rstd * (
+        g + g.mean(-1, keepdim=True) + (1 + x_hat) * (g * (1 + x_hat)).mean(-1, keepdim=True)
+    )
     for dx in found[:2]:
-        within(dx, ds, (6 * UNIT[dtype] + 4 * lost * rstd.clamp(min=1)) * (size + dtotal.double().abs()) + 1e-30)
+        within(
+            dx,
+            ds,
+            (6 * UNIT[dtype] + 4 * lost * rstd.clamp(min=1)) * (size + dtotal.double().abs())
+            + 1e-30,
+        )
     rows = (dy.double().abs() * (x_hat + 1)).flatten(0, 1).sum(0)
     within(found[2], dw, (6 * UNIT[dtype] + 4 * lost * rstd.max().clamp(min=1)) * rows + 1e-30)
     if centred:
@@ -134,15 +184,25 @@ def test_norms_and_norms_of_a_sum_match_float64(kernels, dtype, columns, centred
 def rotated(x, cos, sin, interleaved):
     """As complex numbers: each pair of dims times e^(i angle)."""
     r = 2 * cos.shape[-1]
-    pairs = x[..., :r].unflatten(-1, (-1, 2)) if interleaved else torch.stack(x[..., :r].chunk(2, -1), -1)
-    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin).unsqueeze(-2))
-    return torch.cat([turned.flatten(-2) if interleaved else torch.cat(turned.unbind(-1), -1), x[..., r:]], -1)
+    pairs = (
+        x[..., :r].unflatten(-1, (-1, 2))
+        if interleaved
+        else torch.stack(x[..., :r].chunk(2, -1), -1)
+    )
+    turned = torch.view_as_real(
+        torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin).unsqueeze(-2)
+    )
+    return torch.cat(
+        [turned.flatten(-2) if interleaved else torch.cat(turned.unbind(-1), -1), x[..., r:]], -1
+    )
 
 
 @KERNELS
 @DTYPES
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("size", "half"), [(8, 4), (64, 32), (64, 16), (80, 10), (6, 3), (128, 33)])
+@pytest.mark.parametrize(
+    ("size", "half"), [(8, 4), (64, 32), (64, 16), (80, 10), (6, 3), (128, 33)]
+)
 @pytest.mark.parametrize("positions", ["shared", "of each sample"])
 def test_heads_are_split_and_rotated(kernels, dtype, interleaved, size, half, positions):
     """Two products and a sum of elements no larger than the pair: 4 roundings of its length, more where the angles are rounded first."""
@@ -153,7 +213,11 @@ def test_heads_are_split_and_rotated(kernels, dtype, interleaved, size, half, po
     wide = heads.detach().double().requires_grad_()
     q, key, v = Ops(kernels).split_heads(heads * 1, (a, k, k), cos, sin, interleaved)
     wide_q, wide_k, wide_v = wide.split((a, k, k), dim=2)
-    expected = [rotated(wide_q, cos.double(), sin.double(), interleaved), rotated(wide_k, cos.double(), sin.double(), interleaved), wide_v]
+    expected = [
+        rotated(wide_q, cos.double(), sin.double(), interleaved),
+        rotated(wide_k, cos.double(), sin.double(), interleaved),
+        wide_v,
+    ]
     # Gradients as attention gives them: [B, A, T, D] in memory.
     seeds = [torch.randn(2, t.shape[2], 5, size).to(dtype).transpose(1, 2) for t in (q, key, v)]
     (found,) = torch.autograd.grad((q, key, v), heads, seeds)
@@ -175,7 +239,9 @@ def cross_entropy(kernels, logits, labels, weights, real):
     label = torch.exp(target - highest)
     scale = torch.where(weights != 0, weights / (rest + label), 0.0)
     ops.cross_entropy_gradient_(gradient, column, highest, scale, -rest * scale, real)
-    return torch.where(label > 0.1, torch.log1p(rest / label), torch.log(rest + label) + highest - target), gradient
+    return torch.where(
+        label > 0.1, torch.log1p(rest / label), torch.log(rest + label) + highest - target
+    ), gradient
 
 
 def exact_cross_entropy(logits, labels, weights, real):
@@ -187,7 +253,11 @@ def exact_cross_entropy(logits, labels, weights, real):
 
 @KERNELS
 @DTYPES
-@pytest.mark.parametrize(("columns", "real"), [(1, 1), (7, 5), (16, 16), (100, 97), (1030, 1025), (33000, 32768)], ids=str)
+@pytest.mark.parametrize(
+    ("columns", "real"),
+    [(1, 1), (7, 5), (16, 16), (100, 97), (1030, 1025), (33000, 32768)],
+    ids=str,
+)
 @pytest.mark.parametrize("loudness", [1.0, 30.0, 1e4], ids=["ordinary", "loud", "huge"])
 def test_cross_entropy_matches_float64(kernels, dtype, columns, real, loudness):
     """p in fp32 to a few roundings, rounded once in the dtype; labels anywhere, the last column and the first among them."""
@@ -199,7 +269,11 @@ def test_cross_entropy_matches_float64(kernels, dtype, columns, real, loudness):
     expected, wanted = exact_cross_entropy(logits, labels, weights, real)
     within(losses, expected, 32 * UNIT[torch.float32] * (expected.abs() + 1))
     size = torch.softmax(logits[:, :real].double(), -1) * weights.double()[:, None]
-    within(gradient[:, :real], wanted, (UNIT[dtype] + 64 * UNIT[torch.float32]) * (wanted.abs() + size) + 1e-37)
+    within(
+        gradient[:, :real],
+        wanted,
+        (UNIT[dtype] + 64 * UNIT[torch.float32]) * (wanted.abs() + size) + 1e-37,
+    )
     assert (gradient[:, real:] == 0).all() and (gradient[2] == 0).all()
 
 
@@ -221,11 +295,15 @@ def test_the_gradient_of_a_certain_label_is_exact_to_its_last_digit(kernels, dty
 def test_a_row_that_does_not_count_gives_zeros_whatever_it_holds_and_others_keep_their_nan(kernels):
     logits = torch.randn(3, 50)
     logits[0, 3], logits[1, 49] = float("nan"), float("inf")
-    losses, gradient = cross_entropy(kernels, logits, torch.tensor([1, 2, 3]), torch.tensor([0.0, 1.0, 1.0]), 50)
+    losses, gradient = cross_entropy(
+        kernels, logits, torch.tensor([1, 2, 3]), torch.tensor([0.0, 1.0, 1.0]), 50
+    )
     assert (gradient[0] == 0).all() and gradient[2].isfinite().all()
     assert gradient[1].isnan().any() and losses[1].isnan()
     logits[1, 48:] = float("nan")
-    assert cross_entropy(kernels, logits, torch.tensor([1, 2, 3]), torch.ones(3), 50)[0].isnan().tolist() == [True, True, False]
+    assert cross_entropy(kernels, logits, torch.tensor([1, 2, 3]), torch.ones(3), 50)[
+        0
+    ].isnan().tolist() == [True, True, False]
 
 
 @KERNELS
@@ -235,24 +313,34 @@ def test_statistics_of_a_slice_without_the_label_or_without_columns(kernels):
     terms = torch.exp(logits - logits.amax(1, keepdim=True))
     terms[1, 3] = terms[3, 19] = 0
     assert torch.equal(highest, logits.amax(1)) and (rest - terms.sum(1)).abs().max() < 1e-5
-    assert torch.equal(target, torch.stack([torch.zeros(()), logits[1, 3], torch.zeros(()), logits[3, 19]]))
+    assert torch.equal(
+        target, torch.stack([torch.zeros(()), logits[1, 3], torch.zeros(()), logits[3, 19]])
+    )
     highest, rest, target = Ops(kernels).cross_entropy_statistics(logits, torch.full((4,), -1), 0)
     assert (highest == -torch.inf).all() and (rest == 0).all() and (target == 0).all()
-    Ops(kernels).cross_entropy_gradient_(logits, torch.full((4,), -1), torch.zeros(4), torch.ones(4), torch.zeros(4), 0)
+    Ops(kernels).cross_entropy_gradient_(
+        logits, torch.full((4,), -1), torch.zeros(4), torch.ones(4), torch.zeros(4), 0
+    )
     assert (logits == 0).all()
 
 
 @KERNELS
 @DTYPES
 @pytest.mark.parametrize("rows", [1, 2, 16, 19, 33], ids="{} rows".format)
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 7), (9, 16), (100, 33), (70, 1023)], ids=str)
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(1, 1), (3, 7), (9, 16), (100, 33), (70, 1023)], ids=str
+)
 def test_products_of_few_rows_match_float64(kernels, dtype, rows, outputs, inputs):
     """fp32 sums of at most 1,023 products, rounded once; past 32 rows it is the library's product."""
     x, weight = torch.randn(1, rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
     expected, terms = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
     y = Ops(kernels).product(x, weight)
     assert y.dtype == dtype and y.shape == (1, rows, outputs)
-    within(y, expected, UNIT[dtype] * expected.abs() + inputs**0.5 * UNIT[torch.float32] * terms + 1e-30)
+    within(
+        y,
+        expected,
+        UNIT[dtype] * expected.abs() + inputs**0.5 * UNIT[torch.float32] * terms + 1e-30,
+    )
 
 
 @KERNELS
@@ -262,7 +350,10 @@ def test_the_squared_norm_is_that_of_float64(kernels, sizes):
     tensors = [torch.randn(size) * 10.0**k for k, size in enumerate(sizes)]
     found = Ops(kernels).squared_norm(tensors)
     assert found.dtype == torch.float64
-    assert found.item() == pytest.approx(sum(t.double().square().sum().item() for t in tensors), rel=1e-6 if kernels == "native" else 1e-4)
+    assert found.item() == pytest.approx(
+        sum(t.double().square().sum().item() for t in tensors),
+        rel=1e-6 if kernels == "native" else 1e-4,
+    )
 
 
 @KERNELS
@@ -286,7 +377,13 @@ def test_the_number_of_threads_changes_no_bit():
             found = [*torch.autograd.grad(ops.gated_activation(leaf, "silu"), leaf, dy)]
             for y in (ops.layer_norm(leaf, w, None, 1e-5), ops.rms_norm(leaf, w, 1e-5)):
                 found += [y.detach(), *torch.autograd.grad(y, (leaf, w), x)]
-            results.append([*found, ops.squared_norm([x]), *cross_entropy("native", x, torch.arange(3000) % 200, torch.ones(3000), 200)])
+            results.append(
+                [
+                    *found,
+                    ops.squared_norm([x]),
+                    *cross_entropy("native", x, torch.arange(3000) % 200, torch.ones(3000), 200),
+                ]
+            )
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -298,7 +395,9 @@ def test_native_refuses_what_it_lacks():
     for call in (
         lambda: Ops("native").rms_norm(torch.zeros(2, 4, dtype=torch.float16), torch.ones(4), 1e-5),
         lambda: Ops("native").activation(torch.zeros(2, 4, dtype=torch.float16), "silu"),
-        lambda: Ops("native").add_rms_norm(torch.zeros(2, 4), torch.zeros(2, 4).bfloat16(), torch.ones(4), 1e-5),
+        lambda: Ops("native").add_rms_norm(
+            torch.zeros(2, 4), torch.zeros(2, 4).bfloat16(), torch.ones(4), 1e-5
+        ),
     ):
         with pytest.raises(TypeError, match="float32 or bfloat16"):
             call()
@@ -315,7 +414,13 @@ def test_every_instruction_set_passes_these_tests(simd):
         pytest.skip(f"{name} is what this process runs with")
     chosen = ["-k", "native and not instruction and not torch", __file__]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
-    done = subprocess.run(command, env=os.environ | {"TRIVIUM_SIMD": simd}, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TRIVIUM_SIMD": simd},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stdout[-2000:]
     seen = subprocess.run(
         [sys.executable, "-c", "from trivium import _native; print(_native.simd())"],

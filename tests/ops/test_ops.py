@@ -16,7 +16,13 @@ NATIVE = pytest.mark.skipif(not native.AVAILABLE, reason="built without a compil
 KERNELS = [
     "torch",
     pytest.param("native", marks=NATIVE),
-    pytest.param("triton", marks=pytest.mark.skipif(not getattr(door.triton_rms_norm, "INTERPRETED", False), reason="needs TRITON_INTERPRET=1")),
+    pytest.param(
+        "triton",
+        marks=pytest.mark.skipif(
+            not getattr(door.triton_rms_norm, "INTERPRETED", False),
+            reason="needs TRITON_INTERPRET=1",
+        ),
+    ),
 ]
 
 
@@ -44,7 +50,11 @@ def check(op, inputs, roundings, dtype, reference_op=None):
     assert y.dtype == dtype and y.shape == expected.shape
     seed = torch.randn(y.shape)
     assert_within(y, expected, roundings, dtype)
-    for actual, wanted in zip(gradients(y, inputs, seed.to(dtype)), gradients(expected, wide, seed.to(dtype).double()), strict=True):
+    for actual, wanted in zip(
+        gradients(y, inputs, seed.to(dtype)),
+        gradients(expected, wide, seed.to(dtype).double()),
+        strict=True,
+    ):
         assert_within(actual, wanted, roundings, dtype)
 
 
@@ -61,8 +71,20 @@ def _seed():
 def test_activations_match_float64(dtype):
     x = torch.randn(4, 65)
     o = Ops()
-    check(lambda v: o.gated_activation(v, "silu"), [torch.randn(4, 130)], 8, dtype, lambda v: v[:, :65] * torch.sigmoid(v[:, :65]) * v[:, 65:])
-    check(lambda v: o.activation(v, "gelu_tanh"), [x], 8, dtype, lambda v: 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))))
+    check(
+        lambda v: o.gated_activation(v, "silu"),
+        [torch.randn(4, 130)],
+        8,
+        dtype,
+        lambda v: v[:, :65] * torch.sigmoid(v[:, :65]) * v[:, 65:],
+    )
+    check(
+        lambda v: o.activation(v, "gelu_tanh"),
+        [x],
+        8,
+        dtype,
+        lambda v: 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
+    )
     check(lambda v: o.activation(v, "squared_relu"), [x], 8, dtype, lambda v: v.clamp_min(0) ** 2)
 
 
@@ -73,7 +95,13 @@ def test_layer_norm_matches_float64(dtype):
         centred = x - x.mean(-1, keepdim=True)
         return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
-    check(lambda x, w, b: Ops().layer_norm(x, w, b, 1e-5), [torch.randn(6, 64), torch.randn(64), torch.randn(64)], 16, dtype, plain)
+    check(
+        lambda x, w, b: Ops().layer_norm(x, w, b, 1e-5),
+        [torch.randn(6, 64), torch.randn(64), torch.randn(64)],
+        16,
+        dtype,
+        plain,
+    )
 
 
 def test_layer_norm_without_bias_and_with_fp32_weight_keeps_the_dtype():
@@ -91,8 +119,12 @@ def rotated_by_complex_numbers(x, cos, sin, interleaved):
     r = 2 * cos.shape[-1]
     turning, rest = x[..., :r], x[..., r:]
     pairs = turning.unflatten(-1, (-1, 2)) if interleaved else torch.stack(turning.chunk(2, -1), -1)
-    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin).unsqueeze(-2))
-    return torch.cat([turned.flatten(-2) if interleaved else torch.cat(turned.unbind(-1), -1), rest], -1)
+    turned = torch.view_as_real(
+        torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin).unsqueeze(-2)
+    )
+    return torch.cat(
+        [turned.flatten(-2) if interleaved else torch.cat(turned.unbind(-1), -1), rest], -1
+    )
 
 
 # Rounded cos and sin, two products and their sum: 4 roundings, each of an element up to sqrt(2) of the largest.
@@ -142,9 +174,16 @@ def attention_in_full(q, k, v, causal, scale):
 # Scores, weights and output round once each, forward and again backward; bf16 kernels also round the weights before the second product.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
-@pytest.mark.parametrize(("queries", "keys", "causal"), [(6, 6, True), (6, 6, False), (1, 6, True), (3, 6, True), (3, 6, False)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"),
+    [(6, 6, True), (6, 6, False), (1, 6, True), (3, 6, True), (3, 6, False)],
+)
 def test_attention_matches_float64(dtype, kv_heads, queries, keys, causal):
-    q, k, v = torch.randn(2, queries, 4, 8), torch.randn(2, keys, kv_heads, 8), torch.randn(2, keys, kv_heads, 8)
+    q, k, v = (
+        torch.randn(2, queries, 4, 8),
+        torch.randn(2, keys, kv_heads, 8),
+        torch.randn(2, keys, kv_heads, 8),
+    )
     check(
         lambda q, k, v: Ops().attention(q, k, v, causal=causal, scale=0.3),
         [q, k, v],
@@ -158,7 +197,9 @@ def test_attention_matches_float64(dtype, kv_heads, queries, keys, causal):
 def test_attention_backends_agree(backend):
     q, k, v = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
     expected = attention_in_full(q.double(), k.double(), v.double(), True, 8**-0.5)
-    assert_within(Ops(attention_backend=backend).attention(q, k, v, causal=True), expected, 16, torch.float32)
+    assert_within(
+        Ops(attention_backend=backend).attention(q, k, v, causal=True), expected, 16, torch.float32
+    )
 
 
 def test_tokens_by_kv_cache_match_the_whole_sequence():
@@ -184,7 +225,9 @@ def test_attention_refuses_what_it_cannot_do():
 
 
 def test_an_attention_backend_that_cannot_serve_is_an_error_at_start():
-    with pytest.raises(ValueError, match="--attention-backend fused is cuDNN's and the device is cpu; use"):
+    with pytest.raises(
+        ValueError, match="--attention-backend fused is cuDNN's and the device is cpu; use"
+    ):
         choose("torch", CPU, torch.float32, "fused")
     with pytest.raises(ValueError, match="--attention-backend flahs is not one of auto, flash"):
         choose("torch", CPU, torch.float32, "flahs")
@@ -196,7 +239,12 @@ SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
 def adam_state(size, dtype):
     masters = torch.randn(size)
-    return masters, torch.zeros(size), torch.zeros(size), masters.to(dtype) if dtype != torch.float32 else masters
+    return (
+        masters,
+        torch.zeros(size),
+        torch.zeros(size),
+        masters.to(dtype) if dtype != torch.float32 else masters,
+    )
 
 
 # Each step has a dozen roundings of values no larger than the weight or the update, in another order than torch's: 16 units a step.
@@ -219,7 +267,11 @@ def test_adamw_matches_torch(kernels, size, dtype, step_dtype):
         scalars = {"step": step, "grad_scale": torch.tensor(0.25), "skip": torch.tensor(False)}
         Ops(kernels).adamw_(masters, m, v, grad * 4, weights, lr=lr, **scalars, **SETTINGS)
         state = theirs.state[parameter]
-        for actual, expected in ((masters, parameter), (m, state["exp_avg"]), (v, state["exp_avg_sq"])):
+        for actual, expected in (
+            (masters, parameter),
+            (m, state["exp_avg"]),
+            (v, state["exp_avg_sq"]),
+        ):
             assert_within(actual, expected.detach().double(), 16 * (i + 1), torch.float32)
         # Triton's interpreter cuts fp32 off to bf16 where a device rounds to nearest.
         assert_within(weights, masters.to(dtype).double(), 2 if kernels == "triton" else 0, dtype)
@@ -235,7 +287,11 @@ def test_a_skipped_update_changes_no_bit(kernels, bad):
     before = [t.clone() for t in (masters, m, v, weights)]
     grads = torch.randn(5000)
     grads[::7] = bad
-    scalars = {"step": torch.tensor(3.0), "grad_scale": torch.tensor(bad), "skip": torch.tensor(True)}
+    scalars = {
+        "step": torch.tensor(3.0),
+        "grad_scale": torch.tensor(bad),
+        "skip": torch.tensor(True),
+    }
     Ops(kernels).adamw_(masters, m, v, grads, weights, lr=0.1, **scalars, **SETTINGS)
     for after, old in zip((masters, m, v, weights), before, strict=True):
         assert torch.equal(after.view(torch.uint8), old.view(torch.uint8))
@@ -247,7 +303,11 @@ def test_adamw_never_waits_for_the_device(kernels, monkeypatch):
         raise AssertionError("the host read a device value")
 
     masters, m, v, weights = adam_state(10, torch.bfloat16)
-    scalars = {"step": torch.tensor(1.0), "grad_scale": torch.tensor(1.0), "skip": torch.tensor(False)}
+    scalars = {
+        "step": torch.tensor(1.0),
+        "grad_scale": torch.tensor(1.0),
+        "skip": torch.tensor(False),
+    }
     for name in ("item", "__bool__", "__float__", "__int__", "__index__", "cpu", "tolist"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     Ops(kernels).adamw_(masters, m, v, torch.ones(10), weights, lr=0.1, **scalars, **SETTINGS)
@@ -255,7 +315,11 @@ def test_adamw_never_waits_for_the_device(kernels, monkeypatch):
 
 def test_adamw_refuses_buffers_with_gaps_or_of_another_size():
     masters, m, v, weights = adam_state(10, torch.bfloat16)
-    scalars = {"step": torch.tensor(1.0), "grad_scale": torch.tensor(1.0), "skip": torch.tensor(False)}
+    scalars = {
+        "step": torch.tensor(1.0),
+        "grad_scale": torch.tensor(1.0),
+        "skip": torch.tensor(False),
+    }
     for grads in (torch.ones(20)[::2], torch.ones(9), torch.ones(10, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="grads"):
             Ops().adamw_(masters, m, v, grads, weights, lr=0.1, **scalars, **SETTINGS)
@@ -273,10 +337,14 @@ def test_auto_takes_native_on_a_cpu_and_says_why_when_it_cannot(monkeypatch, cap
 def test_a_missing_kernel_is_an_error_that_names_flag_and_remedy(monkeypatch):
     with pytest.raises(ValueError, match=r"--kernels native: .*float16.*--bf16"):
         choose("native", CPU, torch.float16)
-    with pytest.raises(ValueError, match=r"--kernels native: .*device is cuda; use --kernels triton"):
+    with pytest.raises(
+        ValueError, match=r"--kernels native: .*device is cuda; use --kernels triton"
+    ):
         choose("native", torch.device("cuda"), torch.float32)
     monkeypatch.setattr(native, "AVAILABLE", False)
-    with pytest.raises(ValueError, match=r"--kernels native: .*not built; install a C\+\+17 compiler"):
+    with pytest.raises(
+        ValueError, match=r"--kernels native: .*not built; install a C\+\+17 compiler"
+    ):
         choose("native", CPU, torch.float32)
     with pytest.raises(ValueError, match="--kernels fast: 'fast' is not one of"):
         choose("fast", CPU, torch.float32)
@@ -298,21 +366,31 @@ def test_the_log_line_names_every_op():
     every = ", ".join(OPS)
     assert Ops("torch", "flash").describe() == f"kernels: {every} torch | attention sdpa (flash)"
     triton = Ops("triton").describe()
-    assert "rms_norm, adamw triton | layer_norm, rope, activation, few_rows, block_step, cross_entropy, grad_norm torch" in triton
+    assert (
+        "rms_norm, adamw triton | layer_norm, rope, activation, few_rows, block_step, cross_entropy, grad_norm torch"
+        in triton
+    )
     assert "16-bit numbers in fp32" in Ops(widens=True).describe()
 
 
 @NATIVE
 def test_single_ops_can_be_chosen():
     ops = choose("native,rope=torch,adamw=torch", CPU, torch.float32)
-    assert {op for op, one in ops.implementations.items() if one == "torch"} == {"rope", "adamw", "block_step"}, "a step has all of its ops native"
+    assert {op for op, one in ops.implementations.items() if one == "torch"} == {
+        "rope",
+        "adamw",
+        "block_step",
+    }, "a step has all of its ops native"
     assert choose("torch,rope=native", CPU, torch.float32).implementations["rope"] == "native"
 
 
 @pytest.mark.parametrize(
     ("kernels", "problem"),
     [
-        ("torch,rpoe=native", "'rpoe=native' is not OP=IMPLEMENTATION with an op of rms_norm, layer_norm, rope"),
+        (
+            "torch,rpoe=native",
+            "'rpoe=native' is not OP=IMPLEMENTATION with an op of rms_norm, layer_norm, rope",
+        ),
         ("torch,rope", "'rope' is not OP=IMPLEMENTATION"),
         ("torch,rope=triton", "rope has torch, native, and not triton"),
         ("torch,rope=", "rope has torch, native, and not nothing"),
@@ -326,16 +404,25 @@ def test_a_choice_that_there_is_not_is_an_error(kernels, problem):
 @NATIVE
 @pytest.mark.parametrize(
     ("kernels", "backend"),
-    [("torch,block_step=native", "auto"), ("auto,block_step=native,rope=torch", "auto"), ("native,block_step=native", "flash")],
+    [
+        ("torch,block_step=native", "auto"),
+        ("auto,block_step=native,rope=torch", "auto"),
+        ("native,block_step=native", "flash"),
+    ],
 )
 def test_a_step_whose_parts_are_not_native_is_an_error_where_it_is_asked_for(kernels, backend):
-    with pytest.raises(ValueError, match=f"--kernels {kernels}: block_step=native is made of native rms_norm.*leave block_step=native out"):
+    with pytest.raises(
+        ValueError,
+        match=f"--kernels {kernels}: block_step=native is made of native rms_norm.*leave block_step=native out",
+    ):
         choose(kernels, CPU, torch.float32, backend)
 
 
 def test_a_choice_for_one_op_that_cannot_serve_is_an_error(monkeypatch):
     monkeypatch.setattr(native, "AVAILABLE", False)
-    with pytest.raises(ValueError, match=r"--kernels torch,rope=native: .*not built.*or leave rope=native out"):
+    with pytest.raises(
+        ValueError, match=r"--kernels torch,rope=native: .*not built.*or leave rope=native out"
+    ):
         choose("torch,rope=native", CPU, torch.float32)
 
 
@@ -343,7 +430,10 @@ def test_16_bit_products_are_widened_where_the_processor_has_no_instructions_for
     """bf16 operands reach the products in fp32 and what comes out is bf16 again; fp32 is left alone, and so is bf16 on other processors."""
     found = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    assert choose("torch", CPU, torch.bfloat16).widens and not choose("torch", CPU, torch.float32).widens
+    assert (
+        choose("torch", CPU, torch.bfloat16).widens
+        and not choose("torch", CPU, torch.float32).widens
+    )
     assert not choose("torch", torch.device("cuda"), torch.bfloat16).widens
     x = torch.randn(3, 4).bfloat16()
     assert choose("torch", CPU, torch.bfloat16).operand(x).dtype == torch.float32

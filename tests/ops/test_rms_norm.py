@@ -13,10 +13,13 @@ EPS = 1e-5
 
 NATIVE = pytest.mark.skipif(not native.AVAILABLE, reason="built without a compiler")
 TRITON = pytest.mark.skipif(
-    triton_rms_norm is None or not (triton_rms_norm.INTERPRETED or torch.cuda.is_available()), reason="neither a GPU nor TRITON_INTERPRET=1"
+    triton_rms_norm is None or not (triton_rms_norm.INTERPRETED or torch.cuda.is_available()),
+    reason="neither a GPU nor TRITON_INTERPRET=1",
 )
 MARKS = {"torch": (), "native": NATIVE, "triton": TRITON}
-NORMS = pytest.mark.parametrize("norm", [pytest.param(norm, marks=marks) for norm, marks in MARKS.items()])
+NORMS = pytest.mark.parametrize(
+    "norm", [pytest.param(norm, marks=marks) for norm, marks in MARKS.items()]
+)
 NORMS_AND_DTYPES = pytest.mark.parametrize(
     ("norm", "dtype"),
     [
@@ -39,7 +42,10 @@ def plain(x, weight):
 
 def assert_close(actual, expected, scale, roundings, dtype):
     """Every element within `roundings` roundings of `scale`, the size of the largest term that goes into it, or one step of the subnormals."""
-    bound = roundings * UNIT[dtype] * scale + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    bound = (
+        roundings * UNIT[dtype] * scale
+        + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    )
     excess = (actual.double().cpu() - expected).abs() - bound
     assert torch.isfinite(actual).all()
     assert excess.max() <= 0, f"beyond the bound by {excess.max():.3e}"
@@ -77,7 +83,11 @@ def _seed():
 
 
 @NORMS_AND_DTYPES
-@pytest.mark.parametrize("shape", [(5, 1), (3, 7), (2, 3, 15), (4, 16), (33, 17), (7, 384), (3, 1000), (2, 20001)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 1), (3, 7), (2, 3, 15), (4, 16), (33, 17), (7, 384), (3, 1000), (2, 20001)],
+    ids=str,
+)
 def test_matches_float64(norm, dtype, shape):
     check(norm, torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape), dtype)
 
@@ -122,7 +132,10 @@ def test_nan_and_infinity_stay_in_their_row(norm):
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)], ids=str)
 def test_no_rows(norm, shape):
     device = home(norm)
-    x, weight = torch.randn(shape, device=device, requires_grad=True), torch.ones(8, device=device, requires_grad=True)
+    x, weight = (
+        torch.randn(shape, device=device, requires_grad=True),
+        torch.ones(8, device=device, requires_grad=True),
+    )
     y = Ops(norm).rms_norm(x, weight, EPS)
     y.sum().backward()
     assert y.shape == x.shape
@@ -141,7 +154,10 @@ def test_any_strides(norm):
 @NORMS
 def test_an_fp32_weight_is_cast_to_the_activations(norm):
     device = home(norm)
-    x, weight = torch.randn(3, 16, dtype=torch.bfloat16, device=device), torch.randn(16, device=device, requires_grad=True)
+    x, weight = (
+        torch.randn(3, 16, dtype=torch.bfloat16, device=device),
+        torch.randn(16, device=device, requires_grad=True),
+    )
     y = Ops(norm).rms_norm(x, weight, EPS)
     y.sum().backward()
     assert y.dtype == torch.bfloat16
@@ -157,20 +173,34 @@ def test_follows_hugging_face_llama(norm):
     torch.nn.init.normal_(theirs.weight)
     x = torch.randn(50, 64, dtype=torch.bfloat16)
     expected = theirs(x).detach().double()
-    assert_close(Ops(norm).rms_norm(x.to(device), theirs.weight.detach().to(device), EPS), expected, expected.abs(), 4, torch.bfloat16)
+    assert_close(
+        Ops(norm).rms_norm(x.to(device), theirs.weight.detach().to(device), EPS),
+        expected,
+        expected.abs(),
+        4,
+        torch.bfloat16,
+    )
 
 
 @NORMS
 def test_the_weight_gradient_is_the_same_every_time(norm):
     device = home(norm)
-    x, weight = torch.randn(300, 48, device=device), torch.randn(48, device=device, requires_grad=True)
-    first, second = (torch.autograd.grad(Ops(norm).rms_norm(x, weight, EPS).square().sum(), weight)[0] for _ in range(2))
+    x, weight = (
+        torch.randn(300, 48, device=device),
+        torch.randn(48, device=device, requires_grad=True),
+    )
+    first, second = (
+        torch.autograd.grad(Ops(norm).rms_norm(x, weight, EPS).square().sum(), weight)[0]
+        for _ in range(2)
+    )
     assert torch.equal(first, second)
 
 
 @NORMS
 def test_compiled_code_needs_no_graph_break_but_for_native_kernels(norm):
-    compiled = torch.compile(lambda x, w: Ops(norm).rms_norm(x, w, EPS), backend="eager", fullgraph=norm != "native")
+    compiled = torch.compile(
+        lambda x, w: Ops(norm).rms_norm(x, w, EPS), backend="eager", fullgraph=norm != "native"
+    )
     x, weight = torch.randn(3, 16, device=home(norm)), torch.randn(16, device=home(norm))
     expected = plain(x.double(), weight.double()).cpu()
     assert_close(compiled(x, weight), expected, expected.abs(), 4, torch.float32)
@@ -190,6 +220,10 @@ def test_triton_past_2_to_the_31_elements(columns):
     tail = x.detach()[-8:].clone().requires_grad_()
     expected = Ops().rms_norm(tail, weight, EPS)
     expected.sum().backward()
-    assert (y[-8:].float() - expected.float()).abs().max() <= 4 * UNIT[torch.bfloat16] * expected.abs().max()
-    assert (x.grad[-8:].float() - tail.grad.float()).abs().max() <= 8 * UNIT[torch.bfloat16] * tail.grad.abs().max()
+    assert (y[-8:].float() - expected.float()).abs().max() <= 4 * UNIT[
+        torch.bfloat16
+    ] * expected.abs().max()
+    assert (x.grad[-8:].float() - tail.grad.float()).abs().max() <= 8 * UNIT[
+        torch.bfloat16
+    ] * tail.grad.abs().max()
     assert (y[:8] == 0).all()

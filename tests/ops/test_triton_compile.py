@@ -40,9 +40,19 @@ else:
 """
 
 
-@pytest.mark.parametrize(("backend", "arch", "warp_size"), [("cuda", "90", "32"), ("cuda", "80", "32"), ("hip", "gfx942", "64")])
+@pytest.mark.parametrize(
+    ("backend", "arch", "warp_size"),
+    [("cuda", "90", "32"), ("cuda", "80", "32"), ("hip", "gfx942", "64")],
+)
 def test_kernels_compile_and_load_in_vectors(backend, arch, warp_size, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", CODE, backend, arch, warp_size], env=environment, capture_output=True, text=True)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
+    } | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, backend, arch, warp_size],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True"] * 12

@@ -20,19 +20,28 @@ SHAPES = {"a.weight": (7, 5), "a.bias": (7,), "b.weight": (3, 33)}
 
 
 def parameters() -> list[nn.Parameter]:
-    return [new_parameter(Layout.whole(name, shape, ONE), Init(1, 0.5 if len(shape) == 2 else None, fill=0.2)) for name, shape in SHAPES.items()]
+    return [
+        new_parameter(
+            Layout.whole(name, shape, ONE), Init(1, 0.5 if len(shape) == 2 else None, fill=0.2)
+        )
+        for name, shape in SHAPES.items()
+    ]
 
 
 def backward(params: list[nn.Parameter], seed: int) -> None:
     """Gradients of some size, through autograd, as a model would leave them."""
     generator = torch.Generator().manual_seed(seed)
-    sum((use(p).float() * torch.randn(p.shape, generator=generator)).sum() for p in params).backward()
+    sum(
+        (use(p).float() * torch.randn(p.shape, generator=generator)).sum() for p in params
+    ).backward()
 
 
 def optimizer_of(params, dtype=torch.float32, size: int = 40, **config) -> Optimizer:
     """Two buckets: the 42 parameters of a, then b alone."""
     buckets = make_buckets(params, dtype, CPU, Reduction(), size)
-    return Optimizer(buckets, OptimizerConfig(lr=0.1, weight_decay=0.3, adam_eps=1e-6, **config), Ops(), CPU)
+    return Optimizer(
+        buckets, OptimizerConfig(lr=0.1, weight_decay=0.3, adam_eps=1e-6, **config), Ops(), CPU
+    )
 
 
 def norm_of(optimizer: Optimizer) -> torch.Tensor:
@@ -51,7 +60,10 @@ def test_flat_update_equals_torch_with_clip_and_decay_of_matrices_alone(kind):
     ours, theirs = parameters(), [nn.Parameter(p.detach().clone()) for p in parameters()]
     optimizer = optimizer_of(ours, optimizer=kind)
     assert [len(bucket.parameters) for bucket in optimizer.buckets] == [2, 1]
-    groups = [{"params": [p for p in theirs if p.dim() == dims], "weight_decay": decay, "lr": 0.1} for dims, decay in ((2, 0.3), (1, 0.0))]
+    groups = [
+        {"params": [p for p in theirs if p.dim() == dims], "weight_decay": decay, "lr": 0.1}
+        for dims, decay in ((2, 0.3), (1, 0.0))
+    ]
     peer = PEERS[kind](groups)
     for i in range(5):
         optimizer.begin(2)
@@ -61,7 +73,9 @@ def test_flat_update_equals_torch_with_clip_and_decay_of_matrices_alone(kind):
             backward(theirs, 10 * i + micro_batch)
         optimizer.reduce()
         norm = norm_of(optimizer)
-        assert norm.item() == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, 1.0).item(), rel=1e-6)
+        assert norm.item() == pytest.approx(
+            torch.nn.utils.clip_grad_norm_(theirs, 1.0).item(), rel=1e-6
+        )
         for group in peer.param_groups:
             group["lr"] = 0.1 / (i + 1)
         peer.step()
@@ -72,13 +86,18 @@ def test_flat_update_equals_torch_with_clip_and_decay_of_matrices_alone(kind):
 
 def of(bucket: Bucket, flat: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     """The slot of a flat tensor that belongs to `parameter`."""
-    ((start, stop),) = [slot for p, slot in zip(bucket.parameters, bucket.slots, strict=True) if p is parameter]
+    ((start, stop),) = [
+        slot for p, slot in zip(bucket.parameters, bucket.slots, strict=True) if p is parameter
+    ]
     return flat[start:stop].view(parameter.shape)
 
 
 def state_of(optimizer: Optimizer, params: list[nn.Parameter]) -> list[torch.Tensor]:
     """Masters, moments and working weights."""
-    return [*(piece.tensor for piece in (*optimizer.weight_pieces(), *optimizer.moment_pieces())), *params]
+    return [
+        *(piece.tensor for piece in (*optimizer.weight_pieces(), *optimizer.moment_pieces())),
+        *params,
+    ]
 
 
 @pytest.mark.parametrize("kind", PEERS)
@@ -109,7 +128,9 @@ def test_bf16_accumulates_gradients_in_fp32_and_rounds_weights_from_masters():
     (bucket,) = optimizer.buckets
     assert torch.equal(of(bucket, bucket.gradients, p), torch.full((4, 4), 300.0))
     optimizer.update(1e-4, torch.tensor(1.0), torch.tensor(False))
-    assert torch.equal(p.data, of(bucket, bucket.masters, p).bfloat16()) and p.dtype == torch.bfloat16
+    assert (
+        torch.equal(p.data, of(bucket, bucket.masters, p).bfloat16()) and p.dtype == torch.bfloat16
+    )
 
 
 def test_norm_counts_primary_parts_alone():
@@ -119,17 +140,31 @@ def test_norm_counts_primary_parts_alone():
     optimizer.begin(1)
     backward([replicated, cut], 3)
     (bucket,) = optimizer.buckets
-    assert norm_of(optimizer).item() == pytest.approx(of(bucket, bucket.gradients, cut).norm().item(), rel=1e-6)
+    assert norm_of(optimizer).item() == pytest.approx(
+        of(bucket, bucket.gradients, cut).norm().item(), rel=1e-6
+    )
 
 
 def test_a_rank_without_parameters_has_a_norm_of_zero():
     """A pipeline stage may hold none that counts there."""
-    assert squared_norm([], CPU, Ops()).item() == 0 and squared_norm([], CPU, Ops()).dtype == torch.float64
+    assert (
+        squared_norm([], CPU, Ops()).item() == 0
+        and squared_norm([], CPU, Ops()).dtype == torch.float64
+    )
 
 
-@pytest.mark.parametrize(("kind", "moments"), [("adamw", ["exp_avg", "exp_avg_sq"]), ("adam", ["exp_avg", "exp_avg_sq"]), ("sgd", ["momentum"])])
+@pytest.mark.parametrize(
+    ("kind", "moments"),
+    [
+        ("adamw", ["exp_avg", "exp_avg_sq"]),
+        ("adam", ["exp_avg", "exp_avg_sq"]),
+        ("sgd", ["momentum"]),
+    ],
+)
 def test_moments_have_names_of_their_own(kind, moments):
-    names = sorted(piece.name for piece in optimizer_of(parameters(), optimizer=kind).moment_pieces())
+    names = sorted(
+        piece.name for piece in optimizer_of(parameters(), optimizer=kind).moment_pieces()
+    )
     assert names == sorted(f"optim.{moment}.{name}" for moment in moments for name in SHAPES)
 
 

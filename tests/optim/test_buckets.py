@@ -20,7 +20,14 @@ from trivium.rng import Init, new_parameter
 
 CPU, ONE = torch.device("cpu"), Axis("tp")
 # Of one bucket of 192 slots each but the last, and so shards of 2 and of 4 end inside of matrices, vectors and the padding behind them.
-SHAPES = {"a.weight": (7, 5), "a.bias": (7,), "b.weight": (3, 33), "c.weight": (20, 11), "c.bias": (20,), "d.weight": (2, 2)}
+SHAPES = {
+    "a.weight": (7, 5),
+    "a.bias": (7,),
+    "b.weight": (3, 33),
+    "c.weight": (20, 11),
+    "c.bias": (20,),
+    "d.weight": (2, 2),
+}
 MICRO_BATCHES, UPDATES = 8, 3
 
 
@@ -40,13 +47,24 @@ class How:
 
 
 def parameters() -> list[nn.Parameter]:
-    return [new_parameter(Layout.whole(name, shape, ONE), Init(1, 0.5 if len(shape) == 2 else None, fill=0.2)) for name, shape in SHAPES.items()]
+    return [
+        new_parameter(
+            Layout.whole(name, shape, ONE), Init(1, 0.5 if len(shape) == 2 else None, fill=0.2)
+        )
+        for name, shape in SHAPES.items()
+    ]
 
 
 def optimizer_over(mesh: Mesh, params: list[nn.Parameter], how: How) -> Optimizer:
     reduction = Reduction(mesh.shards, mesh.copies, how.overlap, how.keep_gradients)
     config = OptimizerConfig(weight_decay=0.3, adam_eps=1e-3, optimizer=how.optimizer)
-    return Optimizer(make_buckets(params, how.dtype, CPU, reduction, how.size), config, Ops(), CPU, overlap_gather=how.overlap)
+    return Optimizer(
+        make_buckets(params, how.dtype, CPU, reduction, how.size),
+        config,
+        Ops(),
+        CPU,
+        overlap_gather=how.overlap,
+    )
 
 
 def backward(params: list[nn.Parameter], seed: int, whole: bool = True) -> None:
@@ -59,7 +77,9 @@ def backward(params: list[nn.Parameter], seed: int, whole: bool = True) -> None:
     total.backward()
 
 
-def trained(mesh: Mesh, how: How, whole: bool = True) -> tuple[list, list[torch.Tensor], list[float]]:
+def trained(
+    mesh: Mesh, how: How, whole: bool = True
+) -> tuple[list, list[torch.Tensor], list[float]]:
     """Some updates: the pieces of this rank's masters and moments, all working weights, and the squared norm of each update over all ranks."""
     params = parameters()
     optimizer, norms = optimizer_over(mesh, params, how), []
@@ -69,9 +89,14 @@ def trained(mesh: Mesh, how: How, whole: bool = True) -> tuple[list, list[torch.
         for micro_batch in range(own):
             backward(params, i * MICRO_BATCHES + own * mesh.dp_cp.rank + micro_batch, whole)
         optimizer.reduce()
-        norms.append(comm.all_reduce(squared_norm(optimizer.buckets, CPU, Ops()), mesh.world).item())
+        norms.append(
+            comm.all_reduce(squared_norm(optimizer.buckets, CPU, Ops()), mesh.world).item()
+        )
         optimizer.update(0.1 / (i + 1), torch.tensor(1 / 64), torch.tensor(i == 1))
-    pieces = [(piece.name, piece.box, piece.tensor) for piece in (*optimizer.weight_pieces(), *optimizer.moment_pieces())]
+    pieces = [
+        (piece.name, piece.box, piece.tensor)
+        for piece in (*optimizer.weight_pieces(), *optimizer.moment_pieces())
+    ]
     return pieces, [use(p).detach() for p in params], norms
 
 
@@ -81,7 +106,9 @@ def assembled(ranks: list) -> dict[str, torch.Tensor]:
     for pieces, *_ in ranks:
         for name, box, tensor in pieces:
             shape = next(shape for suffix, shape in SHAPES.items() if name.endswith(suffix))
-            target = whole.setdefault(name, torch.full(shape, torch.nan))[tuple(slice(*bounds) for bounds in box)]
+            target = whole.setdefault(name, torch.full(shape, torch.nan))[
+                tuple(slice(*bounds) for bounds in box)
+            ]
             assert (target.isnan() | (target == tensor)).all(), f"{name}: copies differ"
             target.copy_(tensor)
     assert not any(tensor.isnan().any() for tensor in whole.values())
@@ -112,21 +139,33 @@ def test_masters_moments_and_weights_are_those_of_one_process(n, how):
     alone = trained(Mesh.plan(1, 0), How(dtype=how.dtype, optimizer=how.optimizer))
     ranks = run_ranks(n, trained, how, shards=how.shards)
     expected, found = assembled([alone]), assembled(ranks)
-    assert found.keys() == expected.keys() and len(found) == len(SHAPES) * (2 if how.optimizer == "sgd" else 3)
+    assert found.keys() == expected.keys() and len(found) == len(SHAPES) * (
+        2 if how.optimizer == "sgd" else 3
+    )
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
     for _, weights, norms in ranks:
         for name, weight, reference in zip(SHAPES, weights, alone[1], strict=True):
-            assert torch.equal(weight, reference) and torch.equal(weight, expected[name].to(how.dtype)), f"{name}: what is used is not the master"
+            assert torch.equal(weight, reference) and torch.equal(
+                weight, expected[name].to(how.dtype)
+            ), f"{name}: what is used is not the master"
         # fp32 sums of at most 385 squares in another order: sqrt(385) x 2^-24.
         assert norms == pytest.approx(alone[2], rel=1.2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "shards", "keep_gradients"), [(2, 2, True), (2, 2, False), (4, 2, True), (4, 2, False), (2, 1, True)])
+@pytest.mark.parametrize(
+    ("n", "shards", "keep_gradients"),
+    [(2, 2, True), (2, 2, False), (4, 2, True), (4, 2, False), (2, 1, True)],
+)
 def test_overlap_changes_no_bit(n, shards, keep_gradients, dtype):
     """Of gradients that do round."""
-    on, off = (assembled(run_ranks(n, trained, How(shards, keep_gradients, overlap, dtype), False, shards=shards)) for overlap in (True, False))
+    on, off = (
+        assembled(
+            run_ranks(n, trained, How(shards, keep_gradients, overlap, dtype), False, shards=shards)
+        )
+        for overlap in (True, False)
+    )
     assert all(torch.equal(on[name], off[name]) for name in on)
 
 
@@ -154,7 +193,12 @@ def started(mesh: Mesh, how: How) -> tuple[list[int], int]:
 
 def test_a_bucket_is_reduced_when_its_last_gradient_is_there():
     """With overlap before backward ends, without it after; ZeRO-2 once for every micro-batch."""
-    for overlap, keep_gradients, expected in ((True, True, (0, 1, 1)), (False, True, (0, 0, 1)), (False, False, (1, 2, 2)), (True, False, (1, 2, 2))):
+    for overlap, keep_gradients, expected in (
+        (True, True, (0, 1, 1)),
+        (False, True, (0, 0, 1)),
+        (False, False, (1, 2, 2)),
+        (True, False, (1, 2, 2)),
+    ):
         for counts, buckets in run_ranks(2, started, How(2, keep_gradients, overlap), shards=2):
             assert buckets > 2 and counts == [buckets * times for times in expected]
 
@@ -165,7 +209,9 @@ def test_a_bucket_is_reduced_when_its_last_gradient_is_there():
 def used(times: int, micro_batches: int, uses: int = 1, keep_gradients: bool = True) -> Optimizer:
     """A weight used `times` times in each of the micro-batches that were announced, and then reduced."""
     layout = Layout.whole("words", (4, 3), ONE)
-    weight = new_parameter(layout.tied(Axis("embedding"), uses) if uses > 1 else layout, Init(1, 0.5))
+    weight = new_parameter(
+        layout.tied(Axis("embedding"), uses) if uses > 1 else layout, Init(1, 0.5)
+    )
     optimizer = optimizer_over(Mesh.plan(1, 0), [weight], How(keep_gradients=keep_gradients))
     optimizer.begin(micro_batches)
     for _ in range(2):
@@ -176,23 +222,36 @@ def used(times: int, micro_batches: int, uses: int = 1, keep_gradients: bool = T
 
 @pytest.mark.parametrize("keep_gradients", [True, False])
 def test_as_many_uses_as_the_layout_says_are_summed(keep_gradients):
-    assert used(1, 2, keep_gradients=keep_gradients).buckets[0].gradients[:12].tolist() == [2.0] * 12
-    assert used(2, 2, uses=2, keep_gradients=keep_gradients).buckets[0].gradients[:12].tolist() == [4.0] * 12
+    assert (
+        used(1, 2, keep_gradients=keep_gradients).buckets[0].gradients[:12].tolist() == [2.0] * 12
+    )
+    assert (
+        used(2, 2, uses=2, keep_gradients=keep_gradients).buckets[0].gradients[:12].tolist()
+        == [4.0] * 12
+    )
 
 
 @pytest.mark.parametrize(("times", "uses"), [(2, 1), (3, 2)])
 @pytest.mark.parametrize("keep_gradients", [True, False])
 def test_a_parameter_used_too_often_is_an_error(times, uses, keep_gradients):
     """Its bucket would be on its way while a gradient is still being added."""
-    with pytest.raises(RuntimeError, match=rf"bucket of words and 0 more: gradient {2 * uses + 1} of {2 * uses}: a parameter was used more often"):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"bucket of words and 0 more: gradient {2 * uses + 1} of {2 * uses}: a parameter was used more often",
+    ):
         used(times, 2, uses, keep_gradients)
 
 
-@pytest.mark.parametrize(("times", "uses", "counts"), [(0, 1, "0 gradients of 2"), (1, 2, "2 gradients of 4"), (1, 1, "2 gradients of 3")])
+@pytest.mark.parametrize(
+    ("times", "uses", "counts"),
+    [(0, 1, "0 gradients of 2"), (1, 2, "2 gradients of 4"), (1, 1, "2 gradients of 3")],
+)
 @pytest.mark.parametrize("keep_gradients", [True, False])
 def test_a_parameter_used_too_seldom_is_an_error(times, uses, counts, keep_gradients):
     """Its gradient would lack a share, which no norm and no loss would show at once."""
-    with pytest.raises(RuntimeError, match=f"bucket of words and 0 more: {counts}: a parameter was used less often"):
+    with pytest.raises(
+        RuntimeError, match=f"bucket of words and 0 more: {counts}: a parameter was used less often"
+    ):
         used(times, 3 if counts.endswith("3") else 2, uses, keep_gradients)
 
 
@@ -208,7 +267,9 @@ def test_a_gradient_outside_of_an_update_is_an_error():
 
 def bucket_of(rank: int, size: int, dtype: torch.dtype, **more) -> Bucket:
     """As rank `rank` of `size` shards makes it: nothing is communicated."""
-    return Bucket(parameters(), dtype, CPU, Reduction(Axis("shards", size, rank, tuple(range(size))), **more))
+    return Bucket(
+        parameters(), dtype, CPU, Reduction(Axis("shards", size, rank, tuple(range(size))), **more)
+    )
 
 
 def memory(tensor: torch.Tensor) -> tuple[int, int]:
@@ -220,11 +281,22 @@ def memory(tensor: torch.Tensor) -> tuple[int, int]:
 def test_fp32_masters_are_the_weights_and_bf16_masters_are_not(size):
     for rank in range(size):
         bucket = bucket_of(rank, size, torch.float32)
-        assert bucket.masters.data_ptr() == bucket.own_weights.data_ptr() and bucket.masters.untyped_storage().data_ptr() == bucket.weights.data_ptr()
+        assert (
+            bucket.masters.data_ptr() == bucket.own_weights.data_ptr()
+            and bucket.masters.untyped_storage().data_ptr() == bucket.weights.data_ptr()
+        )
         bucket = bucket_of(rank, size, torch.bfloat16)
-        assert bucket.masters.dtype == torch.float32 and bucket.weights.dtype == bucket.own_weights.dtype == torch.bfloat16
-        assert bucket.masters.untyped_storage().data_ptr() != bucket.weights.untyped_storage().data_ptr()
-        assert memory(bucket.masters)[1] == 4 * bucket.size // size, "the whole fp32 weights are kept"
+        assert (
+            bucket.masters.dtype == torch.float32
+            and bucket.weights.dtype == bucket.own_weights.dtype == torch.bfloat16
+        )
+        assert (
+            bucket.masters.untyped_storage().data_ptr()
+            != bucket.weights.untyped_storage().data_ptr()
+        )
+        assert memory(bucket.masters)[1] == 4 * bucket.size // size, (
+            "the whole fp32 weights are kept"
+        )
         assert torch.equal(bucket.own_weights, bucket.masters.bfloat16())
 
 
@@ -240,8 +312,14 @@ def test_parameters_are_views_of_flat_weights_in_slots_that_begin_aligned(dtype)
     params, before = parameters(), [p.detach().clone() for p in parameters()]
     bucket = Bucket(params, dtype, CPU, Reduction())
     bucket.weights.mul_(2)
-    assert all(torch.equal(p, 2 * q.to(dtype)) and p.dtype == dtype for p, q in zip(params, before, strict=True))
-    assert all(start % 64 == 0 and stop - start == p.numel() for p, (start, stop) in zip(bucket.parameters, bucket.slots, strict=True))
+    assert all(
+        torch.equal(p, 2 * q.to(dtype)) and p.dtype == dtype
+        for p, q in zip(params, before, strict=True)
+    )
+    assert all(
+        start % 64 == 0 and stop - start == p.numel()
+        for p, (start, stop) in zip(bucket.parameters, bucket.slots, strict=True)
+    )
     inside = torch.zeros(bucket.size, dtype=torch.bool)
     for start, stop in bucket.slots:
         assert not inside[start:stop].any()
@@ -256,10 +334,14 @@ def test_parameters_are_views_of_flat_weights_in_slots_that_begin_aligned(dtype)
 def test_the_boundary_of_decay_may_lie_inside_a_shard(size):
     """Matrices first: over all shards those before the boundary are all matrices and those behind it all vectors, and each shard knows its part."""
     buckets = [bucket_of(rank, size, torch.float32) for rank in range(size)]
-    decayed = torch.cat([torch.arange(bucket.masters.numel()) < bucket.decayed for bucket in buckets])
+    decayed = torch.cat(
+        [torch.arange(bucket.masters.numel()) < bucket.decayed for bucket in buckets]
+    )
     for p, (start, stop) in zip(buckets[0].parameters, buckets[0].slots, strict=True):
         assert (decayed[start:stop] == (p.dim() > 1)).all()
-    assert sum(0 < bucket.decayed < bucket.masters.numel() for bucket in buckets) == 1, "chosen so that one shard holds both"
+    assert sum(0 < bucket.decayed < bucket.masters.numel() for bucket in buckets) == 1, (
+        "chosen so that one shard holds both"
+    )
 
 
 def shrunk(mesh: Mesh) -> tuple[list, list[torch.Tensor]]:
@@ -270,7 +352,9 @@ def shrunk(mesh: Mesh) -> tuple[list, list[torch.Tensor]]:
     sum((use(p) * 0).sum() for p in params).backward()
     optimizer.reduce()
     optimizer.update(0.5, torch.tensor(1.0), torch.tensor(False))
-    return [p.detach() for p in params], [0 < bucket.decayed < bucket.masters.numel() for bucket in optimizer.buckets]
+    return [p.detach() for p in params], [
+        0 < bucket.decayed < bucket.masters.numel() for bucket in optimizer.buckets
+    ]
 
 
 def test_weight_decay_is_that_of_matrices_on_every_shard():
@@ -298,7 +382,9 @@ def test_neighbours_share_a_bucket_up_to_its_size_and_none_is_in_two():
     ):
         found = names_of(make_buckets([*params, params[0]], torch.float32, CPU, Reduction(), size))
         assert [sorted(names) for names in found] == [sorted(names) for names in expected]
-        assert all(sorted(names, key=lambda name: len(SHAPES[name]) < 2) == names for names in found), "matrices first"
+        assert all(
+            sorted(names, key=lambda name: len(SHAPES[name]) < 2) == names for names in found
+        ), "matrices first"
 
 
 def test_a_tied_weight_has_a_bucket_of_its_own():
@@ -306,7 +392,10 @@ def test_a_tied_weight_has_a_bucket_of_its_own():
     for twins, uses in ((Axis("embedding"), 2), (Axis("embedding", 2, 1, (0, 1)), 1)):
         params = parameters()
         params[2].param_layout = params[2].param_layout.tied(twins, uses)
-        assert [sorted(names) for names in names_of(make_buckets(params, torch.float32, CPU, Reduction(), 10_000))] == [
+        assert [
+            sorted(names)
+            for names in names_of(make_buckets(params, torch.float32, CPU, Reduction(), 10_000))
+        ] == [
             ["a.bias", "a.weight"],
             ["b.weight"],
             ["c.bias", "c.weight", "d.weight"],
@@ -318,9 +407,13 @@ def test_a_tied_weight_has_a_bucket_of_its_own():
 
 def on_both_ends(mesh: Mesh, keep_gradients: bool) -> tuple[torch.Tensor, float]:
     """A tied weight on the first and the last of two stages, two data-parallel copies of each: its master, and the norm of all gradients."""
-    layout = Layout.whole("words", (5, 3), ONE).tied(mesh.embedding, uses=1 if mesh.pp.size > 1 else 2)
+    layout = Layout.whole("words", (5, 3), ONE).tied(
+        mesh.embedding, uses=1 if mesh.pp.size > 1 else 2
+    )
     weight = new_parameter(layout, Init(1, 0.5))
-    optimizer = optimizer_over(mesh, [weight], How(shards=mesh.shards.size, keep_gradients=keep_gradients))
+    optimizer = optimizer_over(
+        mesh, [weight], How(shards=mesh.shards.size, keep_gradients=keep_gradients)
+    )
     optimizer.begin(4 // mesh.dp.size)
     for micro_batch in range(mesh.dp.rank, 4, mesh.dp.size):
         for stage in range(2) if mesh.pp.size == 1 else [mesh.pp.rank]:
@@ -344,13 +437,19 @@ def partial_gradients(mesh: Mesh) -> tuple[dict[str, float], float]:
     """On rank r of tp all gradients are r + 1: of a norm that saw its tokens, of a norm that saw all, and of q and a shared k of a fused weight."""
     norm = new_parameter(Layout.whole("norm", (70,), mesh.tp, partial=True), Init(1, fill=1.0))
     bias = new_parameter(Layout.whole("bias", (7,), mesh.tp), Init(1))
-    fused = new_parameter(Layout.rows_cut({"q": 16, "k": Rows(4, mesh.kv)}, (2,), mesh.tp), Init(1, 0.5))
+    fused = new_parameter(
+        Layout.rows_cut({"q": 16, "k": Rows(4, mesh.kv)}, (2,), mesh.tp), Init(1, 0.5)
+    )
     params = [norm, bias, fused]
     optimizer = optimizer_over(mesh, params, How(shards=mesh.shards.size))
     optimizer.begin(1)
     sum(use(p).sum() for p in params).mul(mesh.tp.rank + 1).backward()
     optimizer.reduce()
-    found = {piece.name: piece.tensor.mean().item() for bucket in optimizer.buckets for piece in bucket.pieces(bucket.gradients)}
+    found = {
+        piece.name: piece.tensor.mean().item()
+        for bucket in optimizer.buckets
+        for piece in bucket.pieces(bucket.gradients)
+    }
     return found, comm.all_reduce(squared_norm(optimizer.buckets, CPU, Ops()), mesh.world).item()
 
 
@@ -360,5 +459,9 @@ def test_shares_of_a_gradient_are_summed_over_the_ranks_that_see_one_and_counted
     for rank, (found, squared) in enumerate(ranks):
         assert found["norm"] == 10 and found["bias"] == rank + 1 and found["q"] == rank + 1
         assert found["k"] == (3 if rank < 2 else 7)
-        bias, q, k = 7 * 1**2, 8 * (1 + 4 + 9 + 16), 4 * (3**2 + 7**2)  # of the bias only the first rank counts: it is the same, where tp is right
+        bias, q, k = (
+            7 * 1**2,
+            8 * (1 + 4 + 9 + 16),
+            4 * (3**2 + 7**2),
+        )  # of the bias only the first rank counts: it is the same, where tp is right
         assert squared == pytest.approx(70 * 10**2 + bias + q + k, rel=1e-6)

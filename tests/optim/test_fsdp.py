@@ -28,13 +28,17 @@ from trivium.train.build import build_optimizer, build_stages
 CPU, ONE = torch.device("cpu"), Axis("tp")
 VOCABULARY, WIDTH = 11, 6  # over 4 ranks 6 rows are 2, 2, 2 and none
 ZERO3 = "--data-parallel-sharding-strategy optim_grads_params"
-MESHES = pytest.mark.parametrize(("ranks", "shards"), [(2, 2), (4, 4), (4, 2)], ids=["2", "4", "4-in-2-copies"])
+MESHES = pytest.mark.parametrize(
+    ("ranks", "shards"), [(2, 2), (4, 4), (4, 2)], ids=["2", "4", "4-in-2-copies"]
+)
 
 
 class Unit(nn.Module):
     def __init__(self, index: int):
         super().__init__()
-        self.weight = new_parameter(Layout.whole(f"{index}.weight", (WIDTH, WIDTH), ONE), Init(1, 0.5))
+        self.weight = new_parameter(
+            Layout.whole(f"{index}.weight", (WIDTH, WIDTH), ONE), Init(1, 0.5)
+        )
         self.scale = new_parameter(Layout.whole(f"{index}.scale", (WIDTH,), ONE), Init(1, fill=1.0))
         self.dtypes, self.weights, self.bytes = [], [], []
 
@@ -50,7 +54,9 @@ class Toy(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.words = new_parameter(Layout.vocabulary_cut("words", VOCABULARY, VOCABULARY + 1, WIDTH, ONE), Init(1, 0.5))
+        self.words = new_parameter(
+            Layout.vocabulary_cut("words", VOCABULARY, VOCABULARY + 1, WIDTH, ONE), Init(1, 0.5)
+        )
         self.units = nn.ModuleList(Unit(index) for index in range(2))
         self.weights = []
 
@@ -65,7 +71,9 @@ class Toy(nn.Module):
 def cut_toy(mesh: Mesh, dtype: torch.dtype) -> tuple[Toy, Optimizer]:
     model = Toy()
     shards = cut_parameters(model, model.units, dtype, CPU, Reduction(mesh.shards, mesh.copies))
-    return model, Optimizer(shards, OptimizerConfig(lr=0.1, weight_decay=0.3, adam_eps=1e-3), Ops(), CPU)
+    return model, Optimizer(
+        shards, OptimizerConfig(lr=0.1, weight_decay=0.3, adam_eps=1e-3), Ops(), CPU
+    )
 
 
 def logits_of(model: Toy, seed: int) -> torch.Tensor:
@@ -73,7 +81,9 @@ def logits_of(model: Toy, seed: int) -> torch.Tensor:
 
 
 def backward(model: Toy, seed: int) -> None:
-    F.cross_entropy(logits_of(model, seed).flatten(0, 1), inputs(seed)[2].flatten(), reduction="sum").backward()
+    F.cross_entropy(
+        logits_of(model, seed).flatten(0, 1), inputs(seed)[2].flatten(), reduction="sum"
+    ).backward()
 
 
 def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -84,7 +94,11 @@ def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def by_name(model: Toy, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {piece.name: piece.tensor for p, t in zip(model.parameters(), tensors, strict=True) for piece in p.param_layout.pieces(t)}
+    return {
+        piece.name: piece.tensor
+        for p, t in zip(model.parameters(), tensors, strict=True)
+        for piece in p.param_layout.pieces(t)
+    }
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -99,7 +113,9 @@ def test_shards_hold_each_element_of_the_model_once(ranks, shards):
     weights = assemble(run_ranks(ranks, initial_masters, shards=shards))
     model = Toy()
     expected = by_name(model, [p.detach() for p in model.parameters()])
-    assert weights.keys() == expected.keys() and all(weights[name].equal(expected[name]) for name in expected)
+    assert weights.keys() == expected.keys() and all(
+        weights[name].equal(expected[name]) for name in expected
+    )
 
 
 def initial_masters(mesh: Mesh) -> list[Held]:
@@ -133,7 +149,9 @@ def gradients_of_rank(mesh: Mesh, dtype: torch.dtype) -> tuple[list[Held], float
     for micro_batch in range(2):
         backward(model, 2 * mesh.rank + micro_batch)
     optimizer.reduce()
-    return held(optimizer, lambda shard: shard.pieces(shard.gradients)), squared_norm(optimizer.buckets, CPU, Ops()).item()
+    return held(optimizer, lambda shard: shard.pieces(shard.gradients)), squared_norm(
+        optimizer.buckets, CPU, Ops()
+    ).item()
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "evaluation"])
@@ -149,7 +167,9 @@ def memory_of_units(mesh: Mesh, grad: bool) -> tuple[set, int, int, list[int]]:
     model, _ = cut_toy(mesh, torch.bfloat16)
     first, second = model.units
     earlier = []
-    second.register_forward_pre_hook(lambda *_: earlier.append(first.weights[-1].untyped_storage().nbytes()))
+    second.register_forward_pre_hook(
+        lambda *_: earlier.append(first.weights[-1].untyped_storage().nbytes())
+    )
     if grad:
         backward(model, 0)
     else:
@@ -184,7 +204,10 @@ def test_an_update_is_that_of_one_process_and_a_skipped_one_is_none(ranks, shard
     """Two updates by AdamW, with another in between that is skipped; its decay leaves the scales alone."""
     found = run_ranks(ranks, weights_after_updates, shards=shards)
     model = Toy()
-    groups = [{"params": [p for p in model.parameters() if p.dim() == dim], "weight_decay": decay} for dim, decay in ((2, 0.3), (1, 0.0))]
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() == dim], "weight_decay": decay}
+        for dim, decay in ((2, 0.3), (1, 0.0))
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.999), eps=1e-3)
     for update in range(2):
         optimizer.zero_grad()
@@ -233,9 +256,19 @@ def arguments(tmp_path_factory):
 def test_a_checkpoint_goes_through_any_cut_bit_for_bit(arguments, tmp_path):
     """Written by one process, loaded and written again by 2 x 2 cut ones: weights and moments."""
     train(f"{arguments} --save {tmp_path}/one --exit-interval 2")
-    run_ranks(4, save_again, f"{arguments} {ZERO3} --tensor-model-parallel-size 2", tmp_path / "one", tmp_path / "four", tp=2, shards=2)
+    run_ranks(
+        4,
+        save_again,
+        f"{arguments} {ZERO3} --tensor-model-parallel-size 2",
+        tmp_path / "one",
+        tmp_path / "four",
+        tp=2,
+        shards=2,
+    )
     one, four = (opened(tmp_path / name, world=Axis("world")) for name in ("one", "four"))
-    assert one.names() == four.names() and any(name.startswith("optim.exp_avg_sq.") for name in one.names())
+    assert one.names() == four.names() and any(
+        name.startswith("optim.exp_avg_sq.") for name in one.names()
+    )
     assert all(one.read(name).equal(four.read(name)) for name in one.names())
 
 
@@ -248,8 +281,21 @@ def save_again(mesh: Mesh, arguments: str, source: Path, target: Path) -> None:
     assert all(isinstance(shard, ShardedParameter) for shard in optimizer.buckets)
     checkpoint = opened(source, world=mesh.world)
     checkpoint.read_into([*optimizer.weight_pieces(), *optimizer.moment_pieces()])
-    pieces = [piece for pieces in (optimizer.weight_pieces(), optimizer.moment_pieces()) for piece in pieces if piece.primary]
-    save(target, 2, pieces, state=checkpoint.state, config_yaml=checkpoint.config_yaml, world=mesh.world, device=CPU)
+    pieces = [
+        piece
+        for pieces in (optimizer.weight_pieces(), optimizer.moment_pieces())
+        for piece in pieces
+        if piece.primary
+    ]
+    save(
+        target,
+        2,
+        pieces,
+        state=checkpoint.state,
+        config_yaml=checkpoint.config_yaml,
+        world=mesh.world,
+        device=CPU,
+    )
 
 
 def test_a_run_goes_on_under_another_strategy(arguments, tmp_path):
@@ -259,11 +305,17 @@ def test_a_run_goes_on_under_another_strategy(arguments, tmp_path):
     train(f"{parts} {ZERO3} --exit-interval 3", 2)
     train(f"{parts} --exit-interval 5")
     train(f"{parts} {ZERO3}", 4)
-    whole, found = ([row["lm_loss"] for row in rows_of(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts"))
+    whole, found = (
+        [row["lm_loss"] for row in rows_of(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "parts")
+    )
     assert found == pytest.approx(whole, rel=1e-5) and len(found) == 8
 
 
-@pytest.mark.parametrize("chunks", ["--num-virtual-stages-per-pipeline-rank 2", "--num-layers-per-virtual-pipeline-stage 1"])
+@pytest.mark.parametrize(
+    "chunks",
+    ["--num-virtual-stages-per-pipeline-rank 2", "--num-layers-per-virtual-pipeline-stage 1"],
+)
 def test_several_model_chunks_are_refused(arguments, chunks):
     with pytest.raises(ConfigError, match="optim_grads_params"):
         train(f"{arguments} {ZERO3} {chunks}", 2)

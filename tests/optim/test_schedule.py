@@ -9,7 +9,13 @@ from trivium.optim.schedule import learning_rate
 
 
 def rates(style: str, **more) -> OptimizerConfig:
-    return OptimizerConfig(lr=1.0, min_lr=0.1, lr_decay_iters=110, lr_decay_style=style, **({"lr_warmup_iters": 10} | more))
+    return OptimizerConfig(
+        lr=1.0,
+        min_lr=0.1,
+        lr_decay_iters=110,
+        lr_decay_style=style,
+        **({"lr_warmup_iters": 10} | more),
+    )
 
 
 def test_warmup_starts_at_its_initial_value_and_is_linear():
@@ -37,7 +43,13 @@ def test_decay_styles(style, i, expected):
 
 
 @pytest.mark.parametrize(
-    ("style", "share"), [("linear", 0.75), ("cosine", 0.5 * (1 + math.cos(math.pi / 4))), ("exponential", 2 * 0.5**0.25 - 1), ("minus_sqrt", 0.5)]
+    ("style", "share"),
+    [
+        ("linear", 0.75),
+        ("cosine", 0.5 * (1 + math.cos(math.pi / 4))),
+        ("exponential", 2 * 0.5**0.25 - 1),
+        ("minus_sqrt", 0.5),
+    ],
 )
 def test_wsd_is_flat_and_then_decays(style, share):
     optimizer = rates("WSD", lr_wsd_decay_iters=20, lr_wsd_decay_style=style)

@@ -34,8 +34,14 @@ def attend(cp, tensors, way, documents=None):
 
 def on_rank(mesh: Mesh, tensors, way, documents):
     """As attend, of the tokens of this cp rank and the heads of this tp rank, with their places."""
-    mine = [context.local_tokens(t, mesh.cp).chunk(mesh.tp.size, dim=2)[mesh.tp.rank] for t in tensors]
-    return context.token_positions(tensors[0].shape[1], mesh.cp), mesh.tp.rank, attend(mesh.cp, mine, way, documents)
+    mine = [
+        context.local_tokens(t, mesh.cp).chunk(mesh.tp.size, dim=2)[mesh.tp.rank] for t in tensors
+    ]
+    return (
+        context.token_positions(tensors[0].shape[1], mesh.cp),
+        mesh.tp.rank,
+        attend(mesh.cp, mine, way, documents),
+    )
 
 
 def assembled(n, tensors, way, documents=None, **axes):
@@ -49,12 +55,17 @@ def assembled(n, tensors, way, documents=None, **axes):
 
 
 def errors(actual, expected):
-    return {name: ((a.double() - e.double()).norm() / e.double().norm()).item() for name, a, e in zip(NAMES, actual, expected, strict=True)}
+    return {
+        name: ((a.double() - e.double()).norm() / e.double().norm()).item()
+        for name, a, e in zip(NAMES, actual, expected, strict=True)
+    }
 
 
 def assert_close(actual, expected, bound):
     found = errors(actual, expected)
-    assert all(error <= bound for error in found.values()), f"{found}, allowed {bound:.1e}"  # NaN fails too
+    assert all(error <= bound for error in found.values()), (
+        f"{found}, allowed {bound:.1e}"
+    )  # NaN fails too
 
 
 def rounding(tokens, unit=2**-24):
@@ -78,7 +89,9 @@ def test_ranks_match_one_process(way, n, tokens, heads, kv_heads):
     """In float64 too, where a wrong term of 1e-9 would stand out from rounding."""
     for dtype, unit in ((torch.float32, 2**-24), (torch.float64, 2**-53)):
         tensors = problem(tokens, heads, kv_heads, dtype)
-        assert_close(assembled(n, tensors, way, cp=n), attend(ALONE, tensors, way), rounding(tokens, unit))
+        assert_close(
+            assembled(n, tensors, way, cp=n), attend(ALONE, tensors, way), rounding(tokens, unit)
+        )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -93,7 +106,10 @@ def test_bf16_is_as_close_to_fp32_as_one_process_is(way, n):
     """Blocks and the fp32 sum over them each round to bf16 where one process rounds once: sqrt(2) of its error; 1.5 leaves room for luck."""
     tensors = problem(64, 4, 2, torch.bfloat16, size=16)
     exact = attend(ALONE, [t.float() for t in tensors], way)
-    ours, alone = errors(assembled(n, tensors, way, cp=n), exact), errors(attend(ALONE, tensors, way), exact)
+    ours, alone = (
+        errors(assembled(n, tensors, way, cp=n), exact),
+        errors(attend(ALONE, tensors, way), exact),
+    )
     assert all(ours[name] <= 1.5 * alone[name] for name in NAMES), f"{ours} against {alone}"
 
 
@@ -114,7 +130,11 @@ def test_the_ring_sums_gradients_in_fp32():
     """256 + 1 is 256 in bf16, and so is 256 + 1 + 1 + 1 added one by one; in fp32 it is 259, which rounds to 260."""
     for rank, (dq, dk, dv) in enumerate(run_ranks(4, summed_in_the_ring, cp=4)):
         # The second chunk's queries see all ranks, the first chunk's those before. Keys the other way round.
-        for gradient, seen_by_all, rest in ((dq, slice(4, 8), slice(0, 4)), (dk, slice(0, 4), slice(4, 8)), (dv, slice(0, 4), slice(4, 8))):
+        for gradient, seen_by_all, rest in (
+            (dq, slice(4, 8), slice(0, 4)),
+            (dk, slice(0, 4), slice(4, 8)),
+            (dv, slice(0, 4), slice(4, 8)),
+        ):
             assert (gradient[:, seen_by_all] == 260).all()
             assert (gradient[:, rest] == torch.tensor(256.0 + rank).bfloat16()).all()
 
@@ -122,9 +142,13 @@ def test_the_ring_sums_gradients_in_fp32():
 def test_gathered_keys_get_their_gradient_summed_in_fp32(monkeypatch):
     summed = []
     monkeypatch.setattr(context, "start_all_gather", lambda x, axis: Pending(x.zero_()))
-    monkeypatch.setattr(context, "start_reduce_scatter", lambda x, axis: summed.append(x.dtype) or Pending(x[:1]))
+    monkeypatch.setattr(
+        context, "start_reduce_scatter", lambda x, axis: summed.append(x.dtype) or Pending(x[:1])
+    )
     q, k, v, do = (t.bfloat16().requires_grad_() for t in problem(8, 2, 1))
-    gradients = torch.autograd.grad(context.attention(q, k, v, cp=TWO, comm_type="allgather", ops=Ops()), (q, k, v), do)
+    gradients = torch.autograd.grad(
+        context.attention(q, k, v, cp=TWO, comm_type="allgather", ops=Ops()), (q, k, v), do
+    )
     assert summed == [torch.float32]
     assert {gradient.dtype for gradient in gradients} == {torch.bfloat16}
 
@@ -177,14 +201,22 @@ def densely(tensors, documents):
 @pytest.mark.parametrize("way", ["allgather", "a2a"])
 def test_documents_do_not_see_each_other(way, n):
     tensors, documents = problem(24, 4, 2), some_documents(24)
-    found = attend(ALONE, tensors, way, documents) if n == 1 else assembled(n, tensors, way, documents, cp=n)
+    found = (
+        attend(ALONE, tensors, way, documents)
+        if n == 1
+        else assembled(n, tensors, way, documents, cp=n)
+    )
     assert_close(found, densely(tensors, documents), rounding(24))
 
 
 def dropped_out(mesh: Mesh, way: str):
     """Outputs and gradient of v, of zero scores and values of one: without dropout each output would be 1."""
     torch.manual_seed(mesh.rank)
-    q, k, v = torch.zeros(1, 64, 4, 8), torch.zeros(1, 64, 2, 8), torch.ones(1, 64, 2, 8, requires_grad=True)
+    q, k, v = (
+        torch.zeros(1, 64, 4, 8),
+        torch.zeros(1, 64, 2, 8),
+        torch.ones(1, 64, 2, 8, requires_grad=True),
+    )
     o = context.attention(q, k, v, cp=mesh.cp, comm_type=way, ops=Ops(), dropout=0.5)
     o.sum().backward()
     return o.detach(), v.grad
@@ -198,7 +230,9 @@ def test_attention_dropout_drops_weights(way):
     assert outputs.std() > 0.05
     assert abs(outputs.mean() - 1) < 5 * 0.009
     # o is linear in v, and v is 1: the gradient's sum is o's, up to the rounding of sums of 4096 terms of size 1.
-    assert abs(sum(grad.sum() for _, grad in ranks) - sum(o.sum() for o, _ in ranks)) <= 4096 * 2**-20
+    assert (
+        abs(sum(grad.sum() for _, grad in ranks) - sum(o.sum() for o, _ in ranks)) <= 4096 * 2**-20
+    )
 
 
 def test_what_a_way_cannot_do_is_an_error_that_names_flags_and_remedy():
@@ -209,12 +243,26 @@ def test_what_a_way_cannot_do_is_an_error_that_names_flags_and_remedy():
             context.attention(q, k, v, cp=TWO, comm_type=way, ops=Ops(), **settings)
 
     documents = torch.zeros(2, 24, dtype=torch.int64)
-    refused("--cp-comm-type p2p with --reset-attention-mask: .*; use --cp-comm-type allgather or a2a", "p2p", documents=documents)
-    refused(r"--cp-comm-type p2p with --attention-dropout 0\.1: .*allgather or a2a, or --attention-dropout 0", "p2p", dropout=0.1)
-    refused("3 attention heads .* --context-parallel-size 2; use .* divides 3, or --cp-comm-type p2p or allgather", "a2a")
+    refused(
+        "--cp-comm-type p2p with --reset-attention-mask: .*; use --cp-comm-type allgather or a2a",
+        "p2p",
+        documents=documents,
+    )
+    refused(
+        r"--cp-comm-type p2p with --attention-dropout 0\.1: .*allgather or a2a, or --attention-dropout 0",
+        "p2p",
+        dropout=0.1,
+    )
+    refused(
+        "3 attention heads .* --context-parallel-size 2; use .* divides 3, or --cp-comm-type p2p or allgather",
+        "a2a",
+    )
     refused("--cp-comm-type ring is not one of p2p, allgather, a2a", "ring")
     refused("11 queries and 11 keys", "p2p", q[:, :11], k[:, :11], v[:, :11])
-    with pytest.raises(ValueError, match="--seq-length 30 is not a multiple of 2 x --context-parallel-size 4 = 8; nearest that work: 24, 32"):
+    with pytest.raises(
+        ValueError,
+        match="--seq-length 30 is not a multiple of 2 x --context-parallel-size 4 = 8; nearest that work: 24, 32",
+    ):
         context.token_positions(30, replace(TWO, size=4))
 
 
@@ -256,8 +304,14 @@ def events(monkeypatch):
             seen.append(("wait",))
             return self.result
 
-    monkeypatch.setattr(context, "start_send", lambda x, axis, to: seen.append(("send", to)) or Watch(x))
-    monkeypatch.setattr(context, "start_receive", lambda x, axis, source: seen.append(("receive", source)) or Watch(x.zero_()))
+    monkeypatch.setattr(
+        context, "start_send", lambda x, axis, to: seen.append(("send", to)) or Watch(x)
+    )
+    monkeypatch.setattr(
+        context,
+        "start_receive",
+        lambda x, axis, source: seen.append(("receive", source)) or Watch(x.zero_()),
+    )
     return seen
 
 
@@ -265,7 +319,14 @@ def ring_on(rank, n, events):
     """Forward on one rank, 8 tokens of 2 samples with 2 query heads and 1 key-value head of size 8: q, o, do."""
     q, k, v, do = problem(8, 2, 1)
     q.requires_grad_()
-    o = context.attention(q, k, v, cp=Axis("cp", n, rank, tuple(range(n))), comm_type="p2p", ops=Watched(events=events))
+    o = context.attention(
+        q,
+        k,
+        v,
+        cp=Axis("cp", n, rank, tuple(range(n))),
+        comm_type="p2p",
+        ops=Watched(events=events),
+    )
     return q, o, do
 
 
@@ -281,11 +342,18 @@ def test_messages_travel_while_a_block_is_computed(events, n):
         kinds = [{"send": "message", "receive": "message"}.get(kind, kind) for kind, *_ in events]
         split = kinds.index("backward")
         assert kinds[:split] == (hop + block + arrived) * (n - 1) + block
-        first, between, last = hop + block + hop + arrived, hop + block + arrived + hop + arrived, block + arrived + hop + arrived
+        first, between, last = (
+            hop + block + hop + arrived,
+            hop + block + arrived + hop + arrived,
+            block + arrived + hop + arrived,
+        )
         assert kinds[split + 1 :] == first + between * (n - 2) + last
         blocks = [event[1:] for event in events if event[0] == "block"]
         assert blocks[0] == blocks[n] == (8, 8, True)
-        assert all(queries * keys == 8 * 8 // 2 and not causal for queries, keys, causal in blocks[1:n] + blocks[n + 1 :])
+        assert all(
+            queries * keys == 8 * 8 // 2 and not causal
+            for queries, keys, causal in blocks[1:n] + blocks[n + 1 :]
+        )
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
@@ -311,4 +379,8 @@ def test_the_ring_completes_where_messages_are_not_buffered(events, n):
 def test_the_ring_keeps_only_what_is_local_for_its_backward(events):
     """q and o, k and v, and lse of one rank, on a ring of four."""
     _, o, _ = ring_on(0, 4, events)
-    assert sorted(t.numel() for t in o.grad_fn.saved_tensors) == [2 * 2 * 8, *[2 * 8 * 8] * 2, *[2 * 8 * 2 * 8] * 2]
+    assert sorted(t.numel() for t in o.grad_fn.saved_tensors) == [
+        2 * 2 * 8,
+        *[2 * 8 * 8] * 2,
+        *[2 * 8 * 2 * 8] * 2,
+    ]

@@ -19,8 +19,13 @@ H, F, V, PADDED = 12, 24, 21, 24
 def forward_and_gradients(sharding: Sharding) -> dict[str, torch.Tensor]:
     """A small language model cut as `sharding` says: losses, and this rank's share of the gradient of every part, in global places."""
     generator, tp = torch.Generator().manual_seed(7), sharding.tp
-    tokens, labels = torch.randint(0, V, (2, 12), generator=generator), torch.randint(0, V, (24,), generator=generator)
-    embedding = VocabParallelEmbedding(Layout.vocabulary_cut("e", V, PADDED, H, tp), sharding, Init(1, 0.5))
+    tokens, labels = (
+        torch.randint(0, V, (2, 12), generator=generator),
+        torch.randint(0, V, (24,), generator=generator),
+    )
+    embedding = VocabParallelEmbedding(
+        Layout.vocabulary_cut("e", V, PADDED, H, tp), sharding, Init(1, 0.5)
+    )
     up = ColumnParallelLinear(H, {"a": F, "b": F}, sharding, Ops(), bias=True, init=Init(1, 0.3))
     down = RowParallelLinear("d", F, H, sharding, Ops(), bias=True, init=Init(1, 0.3))
     x = embedding(tokens)
@@ -28,7 +33,9 @@ def forward_and_gradients(sharding: Sharding) -> dict[str, torch.Tensor]:
     a, b = up(x).chunk(2, dim=-1)
     from_heads = x + down(torch.tanh(a) * b)
     assert a.shape == (2, 12, F // tp.size) and from_heads.shape == x.shape
-    total, losses = head_loss(from_heads, embedding.weight, labels, torch.ones(labels.shape), V, sharding, Ops())
+    total, losses = head_loss(
+        from_heads, embedding.weight, labels, torch.ones(labels.shape), V, sharding, Ops()
+    )
     total.backward()
     found = {"losses": losses}
     for p in (embedding.weight, up.weight, up.bias, down.weight, down.bias):
@@ -48,17 +55,24 @@ def on_rank(mesh: Mesh, sequence_parallel: bool) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_any_number_of_ranks_matches_one(n, sequence_parallel):
     """fp32, sums in another order over at most 24 terms: 1e-6 of each tensor's norm."""
-    expected, ranks = forward_and_gradients(Sharding()), run_ranks(n, on_rank, sequence_parallel, tp=n)
+    expected, ranks = (
+        forward_and_gradients(Sharding()),
+        run_ranks(n, on_rank, sequence_parallel, tp=n),
+    )
     for name, tensor in expected.items():
         found = ranks[0][name] if name == "losses" else sum(rank[name] for rank in ranks)
         assert (found - tensor).norm() <= 1e-6 * tensor.norm(), name
     assert all(torch.equal(ranks[0]["losses"], rank["losses"]) for rank in ranks)
 
 
-def of_copied_rows(mesh: Mesh, sequence_parallel: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def of_copied_rows(
+    mesh: Mesh, sequence_parallel: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q cut over all of tp beside a k of which several ranks hold the same rows: this rank's k, and its shares of the gradients of x and k."""
     sharding = Sharding(tp=mesh.tp, kv=mesh.kv, sequence_parallel=sequence_parallel)
-    layer = ColumnParallelLinear(H, {"q": 8, "k": Rows(4, mesh.kv)}, sharding, Ops(), bias=False, init=Init(1, 0.3))
+    layer = ColumnParallelLinear(
+        H, {"q": 8, "k": Rows(4, mesh.kv)}, sharding, Ops(), bias=False, init=Init(1, 0.3)
+    )
     x = torch.randn(1, 4, H, generator=torch.Generator().manual_seed(2))
     x = x.tensor_split(mesh.tp.size, dim=1)[mesh.tp.rank] if sequence_parallel else x
     x = x.clone().requires_grad_()
@@ -75,13 +89,17 @@ def of_copied_rows(mesh: Mesh, sequence_parallel: bool) -> tuple[torch.Tensor, t
 def test_rows_that_several_ranks_hold_are_the_same_and_their_gradients_add_up(sequence_parallel):
     """4 ranks, 2 of them for each half of k. fp32, sums of at most 12 terms in another order: 1e-6."""
     ranks = run_ranks(4, of_copied_rows, sequence_parallel, tp=4, kv_copies=2)
-    layer = ColumnParallelLinear(H, {"q": 8, "k": 4}, Sharding(), Ops(), bias=False, init=Init(1, 0.3))
+    layer = ColumnParallelLinear(
+        H, {"q": 8, "k": 4}, Sharding(), Ops(), bias=False, init=Init(1, 0.3)
+    )
     x = torch.randn(1, 4, H, generator=torch.Generator().manual_seed(2)).requires_grad_()
     q, k = layer(x).split((8, 4), dim=-1)
     (q.sum() + 3 * k[..., :2].sum() + 7 * k[..., 2:].sum()).backward()  # 1 + 2 and 3 + 4
     found = torch.cat([rank[1] for rank in ranks], dim=1) if sequence_parallel else ranks[0][1]
     for rank, (held, _, _) in enumerate(ranks):
-        assert torch.allclose(held, k[..., 2 * (rank // 2) : 2 * (rank // 2) + 2], rtol=1e-6, atol=1e-6)
+        assert torch.allclose(
+            held, k[..., 2 * (rank // 2) : 2 * (rank // 2) + 2], rtol=1e-6, atol=1e-6
+        )
     assert (found - x.grad).norm() <= 1e-6 * x.grad.norm()
     gradient = layer.weight.param_layout.parts[1].within(layer.weight.grad)
     assert (sum(rank[2] for rank in ranks) - gradient).norm() <= 1e-6 * gradient.norm()

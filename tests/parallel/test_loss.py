@@ -12,16 +12,29 @@ from trivium.parallel.sharding import Sharding
 
 TOKENS, H, V, PADDED = 13, 24, 45, 48
 KERNELS = pytest.mark.parametrize(
-    "kernels", ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.AVAILABLE, reason="built without a compiler"))]
+    "kernels",
+    [
+        "torch",
+        pytest.param(
+            "native",
+            marks=pytest.mark.skipif(not native.AVAILABLE, reason="built without a compiler"),
+        ),
+    ],
 )
 
 
 def problem(dtype=torch.float32):
     """Loud logits, so that some labels are nearly certain; two tokens that do not count, one of them NaN."""
     generator = torch.Generator().manual_seed(5)
-    x, weight = torch.randn(1, TOKENS, H, generator=generator), torch.randn(PADDED, H, generator=generator)
+    x, weight = (
+        torch.randn(1, TOKENS, H, generator=generator),
+        torch.randn(PADDED, H, generator=generator),
+    )
     weight[V:] = 0
-    labels, weights = torch.randint(0, V, (1, TOKENS), generator=generator), torch.rand(1, TOKENS, generator=generator)
+    labels, weights = (
+        torch.randint(0, V, (1, TOKENS), generator=generator),
+        torch.rand(1, TOKENS, generator=generator),
+    )
     labels[0, :4] = (x[0, :4] @ weight[:V].t()).argmax(-1)
     weights[0, 3] = weights[0, 9] = 0.0
     return x.to(dtype), weight.to(dtype), labels, weights
@@ -59,7 +72,9 @@ class Memory:
         self.written += 1
 
 
-@pytest.fixture(params=[1 << 24, 3 * PADDED, 1], ids=["one chunk", "chunks of three tokens", "token by token"])
+@pytest.fixture(
+    params=[1 << 24, 3 * PADDED, 1], ids=["one chunk", "chunks of three tokens", "token by token"]
+)
 def at_a_time(request, monkeypatch):
     monkeypatch.setattr(loss, "_AT_A_TIME", {"cpu": request.param})
 
@@ -70,7 +85,9 @@ def test_chunks_are_the_whole(kernels, softcap, at_a_time):
     x, weight, labels, weights = problem()
     parameter = torch.nn.Parameter(weight)
     x.requires_grad_()
-    total, losses = loss.head_loss(x, parameter, labels, weights, V, Sharding(), Ops(kernels), softcap)
+    total, losses = loss.head_loss(
+        x, parameter, labels, weights, V, Sharding(), Ops(kernels), softcap
+    )
     (2 * total).backward()  # without a sink any scale may follow
     expected = exactly(x.detach(), weight, labels, weights, softcap)
     assert_near((total, losses[0], x.grad / 2, parameter.grad / 2), expected, 2**-24)
@@ -82,7 +99,9 @@ def test_the_weight_gradient_is_added_to_its_sink_once_in_fp32(kernels, at_a_tim
     x, weight, labels, weights = problem()
     parameter = torch.nn.Parameter(weight)
     memory = Memory(parameter)
-    total, _ = loss.head_loss(x.requires_grad_(), parameter, labels, weights, V, Sharding(), Ops(kernels))
+    total, _ = loss.head_loss(
+        x.requires_grad_(), parameter, labels, weights, V, Sharding(), Ops(kernels)
+    )
     total.backward()
     expected = exactly(x.detach(), weight, labels, weights, None)
     assert memory.written == 1 and parameter.grad is None
@@ -103,7 +122,9 @@ def test_nothing_is_learnt_from_a_token_that_does_not_count(kernels):
     x, weight, labels, weights = problem()
     x[0, 3] = float("nan")
     parameter = torch.nn.Parameter(weight)
-    total, losses = loss.head_loss(x.requires_grad_(), parameter, labels, weights, V, Sharding(), Ops(kernels))
+    total, losses = loss.head_loss(
+        x.requires_grad_(), parameter, labels, weights, V, Sharding(), Ops(kernels)
+    )
     total.backward()
     assert total.isfinite() and losses[0, 3].isnan()
     assert (x.grad[0, 3] == 0).all() and x.grad.isfinite().all()
@@ -115,9 +136,15 @@ def test_bf16_rounds_the_logits_gradient_once(kernels, widens, at_a_time):
     """Logits and their gradient in 8 bits, or, where products are widened, only dx and the gradient of the weight."""
     x, weight, labels, weights = problem(torch.bfloat16)
     parameter = torch.nn.Parameter(weight)
-    total, losses = loss.head_loss(x.requires_grad_(), parameter, labels, weights, V, Sharding(), Ops(kernels, widens=widens))
+    total, losses = loss.head_loss(
+        x.requires_grad_(), parameter, labels, weights, V, Sharding(), Ops(kernels, widens=widens)
+    )
     total.backward()
-    assert (x.grad.dtype, parameter.grad.dtype, losses.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert (x.grad.dtype, parameter.grad.dtype, losses.dtype) == (
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    )
     expected = exactly(x.detach(), weight, labels, weights, None)
     unit = 2**-24 if widens else 2**-9
     assert_near((total, losses[0]), expected[:2], unit)
@@ -138,7 +165,13 @@ def of_this_rank(mesh: Mesh, kernels: str, sequence_parallel: bool):
     parameter = torch.nn.Parameter(weight[tp.rank * rows : (tp.rank + 1) * rows].clone())
     x = x.tensor_split(tp.size, dim=1)[tp.rank].clone() if sequence_parallel else x.clone()
     total, losses = loss.head_loss(
-        x.requires_grad_(), parameter, labels, weights, V, Sharding(tp=tp, sequence_parallel=sequence_parallel), Ops(kernels)
+        x.requires_grad_(),
+        parameter,
+        labels,
+        weights,
+        V,
+        Sharding(tp=tp, sequence_parallel=sequence_parallel),
+        Ops(kernels),
     )
     total.backward()
     return total.detach(), losses[0], x.grad, parameter.grad
@@ -162,7 +195,9 @@ def test_a_vocabulary_cut_over_ranks_is_the_whole(kernels, ranks, sequence_paral
 def test_without_gradients_only_the_losses_are_computed():
     x, weight, labels, weights = problem()
     with torch.no_grad():
-        total, losses = loss.head_loss(x, torch.nn.Parameter(weight), labels, weights, V, Sharding(tp=Axis("tp")), Ops())
+        total, losses = loss.head_loss(
+            x, torch.nn.Parameter(weight), labels, weights, V, Sharding(tp=Axis("tp")), Ops()
+        )
     expected = exactly(x, weight, labels, weights, None)
     assert_near((total, losses[0]), expected[:2], 2**-24)
     assert not total.requires_grad

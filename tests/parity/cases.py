@@ -9,7 +9,10 @@ from runs import CHUNKS, CP, INSTANCES, PP, SCHEDULE, SP, STRATEGY, TP, ZERO1
 FIRST, LAYOUT = "--decoder-first-pipeline-num-layers", "--pipeline-model-parallel-layout"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 3000"
 TWO, FOUR = f"{PP} 2 {FIRST} 2", f"{PP} 4 {LAYOUT} Ett|tt|tt|tL"  # of 3 and of 7 layers
-V2, V4 = f"{PP} 2 {LAYOUT} Et|t|t|L", f"{PP} 4 {LAYOUT} Et|t|t|t|t|t|t|L"  # two chunks on each rank, the last one the head alone
+V2, V4 = (
+    f"{PP} 2 {LAYOUT} Et|t|t|L",
+    f"{PP} 4 {LAYOUT} Et|t|t|t|t|t|t|L",
+)  # two chunks on each rank, the last one the head alone
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,25 @@ class Case:
     @property
     def arguments(self) -> str:
         """The flags; where tensor or context ranks share all the work, two samples in each of four micro-batches: half as many messages."""
-        copies = self.ranks // prod(int(size) for size in re.findall(r"(?:tensor-model|pipeline-model|context)-parallel-size (\d)", self.flags))
-        return f"{self.flags} --micro-batch-size 2" if copies == 1 and (TP in self.flags or CP in self.flags) else self.flags
+        copies = self.ranks // prod(
+            int(size)
+            for size in re.findall(
+                r"(?:tensor-model|pipeline-model|context)-parallel-size (\d)", self.flags
+            )
+        )
+        return (
+            f"{self.flags} --micro-batch-size 2"
+            if copies == 1 and (TP in self.flags or CP in self.flags)
+            else self.flags
+        )
 
     def __str__(self) -> str:
-        words = self.flags.replace("-model-parallel-size", "").replace("-parallel-size", "").replace("--", "").split()
+        words = (
+            self.flags.replace("-model-parallel-size", "")
+            .replace("-parallel-size", "")
+            .replace("--", "")
+            .split()
+        )
         return f"{self.model}-{self.ranks}-{'-'.join(words)}".replace("|", "!")
 
 

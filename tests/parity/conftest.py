@@ -23,7 +23,9 @@ def folder(tmp_path_factory):
 def run(folder) -> Callable[..., Measured]:
     """run(case, extra="", mutation=None): a run of a case, 20 updates of AdamW unless `extra` says otherwise, on the native kernels."""
 
-    def run_case(case: Case, extra: str = "", mutation: str | None = None, *, kernels: str = "native") -> Measured:
+    def run_case(
+        case: Case, extra: str = "", mutation: str | None = None, *, kernels: str = "native"
+    ) -> Measured:
         chosen = kernels if native.AVAILABLE and "--fp16" not in extra else "torch"
         arguments = f"{RUN} {MODELS[case.model]} --kernels {chosen} --data-path {folder / 'data'} {case.arguments} {extra}"
         return measure(arguments, case.ranks, folder, mutation)
@@ -48,11 +50,27 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """PARITY_TABLE=file: what test_layout_matches_one_process recorded of each case, as a table in the order of the cases."""
     if not (path := os.environ.get("PARITY_TABLE")):
         return
-    found = {name: worst for report in terminalreporter.getreports("passed") for name, worst in report.user_properties}
-    lines = ["| model | processes | layout | loss | grad norm | gradients | updates |", "|---|---|---|---|---|---|---|"]
+    found = {
+        name: worst
+        for report in terminalreporter.getreports("passed")
+        for name, worst in report.user_properties
+    }
+    lines = [
+        "| model | processes | layout | loss | grad norm | gradients | updates |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for case in CASES:
         if (worst := found.get(str(case))) is not None:
             flags = case.flags.replace("|", "\\|") or "(data parallel)"
-            numbers = (worst["losses"] * 1e-5, worst["norms"] * 1e-5, worst["gradient"] * 1e-5, worst["update"] * 1e-4)
-            lines.append(f"| {case.model} | {case.ranks} | `{flags}` | " + " | ".join(f"{number:.1e}" for number in numbers) + " |")
+            numbers = (
+                worst["losses"] * 1e-5,
+                worst["norms"] * 1e-5,
+                worst["gradient"] * 1e-5,
+                worst["update"] * 1e-4,
+            )
+            lines.append(
+                f"| {case.model} | {case.ranks} | `{flags}` | "
+                + " | ".join(f"{number:.1e}" for number in numbers)
+                + " |"
+            )
     Path(path).write_text("\n".join(lines) + "\n")

@@ -89,10 +89,19 @@ def measure(arguments: str, ranks: int, folder: Path, mutation: str | None = Non
     gradients, first, last = (assemble([rank[k] for rank in found]) for k in range(3))
     updates = {name: last[name] - first[name] for name in first}
     valid = [row["lm_loss"] for row in rows_of(metrics, "valid")]
-    return Measured([row["lm_loss"] for row in rows], [row["grad_norm"] for row in rows], valid, gradients, updates, first)
+    return Measured(
+        [row["lm_loss"] for row in rows],
+        [row["grad_norm"] for row in rows],
+        valid,
+        gradients,
+        updates,
+        first,
+    )
 
 
-def spied_run(mesh: Mesh, arguments: str, mutation: str | None) -> tuple[list[Held], list[Held], list[Held]]:
+def spied_run(
+    mesh: Mesh, arguments: str, mutation: str | None
+) -> tuple[list[Held], list[Held], list[Held]]:
     """The first update's gradients, the weights before it and those after the third, as this rank holds them."""
     gradients, weights, honest = [], [], Optimizer.update
 
@@ -114,7 +123,13 @@ def spied_run(mesh: Mesh, arguments: str, mutation: str | None) -> tuple[list[He
 
 def held(optimizer: Optimizer, pieces) -> list[Held]:
     return [
-        Held(piece.name, piece.shape, piece.box, piece.tensor.clone(), piece.primary and bucket.reduction.copies.rank == 0)
+        Held(
+            piece.name,
+            piece.shape,
+            piece.box,
+            piece.tensor.clone(),
+            piece.primary and bucket.reduction.copies.rank == 0,
+        )
         for bucket in optimizer.buckets
         for piece in pieces(bucket)
     ]
@@ -129,12 +144,18 @@ def assemble(ranks: list[list[Held]]) -> dict[str, torch.Tensor]:
         whole.setdefault(piece.name, torch.zeros(piece.shape))[place] = piece.tensor
         counts.setdefault(piece.name, torch.zeros(piece.shape))[place] += 1
     for name, count in counts.items():
-        assert (count == 1).all(), f"{name}: elements are counted {count.min():.0f} to {count.max():.0f} times"
+        assert (count == 1).all(), (
+            f"{name}: elements are counted {count.min():.0f} to {count.max():.0f} times"
+        )
     for rank, pieces in enumerate(ranks):
         for piece in pieces:
             counted = whole[piece.name][tuple(slice(*bounds) for bounds in piece.box)]
-            same = (piece.tensor == counted) | (piece.tensor.isnan() & counted.isnan())  # an overflow of fp16 is an overflow on all
-            assert same.all(), f"{piece.name} {piece.box}: the copy on rank {rank} differs from the one that counts"
+            same = (piece.tensor == counted) | (
+                piece.tensor.isnan() & counted.isnan()
+            )  # an overflow of fp16 is an overflow on all
+            assert same.all(), (
+                f"{piece.name} {piece.box}: the copy on rank {rank} differs from the one that counts"
+            )
     return whole
 
 
@@ -146,15 +167,26 @@ def differences(found: Measured, reference: Measured) -> dict[str, float]:
     bias' is. Every update of three 1e-4 of its norm, or of 0.01 lr sqrt(n), or 2^-24 of the weights' norm: half a step of fp32 for each.
     """
     assert found.gradients.keys() == reference.gradients.keys()
-    assert len(found.losses) == len(reference.losses) and len(found.valid) == len(reference.valid) and len(found.norms) == len(reference.norms)
-    result = {kind: _worst_relative(getattr(found, kind), getattr(reference, kind)) / 1e-5 for kind in ("losses", "norms", "valid")}
+    assert (
+        len(found.losses) == len(reference.losses)
+        and len(found.valid) == len(reference.valid)
+        and len(found.norms) == len(reference.norms)
+    )
+    result = {
+        kind: _worst_relative(getattr(found, kind), getattr(reference, kind)) / 1e-5
+        for kind in ("losses", "norms", "valid")
+    }
     total = sqrt(sum(g.square().sum().item() for g in reference.gradients.values()))
     count = sum(g.numel() for g in reference.gradients.values())
     for name, g in reference.gradients.items():
         limit = 1e-5 * max(g.norm().item(), total * sqrt(g.numel() / count))
         result[f"gradient of {name}"] = (found.gradients[name] - g).norm().item() / limit
     for name, update in reference.updates.items():
-        limit = max(1e-4 * update.norm().item(), 1e-6 * LR * sqrt(update.numel()), 2**-24 * reference.weights[name].norm().item())
+        limit = max(
+            1e-4 * update.norm().item(),
+            1e-6 * LR * sqrt(update.numel()),
+            2**-24 * reference.weights[name].norm().item(),
+        )
         result[f"update of {name}"] = (found.updates[name] - update).norm().item() / limit
     return {name: value if value == value else float("inf") for name, value in result.items()}
 

@@ -3,6 +3,7 @@
 A mutation is a change of the text of one function, applied inside the ranks of a run; the layout named with it must turn red.
 """
 
+import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
@@ -32,16 +33,38 @@ class Mutation:
 
 
 MUTATIONS = {
-    "norm gradients not summed over tp": Mutation(reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2 {SP}")),
-    "QK norm gradients not summed over tp": Mutation(reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2")),
-    "copies of key-value heads not summed": Mutation(reduce.sum_partial, "size > 1", "size > 9", Case(4, f"{TP} 4", "untied")),
-    "replicated tensors counted on every rank": Mutation(clip.squared_norm, "if part.primary", "", Case(2, f"{TP} 2")),
-    "tied weight counted on both stages": Mutation(clip.squared_norm, "if part.primary", "", Case(2, TWO, "gpt")),
-    "copies of a shard all counted": Mutation(clip.squared_norm, "if b.reduction.copies.rank == 0", "", Case(4, f"{ZERO1} {INSTANCES} 2")),
-    "clip factor halved": Mutation(step.Trainer.step, "* clip_factor", "* 0.5 * clip_factor", Case(2, "")),
-    "tied gradients not added up": Mutation(buckets.Bucket.finish, "param_layout.twins)", "param_layout.twins) if False else None", Case(2, TWO)),
+    "norm gradients not summed over tp": Mutation(
+        reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2 {SP}")
+    ),
+    "QK norm gradients not summed over tp": Mutation(
+        reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2")
+    ),
+    "copies of key-value heads not summed": Mutation(
+        reduce.sum_partial, "size > 1", "size > 9", Case(4, f"{TP} 4", "untied")
+    ),
+    "replicated tensors counted on every rank": Mutation(
+        clip.squared_norm, "if part.primary", "", Case(2, f"{TP} 2")
+    ),
+    "tied weight counted on both stages": Mutation(
+        clip.squared_norm, "if part.primary", "", Case(2, TWO, "gpt")
+    ),
+    "copies of a shard all counted": Mutation(
+        clip.squared_norm, "if b.reduction.copies.rank == 0", "", Case(4, f"{ZERO1} {INSTANCES} 2")
+    ),
+    "clip factor halved": Mutation(
+        step.Trainer.step, "* clip_factor", "* 0.5 * clip_factor", Case(2, "")
+    ),
+    "tied gradients not added up": Mutation(
+        buckets.Bucket.finish,
+        "param_layout.twins)",
+        "param_layout.twins) if False else None",
+        Case(2, TWO),
+    ),
     "shards not summed over instances": Mutation(
-        buckets.Bucket.finish, "comm.all_reduce(self.gradients, self.reduction.copies)", "pass", Case(4, f"{ZERO1} {INSTANCES} 2")
+        buckets.Bucket.finish,
+        "comm.all_reduce(self.gradients, self.reduction.copies)",
+        "pass",
+        Case(4, f"{ZERO1} {INSTANCES} 2"),
     ),
     "ZeRO-3 not summed over instances": Mutation(
         fsdp.ShardedParameter.finish,
@@ -50,67 +73,142 @@ MUTATIONS = {
         Case(4, f"{STRATEGY} optim_grads_params {INSTANCES} 2"),
     ),
     "ZeRO-3 averages instead of summing": Mutation(
-        fsdp.cut_parameters, "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)", Case(2, f"{STRATEGY} optim_grads_params")
+        fsdp.cut_parameters,
+        "set_gradient_divide_factor(1.0)",
+        "set_gradient_divide_factor(2.0)",
+        Case(2, f"{STRATEGY} optim_grads_params"),
     ),
-    "updated weights not gathered": Mutation(optimizer.Optimizer._gather, "bucket.start_gather()", "pass", Case(2, ZERO1)),
+    "updated weights not gathered": Mutation(
+        optimizer.Optimizer._gather, "bucket.start_gather()", "pass", Case(2, ZERO1)
+    ),
     "bucket reduced before its last gradient": Mutation(
-        buckets.Bucket.wrote, "self._written == self._expected:", "self._written == self._expected - 1:", Case(2, f"{ZERO1} {OVERLAP}")
+        buckets.Bucket.wrote,
+        "self._written == self._expected:",
+        "self._written == self._expected - 1:",
+        Case(2, f"{ZERO1} {OVERLAP}"),
     ),
     "ZeRO-2 forgets all but the last micro-batch": Mutation(
         buckets.Bucket._take_in, "self._sum +=", "self._sum =", Case(2, f"{STRATEGY} optim_grads")
     ),
     "one weight-gradient product lost": Mutation(
-        runtime._Pass.backward_weight, "product()", "product() if action.microbatch else None", Case(2, f"{TWO} {SCHEDULE} zb-h1")
+        runtime._Pass.backward_weight,
+        "product()",
+        "product() if action.microbatch else None",
+        Case(2, f"{TWO} {SCHEDULE} zb-h1"),
     ),
     "gradients of two micro-batches exchanged": Mutation(
-        runtime._Pass.receive_gradient, "action.microbatch] =", "action.microbatch ^ 1] =", Case(2, f"{TWO} {SCHEDULE} gpipe")
+        runtime._Pass.receive_gradient,
+        "action.microbatch] =",
+        "action.microbatch ^ 1] =",
+        Case(2, f"{TWO} {SCHEDULE} gpipe"),
     ),
     "input gradient not summed over tp": Mutation(
-        linear._ColumnParallel.backward, "comm.start_all_reduce(dx, tp)", "comm.Pending(dx)", Case(2, f"{TP} 2", "untied")
+        linear._ColumnParallel.backward,
+        "comm.start_all_reduce(dx, tp)",
+        "comm.Pending(dx)",
+        Case(2, f"{TP} 2", "untied"),
     ),
-    "gathered gradient in the wrong order": Mutation(comm.start_gather_tokens, "pending.wait()", "pending.wait().flip(0)", Case(2, f"{TP} 2 {SP}")),
-    "sum of a row-parallel layer left out": Mutation(linear._RowParallel.forward, "comm.all_reduce(y, sharding.tp)", "y", Case(2, f"{TP} 2")),
+    "gathered gradient in the wrong order": Mutation(
+        comm.start_gather_tokens,
+        "pending.wait()",
+        "pending.wait().flip(0)",
+        Case(2, f"{TP} 2 {SP}"),
+    ),
+    "sum of a row-parallel layer left out": Mutation(
+        linear._RowParallel.forward, "comm.all_reduce(y, sharding.tp)", "y", Case(2, f"{TP} 2")
+    ),
     "bias added on every tp rank": Mutation(
-        linear.RowParallelLinear.forward, "y + use(self.bias)", "y + self.sharding.tp.size * use(self.bias)", Case(2, f"{TP} 2", "gpt")
+        linear.RowParallelLinear.forward,
+        "y + use(self.bias)",
+        "y + self.sharding.tp.size * use(self.bias)",
+        Case(2, f"{TP} 2", "gpt"),
     ),
     "padding of the vocabulary in the sum": Mutation(
-        loss._HeadLoss.forward, "real = min(max(vocab_size - first, 0), table.shape[0])", "real = table.shape[0]", Case(2, f"{TP} 2")
+        loss._HeadLoss.forward,
+        "real = min(max(vocab_size - first, 0), table.shape[0])",
+        "real = table.shape[0]",
+        Case(2, f"{TP} 2"),
     ),
     "maximum of the local vocabulary alone": Mutation(
-        loss._over, 'comm.all_reduce(highest.clone(), tp, "max")', "highest.clone()", Case(2, f"{TP} 2")
+        loss._over,
+        "comm.all_reduce(highest.clone(), tp, 'max')",
+        "highest.clone()",
+        Case(2, f"{TP} 2"),
     ),
     "sum of the local vocabulary alone": Mutation(
-        loss._over, "comm.all_reduce(torch.stack([rest * torch.exp(highest - top), target]), tp)", "rest, target", Case(2, f"{TP} 2")
+        loss._over,
+        "comm.all_reduce(torch.stack([rest * torch.exp(highest - top), target]), tp)",
+        "rest, target",
+        Case(2, f"{TP} 2"),
     ),
-    "the head's input gradient not summed over tp": Mutation(loss._HeadLoss.forward, "comm.all_reduce(dx, tp)", "dx", Case(2, f"{TP} 2")),
+    "the head's input gradient not summed over tp": Mutation(
+        loss._HeadLoss.forward, "comm.all_reduce(dx, tp)", "dx", Case(2, f"{TP} 2")
+    ),
     "tokens of other ranks looked up": Mutation(
-        embedding.VocabParallelEmbedding.forward, "masked_fill(elsewhere.unsqueeze(-1), 0.0)", "clone()", Case(2, f"{TP} 2")
+        embedding.VocabParallelEmbedding.forward,
+        "masked_fill(elsewhere.unsqueeze(-1), 0.0)",
+        "clone()",
+        Case(2, f"{TP} 2"),
     ),
-    "one dropout mask for all tp ranks": Mutation(Sharding.own_tokens, "[self.tp.rank]", "[0]", Case(2, f"{TP} 2 {SP}")),
+    "one dropout mask for all tp ranks": Mutation(
+        Sharding.own_tokens, "[self.tp.rank]", "[0]", Case(2, f"{TP} 2 {SP}")
+    ),
     "dropout by the place in the slice": Mutation(
-        rng.DropoutStream.keep, "self.positions.unsqueeze", "self.positions.argsort().unsqueeze", Case(2, f"{CP} 2")
+        rng.DropoutStream.keep,
+        "self.positions.unsqueeze",
+        "self.positions.argsort().unsqueeze",
+        Case(2, f"{CP} 2"),
     ),
     "positions counted from zero on every cp rank": Mutation(
-        inputs.Preparation.__call__, "Passage(positions", "Passage(positions.argsort()", Case(2, f"{CP} 2")
+        inputs.Preparation.__call__,
+        "Passage(positions",
+        "Passage(positions.argsort()",
+        Case(2, f"{CP} 2"),
     ),
     "labels of another slice": Mutation(
-        inputs.Preparation.__call__, "(tokens, labels, mask)), passage", "(tokens, labels.roll(1, 1), mask)), passage", Case(2, f"{CP} 2")
+        inputs.Preparation.__call__,
+        "(tokens, labels, mask)), passage",
+        "(tokens, labels.roll(1, 1), mask)), passage",
+        Case(2, f"{CP} 2"),
     ),
-    "predictions counted on every tp rank": Mutation(losses.LossPass.__call__, "tp.rank == 0", "tp.rank >= 0", Case(2, f"{TP} 2")),
+    "predictions counted on every tp rank": Mutation(
+        losses.LossPass.__call__, "tp.rank == 0", "tp.rank >= 0", Case(2, f"{TP} 2")
+    ),
     "mean of the ranks' means": Mutation(
-        step.Trainer.step, "to_true = tokens", "num_predictions = num_predictions * 0 + tokens; to_true = tokens", Case(2, "")
+        step.Trainer.step,
+        "to_true = tokens",
+        "num_predictions = num_predictions * 0 + tokens; to_true = tokens",
+        Case(2, ""),
     ),
-    "ring sees later keys of earlier ranks": Mutation(context._visible, "(everything, slice(half))", "(everything, everything)", Case(2, f"{CP} 2")),
+    "ring sees later keys of earlier ranks": Mutation(
+        context._visible,
+        "(everything, slice(half))",
+        "(everything, everything)",
+        Case(2, f"{CP} 2"),
+    ),
     "ring forgets the gradients of other ranks": Mutation(
-        context._Ring.backward, "summed() if summed else torch", "summed() * 0 if summed else torch", Case(2, f"{CP} 2")
+        context._Ring.backward,
+        "summed() if summed else torch",
+        "summed() * 0 if summed else torch",
+        Case(2, f"{CP} 2"),
     ),
-    "ring forgets the window": Mutation(context._told, "rule.window is None", "True", Case(2, f"{CP} 2", "gemma")),
+    "ring forgets the window": Mutation(
+        context._told, "rule.window is None", "True", Case(2, f"{CP} 2", "gemma")
+    ),
     "window one token too long in the ring": Mutation(
-        context._told, "_sees(queries, keys, rule.window)", "_sees(queries, keys, rule.window + 1)", Case(2, f"{CP} 2", "gemma")
+        context._told,
+        "_sees(queries, keys, rule.window)",
+        "_sees(queries, keys, rule.window + 1)",
+        Case(2, f"{CP} 2", "gemma"),
     ),
-    "ring forgets the cap of the scores": Mutation(context._told, '"softcap": rule.softcap', '"softcap": None', Case(2, f"{CP} 2", "gemma")),
+    "ring forgets the cap of the scores": Mutation(
+        context._told, "'softcap': rule.softcap", '"softcap": None', Case(2, f"{CP} 2", "gemma")
+    ),
     "window of the slice instead of the sequence": Mutation(
-        context.causal, "places[past:]", "places[: q.shape[1]]", Case(2, f"{CP} 2 --cp-comm-type allgather", "gemma")
+        context.causal,
+        "places[past:]",
+        "places[: q.shape[1]]",
+        Case(2, f"{CP} 2 --cp-comm-type allgather", "gemma"),
     ),
     "projection normalized over the heads of one rank": Mutation(
         norm.ProjectionNorm.forward,
@@ -119,14 +217,25 @@ MUTATIONS = {
         Case(2, f"{TP} 2", "olmo"),
     ),
     "gradient of the norm over all heads stays on its rank": Mutation(
-        norm.ProjectionNorm.forward, "comm.copy_to(", "(lambda x, _: x)(", Case(2, f"{TP} 2", "olmo")
+        norm.ProjectionNorm.forward,
+        "comm.copy_to(",
+        "(lambda x, _: x)(",
+        Case(2, f"{TP} 2", "olmo"),
     ),
     "heads that several ranks hold counted on each": Mutation(
-        norm.ProjectionNorm.forward, "self.rows.count * self.rows.copies.size", "self.rows.count", Case(4, f"{TP} 4", "olmo")
+        norm.ProjectionNorm.forward,
+        "self.rows.count * self.rows.copies.size",
+        "self.rows.count",
+        Case(4, f"{TP} 4", "olmo"),
     ),
-    "norms after the branches not summed over tp": Mutation(reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2 {SP}", "olmo")),
+    "norms after the branches not summed over tp": Mutation(
+        reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2 {SP}", "olmo")
+    ),
     "documents of the slice instead of the sequence": Mutation(
-        inputs.document_indices, "ends.cumsum(dim=1) - ends", "ends.cumsum(dim=1) * 0", Case(2, f"{CP} 2 --cp-comm-type allgather", "documents")
+        inputs.document_indices,
+        "ends.cumsum(dim=1) - ends",
+        "ends.cumsum(dim=1) * 0",
+        Case(2, f"{CP} 2 --cp-comm-type allgather", "documents"),
     ),
     "chunks of a rank in the wrong order": Mutation(
         losses.LossPass.__call__,
@@ -135,7 +244,10 @@ MUTATIONS = {
         Case(1, f"{CHUNKS} 3"),
     ),
     "tied weight used once is counted twice": Mutation(
-        buckets.Bucket.begin, "micro_batches * self.uses", "micro_batches * len(self.parameters)", Case(2, f"{V2} {SCHEDULE} zb-v")
+        buckets.Bucket.begin,
+        "micro_batches * self.uses",
+        "micro_batches * len(self.parameters)",
+        Case(2, f"{V2} {SCHEDULE} zb-v"),
     ),
 }
 
@@ -156,11 +268,21 @@ def applied(name: str | None) -> Iterator[None]:
 
 
 def mutated(mutation: Mutation) -> Callable:
-    """The function compiled again from its changed text, among the same globals. Exchanging the code reaches whoever has imported it."""
+    """Compile the function again from its changed text, among the same globals.
+
+    The text is the function's statements as `ast.unparse` writes them, one a line, so that a
+    mutation does not depend on where lines are broken. Exchanging the code object reaches
+    whoever has imported the function.
+    """
     function = inspect.unwrap(mutation.function)
-    source = textwrap.dedent(inspect.getsource(function))
-    source = source[source.index("def ") :]  # without decorators
-    assert source.count(mutation.old) == 1, f"{mutation.old!r} stands {source.count(mutation.old)} times in {function.__qualname__}"
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    tree.body[0].decorator_list = []
+    source = ast.unparse(tree)
+    times = source.count(mutation.old)
+    assert times == 1, f"{mutation.old!r} stands {times} times in {function.__qualname__}"
     made: dict[str, Callable] = {}
-    exec(compile(source.replace(mutation.old, mutation.new), inspect.getsourcefile(function), "exec"), function.__globals__, made)
+    changed = compile(
+        source.replace(mutation.old, mutation.new), inspect.getsourcefile(function), "exec"
+    )
+    exec(changed, function.__globals__, made)
     return made[function.__name__]

@@ -34,15 +34,28 @@ def test_reference_learns(model, reference):
     found = reference(model)
     assert found.losses[-1] < 0.95 * found.losses[0]
     assert min(found.norms) > 0.3
-    total, count = (sum(value(g) for g in found.gradients.values()) for value in (lambda g: g.square().sum().item(), torch.Tensor.numel))
-    silent = [n for n, g in found.gradients.items() if g.square().sum() / g.numel() < 1e-6 * total / count]
+    total, count = (
+        sum(value(g) for g in found.gradients.values())
+        for value in (lambda g: g.square().sum().item(), torch.Tensor.numel)
+    )
+    silent = [
+        n for n, g in found.gradients.items() if g.square().sum() / g.numel() < 1e-6 * total / count
+    ]
     assert all(name.endswith("attention.k.bias") for name in silent), silent
 
 
-@pytest.mark.parametrize("case", [Case(2, ZERO1), Case(4, f"{TP} 2 {SP} {ZERO1}"), Case(2, f"{STRATEGY} optim_grads")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(2, ZERO1), Case(4, f"{TP} 2 {SP} {ZERO1}"), Case(2, f"{STRATEGY} optim_grads")],
+    ids=str,
+)
 def test_overlap_changes_no_bit(case, run):
     plain, overlapped = run(case, "--ddp-bucket-size 3000"), run(case, OVERLAP)
-    assert plain.losses == overlapped.losses and plain.norms == overlapped.norms and plain.valid == overlapped.valid
+    assert (
+        plain.losses == overlapped.losses
+        and plain.norms == overlapped.norms
+        and plain.valid == overlapped.valid
+    )
     assert all(plain.updates[name].equal(overlapped.updates[name]) for name in plain.updates)
 
 
@@ -61,7 +74,13 @@ def test_bf16_is_as_near_to_fp32_as_one_process_in_bf16(case, run, reference):
     """Rounding to 8 bits differs with every order of sums: no parity, but the distance from fp32 must not grow. Gradients of the whole model."""
 
     def error(found):
-        return sum((found.gradients[name] - g).square().sum().item() for name, g in truth.gradients.items()) ** 0.5
+        return (
+            sum(
+                (found.gradients[name] - g).square().sum().item()
+                for name, g in truth.gradients.items()
+            )
+            ** 0.5
+        )
 
     truth = reference(case.model, SGD)
     assert error(run(case, f"{SGD} --bf16")) <= 1.5 * error(reference(case.model, f"{SGD} --bf16"))
@@ -70,7 +89,10 @@ def test_bf16_is_as_near_to_fp32_as_one_process_in_bf16(case, run, reference):
 def test_fp16_scale_is_agreed_by_all_ranks(run, reference):
     """From 2^40 the scale must come down on every rank at once, whichever stage overflows; then the losses are those of one process in fp16."""
     dynamic = "--fp16 --initial-loss-scale 1e12 --hysteresis 1"
-    one, four = reference("llama", dynamic), run(Case(4, f"{TP} 2 {PP} 2 --decoder-first-pipeline-num-layers 2"), dynamic)
+    one, four = (
+        reference("llama", dynamic),
+        run(Case(4, f"{TP} 2 {PP} 2 --decoder-first-pipeline-num-layers 2"), dynamic),
+    )
     assert four.losses == pytest.approx(one.losses, rel=5e-3)
     skipped = [a == b for a, b in zip(four.norms, one.norms, strict=True)]
     assert four.norms.count(None) == one.norms.count(None) > 0, skipped

@@ -26,16 +26,31 @@ def cases(draw) -> Case:
     assume(tp * pp * cp * dp <= 8)
     schedule = draw(st.sampled_from(["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]))
     chunks = 2 if schedule in ("interleaved", "zb-v") else 1
-    words = [f"{TP} {tp} {PP} {pp} {CP} {cp} {SCHEDULE} {schedule} {CHUNKS} {chunks}", draw(st.sampled_from(["", SP]))]
+    words = [
+        f"{TP} {tp} {PP} {pp} {CP} {cp} {SCHEDULE} {schedule} {CHUNKS} {chunks}",
+        draw(st.sampled_from(["", SP])),
+    ]
     if pp * chunks > 1:
         words.append(f"{LAYOUT} {SPLITS[pp * chunks]}")
     words.append(f"--cp-comm-type {draw(st.sampled_from(['p2p', 'allgather', 'a2a']))}")
-    words.append(draw(st.sampled_from(["", ZERO1, f"{STRATEGY} optim_grads", f"{STRATEGY} optim_grads_params"])))
+    words.append(
+        draw(
+            st.sampled_from(
+                ["", ZERO1, f"{STRATEGY} optim_grads", f"{STRATEGY} optim_grads_params"]
+            )
+        )
+    )
     words.append(draw(st.sampled_from(["", f"{INSTANCES} 2"])))
     words.append(draw(st.sampled_from(["", "--overlap-grad-reduce"])))
     words.append(draw(st.sampled_from(["", "--overlap-param-gather"])))
     words.append(draw(st.sampled_from(["", "--ddp-bucket-size 2000"])))
-    words.append(draw(st.sampled_from(["", "--recompute-granularity full", "--recompute-granularity selective"])))
+    words.append(
+        draw(
+            st.sampled_from(
+                ["", "--recompute-granularity full", "--recompute-granularity selective"]
+            )
+        )
+    )
     case = Case(tp * pp * cp * dp, " ".join(words), draw(st.sampled_from(["deep", "documents"])))
     arguments = f"{RUN} {MODELS[case.model]} --num-layers 7 --mock-data {case.flags}"
     assume(not validate(resolve(flags.parse(arguments.split()).config, case.ranks), case.ranks))
@@ -47,5 +62,7 @@ def cases(draw) -> Case:
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_random_layout_matches_one_process(case, run, reference):
-    found = differences(run(case, f"--num-layers 7 {SGD}"), reference(case.model, f"--num-layers 7 {SGD}"))
+    found = differences(
+        run(case, f"--num-layers 7 {SGD}"), reference(case.model, f"--num-layers 7 {SGD}")
+    )
     assert max(found.values()) <= 1, max(found, key=found.get)

@@ -16,7 +16,9 @@ UPDATES = 3  # under each of the two layouts
 
 
 def pretrain(case: Case, folder, arguments: str) -> None:
-    arguments = f"{RUN} {MODELS[case.model]} --data-path {folder / 'data'} {case.arguments} {arguments}"
+    arguments = (
+        f"{RUN} {MODELS[case.model]} --data-path {folder / 'data'} {case.arguments} {arguments}"
+    )
     if case.ranks == 1:
         spied_run(Mesh.plan(1, 0), arguments, None)
     else:
@@ -30,7 +32,9 @@ def pairs(count: int, seed: int, layouts: list[Case]) -> list:
         first, second = chance.sample(layouts, 2)
         if first.model == second.model:
             way = "--async-save" if len(drawn) % 2 else ""
-            drawn.append(pytest.param(first, second, way, id=f"{first}-to-{second}{'-async' if way else ''}"))
+            drawn.append(
+                pytest.param(first, second, way, id=f"{first}-to-{second}{'-async' if way else ''}")
+            )
     return drawn
 
 
@@ -42,22 +46,34 @@ def goes_on(first: Case, second: Case, way: str, folder, save_dir, reference) ->
     rows, expected = rows_of(save_dir / "metrics.jsonl"), reference(first.model)
     assert [row["iteration"] for row in rows] == list(range(1, 2 * UPDATES + 1))
     assert [row["lm_loss"] for row in rows] == pytest.approx(expected.losses[: len(rows)], rel=1e-5)
-    assert [row["grad_norm"] for row in rows] == pytest.approx(expected.norms[: len(rows)], rel=1e-5)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(
+        expected.norms[: len(rows)], rel=1e-5
+    )
 
 
-@pytest.mark.parametrize(("first", "second", "way"), pairs(10, 1, [case for case in [ONE, *CASES] if case.model == "llama" and case.ranks <= 4]))
-def test_resume_under_another_layout_goes_on_as_one_process(first, second, way, folder, tmp_path, reference):
+@pytest.mark.parametrize(
+    ("first", "second", "way"),
+    pairs(10, 1, [case for case in [ONE, *CASES] if case.model == "llama" and case.ranks <= 4]),
+)
+def test_resume_under_another_layout_goes_on_as_one_process(
+    first, second, way, folder, tmp_path, reference
+):
     goes_on(first, second, way, folder, tmp_path, reference)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("first", "second", "way"), pairs(200, 2, [ONE, *CASES]))
-def test_resume_under_any_other_layout_goes_on_as_one_process(first, second, way, folder, tmp_path, reference):
+def test_resume_under_any_other_layout_goes_on_as_one_process(
+    first, second, way, folder, tmp_path, reference
+):
     goes_on(first, second, way, folder, tmp_path, reference)
     shutil.rmtree(tmp_path)
 
 
-EXACT = [Case(4, f"{CP} 2 {ZERO1} {OVERLAP}"), pytest.param(Case(4, f"{TP} 2 {SP} {V2} {SCHEDULE} zb-v"), marks=pytest.mark.parity)]
+EXACT = [
+    Case(4, f"{CP} 2 {ZERO1} {OVERLAP}"),
+    pytest.param(Case(4, f"{TP} 2 {SP} {V2} {SCHEDULE} zb-v"), marks=pytest.mark.parity),
+]
 
 
 @pytest.mark.parametrize("case", EXACT, ids=str)
@@ -65,13 +81,23 @@ def test_resume_under_the_same_layout_repeats_every_bit(case, folder, tmp_path):
     """Also across two runs: with --deterministic-mode nothing depends on which rank is first."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     pretrain(case, folder, f"--deterministic-mode --save {whole} --exit-interval {2 * UPDATES}")
-    pretrain(case, folder, f"--deterministic-mode --save {halves} --load {halves} --exit-interval {UPDATES}")
-    pretrain(case, folder, f"--deterministic-mode --save {halves} --load {halves} --exit-interval {2 * UPDATES}")
+    pretrain(
+        case,
+        folder,
+        f"--deterministic-mode --save {halves} --load {halves} --exit-interval {UPDATES}",
+    )
+    pretrain(
+        case,
+        folder,
+        f"--deterministic-mode --save {halves} --load {halves} --exit-interval {2 * UPDATES}",
+    )
     assert exact(rows_of(whole / "metrics.jsonl")) == exact(rows_of(halves / "metrics.jsonl"))
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("case", [case for case in CASES if case.model == "llama" and case.ranks > 1], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.model == "llama" and case.ranks > 1], ids=str
+)
 def test_every_layout_writes_what_one_process_reads(case, folder, tmp_path, reference):
     save = f"--save {tmp_path} --load {tmp_path} --eval-iters 0"
     pretrain(case, folder, f"{save} --exit-interval 4")

@@ -29,11 +29,25 @@ from trivium.pipeline.plan import (
 )
 from trivium.pipeline.simulate import simulate
 
-KINDS = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4), ("zb-h1", 1), ("zb-v", 2)]
+KINDS = [
+    ("gpipe", 1),
+    ("1f1b", 1),
+    ("interleaved", 2),
+    ("interleaved", 3),
+    ("interleaved", 4),
+    ("zb-h1", 1),
+    ("zb-v", 2),
+]
 SIZES = [(p, m) for p in range(1, 9) for m in range(1, 33)]
-SAMPLE = [(p, m) for p in (1, 2, 3, 5) for m in sorted({1, 2, p - 1, p, p + 1, 2 * p - 1, 2 * p, 2 * p + 1} - {0})]
+SAMPLE = [
+    (p, m)
+    for p in (1, 2, 3, 5)
+    for m in sorted({1, 2, p - 1, p, p + 1, 2 * p - 1, 2 * p, 2 * p + 1} - {0})
+]
 UNEVEN = [Costs(2, 3, 1), Costs(3, 2, 3), Costs(1, 2, 3)]
-EXACT = 1e-9  # whole-number costs are summed exactly; only the division by the number of chunks rounds
+EXACT = (
+    1e-9  # whole-number costs are summed exactly; only the division by the number of chunks rounds
+)
 
 every_kind = pytest.mark.parametrize(("schedule", "v"), KINDS)
 
@@ -64,7 +78,11 @@ def test_forwards_alone_take_the_least_time(schedule, v):
     for p, m in SAMPLE:
         plan = make_plan(schedule, p, m, v, forward_only=True)
         makespan = simulate(plan).makespan
-        assert {type(action) for rank in plan.actions for action in rank} <= {Forward, SendActivation, ReceiveActivation}
+        assert {type(action) for rank in plan.actions for action in rank} <= {
+            Forward,
+            SendActivation,
+            ReceiveActivation,
+        }
         if schedule == "zb-v":
             assert makespan == m + p - 1, (p, m)
         elif m >= p:
@@ -86,7 +104,9 @@ def expected_bubble(schedule, p, m, v, costs):
 
 def formula_holds(schedule, p, m, costs):
     if schedule == "zb-h1":
-        return m >= p and costs.backward_weight <= costs.forward  # a longer W cannot fill more than there is to wait
+        return (
+            m >= p and costs.backward_weight <= costs.forward
+        )  # a longer W cannot fill more than there is to wait
     if schedule == "zb-v":
         return m >= 2 * p - 1 and costs.forward == costs.backward_input == costs.backward_weight
     return True
@@ -98,7 +118,10 @@ def test_bubble_is_the_formulas(schedule, v):
     held = 0
     for costs, sizes in [(Costs(), SIZES), *((costs, SAMPLE) for costs in UNEVEN)]:
         for p, m in sizes:
-            bubble, expected = run(schedule, p, m, v, costs).bubble, expected_bubble(schedule, p, m, v, costs)
+            bubble, expected = (
+                run(schedule, p, m, v, costs).bubble,
+                expected_bubble(schedule, p, m, v, costs),
+            )
             assert bubble > expected - EXACT, (p, m, costs)
             if formula_holds(schedule, p, m, costs):
                 held += 1
@@ -111,7 +134,11 @@ def test_zb_h1_with_long_weight_gradients_waits_only_for_the_first_gradient():
     for p, m in SAMPLE:
         for costs in (Costs(1, 2, 3), Costs(3, 2, 3)):
             if m >= p:
-                assert run("zb-h1", p, m, 1, costs).bubble == (p - 1) * costs.backward_input, (p, m, costs)
+                assert run("zb-h1", p, m, 1, costs).bubble == (p - 1) * costs.backward_input, (
+                    p,
+                    m,
+                    costs,
+                )
 
 
 def test_zb_v_is_done_p_minus_1_chunks_after_its_work():
@@ -128,7 +155,10 @@ def test_zb_v_fills_the_gaps_that_few_micro_batches_leave():
 
 def test_the_later_schedules_are_the_shorter_ones():
     """What they are for, at 4 ranks and 8 micro-batches of 3 units each: 24 units of work."""
-    makespans = [run(schedule, 4, 8, v).makespan for schedule, v in (("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2))]
+    makespans = [
+        run(schedule, 4, 8, v).makespan
+        for schedule, v in (("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2))
+    ]
     assert makespans == [33, 28.5, 27, 25.5]
 
 
@@ -177,7 +207,16 @@ def test_one_rank_works_by_itself(schedule, v):
 
 
 def test_1f1b_on_one_rank_alternates():
-    assert make_plan("1f1b", 1, 3).actions == ((Forward(0, 0), Backward(0, 0), Forward(0, 1), Backward(0, 1), Forward(0, 2), Backward(0, 2)),)
+    assert make_plan("1f1b", 1, 3).actions == (
+        (
+            Forward(0, 0),
+            Backward(0, 0),
+            Forward(0, 1),
+            Backward(0, 1),
+            Forward(0, 2),
+            Backward(0, 2),
+        ),
+    )
 
 
 @every_kind
@@ -185,13 +224,29 @@ def test_place_is_the_inverse_of_stage(schedule, v):
     for p in range(1, 9):
         placement = Placement(schedule, p, v)
         places = [(rank, chunk) for rank in range(p) for chunk in range(v)]
-        assert sorted(placement.stage(*place) for place in places) == list(range(placement.num_stages))
+        assert sorted(placement.stage(*place) for place in places) == list(
+            range(placement.num_stages)
+        )
         assert all(placement.place(placement.stage(*place)) == place for place in places)
 
 
 def test_stages_go_round_the_ranks_or_down_and_up_again():
-    assert [Placement("interleaved", 3, 2).place(stage)[0] for stage in range(6)] == [0, 1, 2, 0, 1, 2]
-    assert [Placement("zb-v", 3, 2).place(stage) for stage in range(6)] == [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (0, 1)]
+    assert [Placement("interleaved", 3, 2).place(stage)[0] for stage in range(6)] == [
+        0,
+        1,
+        2,
+        0,
+        1,
+        2,
+    ]
+    assert [Placement("zb-v", 3, 2).place(stage) for stage in range(6)] == [
+        (0, 0),
+        (1, 0),
+        (2, 0),
+        (2, 1),
+        (1, 1),
+        (0, 1),
+    ]
 
 
 def test_two_ranks_1f1b_by_hand():
@@ -233,8 +288,16 @@ def in_order_of_queue(plan):
     for rank, actions in enumerate(plan.actions):
         for action in actions:
             if isinstance(action, Message):
-                stage = plan.stage(rank, action.chunk) + {SendActivation: 1, SendGradient: -1}.get(type(action), 0)
-                queues[rank, action.peer].append((isinstance(action, SendActivation | ReceiveActivation), stage, action.microbatch))
+                stage = plan.stage(rank, action.chunk) + {SendActivation: 1, SendGradient: -1}.get(
+                    type(action), 0
+                )
+                queues[rank, action.peer].append(
+                    (
+                        isinstance(action, SendActivation | ReceiveActivation),
+                        stage,
+                        action.microbatch,
+                    )
+                )
     return queues
 
 
@@ -250,13 +313,22 @@ def test_receives_are_posted_a_compute_action_ahead(schedule, v):
     """Unless the action before makes a message that comes first in the same queue: then directly behind that."""
     for p, m in SAMPLE:
         for actions in make_plan(schedule, p, m, v).actions:
-            computes = [index for index, action in enumerate(actions) if not isinstance(action, Message)]
+            computes = [
+                index for index, action in enumerate(actions) if not isinstance(action, Message)
+            ]
             for before, index in pairwise(computes):
                 between, user = actions[before + 1 : index], actions[index]
                 receive = ReceiveActivation if isinstance(user, Forward) else ReceiveGradient
-                sent_to = [action.peer for action in between if isinstance(action, SendActivation | SendGradient)]
+                sent_to = [
+                    action.peer
+                    for action in between
+                    if isinstance(action, SendActivation | SendGradient)
+                ]
                 for action in between:
-                    if isinstance(action, receive) and (action.chunk, action.microbatch) == (user.chunk, user.microbatch):
+                    if isinstance(action, receive) and (action.chunk, action.microbatch) == (
+                        user.chunk,
+                        user.microbatch,
+                    ):
                         assert action.peer in sent_to, (p, m, user)
 
 
@@ -266,7 +338,10 @@ def test_receives_are_posted_a_compute_action_ahead(schedule, v):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("2f2b", 4, 8), "no pipeline schedule '2f2b'; there are gpipe, 1f1b, interleaved, zb-h1, zb-v"),
+        (
+            ("2f2b", 4, 8),
+            "no pipeline schedule '2f2b'; there are gpipe, 1f1b, interleaved, zb-h1, zb-v",
+        ),
         (("1f1b", 4, 8, 2), "1f1b has 1 chunk a rank, not 2; use interleaved"),
         (("zb-v", 4, 8, 1), "zb-v has 2 chunks a rank, not 1"),
         (("zb-v", 4, 8, 3), "zb-v has 2 chunks a rank, not 3"),
@@ -297,7 +372,12 @@ def test_every_rank_makes_the_same_plan():
     """They plan each for itself and must agree without a word, also where the hash of a string differs from process to process."""
     code = "from trivium.pipeline.plan import *; print(make_plan('zb-v', 4, 9, 2, Costs(1.1, 0.7, 0.9, transfer=0.03)))"
     plans = {
-        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
         for seed in ("1", "2")
     }
     assert len(plans) == 1 and len(plans.pop()) > 1000
@@ -311,24 +391,44 @@ def cases(draw):
     schedule, v = draw(st.sampled_from(KINDS))
     p, m = draw(st.integers(1, 6)), draw(st.integers(1, 16))
     stages = draw(st.one_of(st.just(()), st.tuples(*[numbers] * (p * v))))
-    return schedule, p, m, v, Costs(draw(numbers), draw(numbers), draw(numbers), draw(st.sampled_from([0.0, 0.01, 0.5])), stages)
+    return (
+        schedule,
+        p,
+        m,
+        v,
+        Costs(
+            draw(numbers),
+            draw(numbers),
+            draw(numbers),
+            draw(st.sampled_from([0.0, 0.01, 0.5])),
+            stages,
+        ),
+    )
 
 
 def makespan_without_queues(plan, costs):
     """When the last action ends if every message goes off as soon as it is made, whatever else is under way."""
     ends, clock, at = {}, [0.0] * plan.num_ranks, [0] * plan.num_ranks
-    actions = [[action for action in rank if not isinstance(action, Message)] for rank in plan.actions]
+    actions = [
+        [action for action in rank if not isinstance(action, Message)] for rank in plan.actions
+    ]
     while any(position < len(rank) for position, rank in zip(at, actions, strict=True)):
         for rank in range(plan.num_ranks):
             while at[rank] < len(actions[rank]):
                 action = actions[rank][at[rank]]
                 stage, forward = plan.stage(rank, action.chunk), isinstance(action, Forward)
                 source = stage - 1 if forward else stage + 1
-                hop = 0.0 if not 0 <= source < plan.num_stages or plan.place(source)[0] == rank else costs.transfer * plan.num_chunks
+                hop = (
+                    0.0
+                    if not 0 <= source < plan.num_stages or plan.place(source)[0] == rank
+                    else costs.transfer * plan.num_chunks
+                )
                 waits = not isinstance(action, BackwardWeight) and 0 <= source < plan.num_stages
                 if waits and (forward, source, action.microbatch) not in ends:
                     break
-                clock[rank] = max(clock[rank], ends[forward, source, action.microbatch] + hop if waits else 0.0) + costs.of(type(action), stage)
+                clock[rank] = max(
+                    clock[rank], ends[forward, source, action.microbatch] + hop if waits else 0.0
+                ) + costs.of(type(action), stage)
                 if not isinstance(action, BackwardWeight):
                     ends[forward, stage, action.microbatch] = clock[rank]
                 at[rank] += 1
@@ -345,7 +445,9 @@ def test_queues_cost_no_time_when_messages_take_none(case):
     assert simulate(plan, costs).makespan == pytest.approx(makespan_without_queues(plan, costs))
 
 
-@pytest.mark.parametrize(("schedule", "v"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1)])
+@pytest.mark.parametrize(
+    ("schedule", "v"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1)]
+)
 def test_queues_cost_no_time_when_the_transfer_was_planned_for(schedule, v):
     """Known how long messages take, they are listed in the order in which they will be made."""
     costs = Costs(transfer=0.2)
@@ -365,7 +467,11 @@ def test_any_plan_completes_at_any_speed(case, factor, forward_only):
     """A plan stays free of deadlock when the real times are not those it was made from: uneven, slower, with slow messages."""
     schedule, p, m, v, costs = case
     plan = make_plan(schedule, p, m, v, costs, forward_only=forward_only)
-    work = [sum(costs.stages[plan.stage(rank, chunk)] if costs.stages else 1.0 for chunk in range(v)) / v for rank in range(p)]
+    work = [
+        sum(costs.stages[plan.stage(rank, chunk)] if costs.stages else 1.0 for chunk in range(v))
+        / v
+        for rank in range(p)
+    ]
     once = costs.forward + (0.0 if forward_only else costs.backward_input + costs.backward_weight)
     timeline = simulate(plan, costs)
     assert timeline.busy == pytest.approx([m * share * once for share in work])

@@ -57,41 +57,73 @@ ZERO1 = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gathe
         ("", "gradient", float("nan")),
         ("", "loss alone", float("inf")),
         (ZERO1, "gradient", float("nan")),
-        ("--pipeline-model-parallel-size 2", "loss", float("nan")),  # which only the last stage sees
+        (
+            "--pipeline-model-parallel-size 2",
+            "loss",
+            float("nan"),
+        ),  # which only the last stage sees
         ("--tensor-model-parallel-size 2 --sequence-parallel", "gradient", float("inf")),
     ],
 )
-def test_one_bad_micro_batch_on_one_rank_skips_the_update_everywhere(data, tmp_path, layout, where, value):
+def test_one_bad_micro_batch_on_one_rank_skips_the_update_everywhere(
+    data, tmp_path, layout, where, value
+):
     """After the skip the run goes on, its weights as if the bad batch had never been: the loss falls on."""
-    run_ranks(2, poisoned_run, f"{RUN} {layout} --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl", 6, value, where)
+    run_ranks(
+        2,
+        poisoned_run,
+        f"{RUN} {layout} --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl",
+        6,
+        value,
+        where,
+    )
     rows = rows_of(tmp_path / "m.jsonl")
     assert [row["iteration"] for row in rows if row["skipped"]] == [6]
-    assert (rows[5]["lm_loss"] is None) == (where != "gradient") and (rows[5]["grad_norm"] is None) == (where != "loss alone")
-    assert rows[6]["learning_rate"] != rows[5]["learning_rate"] and rows[6]["consumed_samples"] == 7 * 8
-    assert all(row["lm_loss"] is not None for row in rows[6:]) and rows[-1]["lm_loss"] < rows[4]["lm_loss"]
+    assert (rows[5]["lm_loss"] is None) == (where != "gradient") and (
+        rows[5]["grad_norm"] is None
+    ) == (where != "loss alone")
+    assert (
+        rows[6]["learning_rate"] != rows[5]["learning_rate"]
+        and rows[6]["consumed_samples"] == 7 * 8
+    )
+    assert (
+        all(row["lm_loss"] is not None for row in rows[6:])
+        and rows[-1]["lm_loss"] < rows[4]["lm_loss"]
+    )
 
 
 def test_the_skipped_iteration_is_named_and_counted(data, tmp_path, capsys):
     poisoned_run(Mesh.plan(1, 0), f"{RUN} --data-path {data}", 6, float("nan"), "loss")
     out = capsys.readouterr().out
     assert "warning: iteration 6: the loss is nan; the update is skipped" in out
-    assert re.search(r"iteration +10/ +20 .*number of skipped iterations: +1 \| number of nan iterations: +1 \|", out)
+    assert re.search(
+        r"iteration +10/ +20 .*number of skipped iterations: +1 \| number of nan iterations: +1 \|",
+        out,
+    )
 
 
 def test_fp16_finds_its_scale_and_then_trains(data, tmp_path):
     """From a scale of 2^32 updates overflow and are skipped until gradients fit; learning rate and samples go on all the same."""
-    train(f"{RUN} --fp16 --hysteresis 1 --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl --train-iters 60 --lr-decay-iters 60")
+    train(
+        f"{RUN} --fp16 --hysteresis 1 --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl --train-iters 60 --lr-decay-iters 60"
+    )
     rows = rows_of(tmp_path / "m.jsonl")
     skipped = [row["iteration"] for row in rows if row["skipped"]]
     assert skipped[:4] == [1, 2, 3, 4] and len(skipped) < 30 and skipped[-1] < 30
     assert rows[-1]["loss_scale"] == 2.0 ** (32 - len(skipped))
-    assert rows[3]["learning_rate"] > rows[1]["learning_rate"] and rows[3]["consumed_samples"] == 4 * 8
+    assert (
+        rows[3]["learning_rate"] > rows[1]["learning_rate"] and rows[3]["consumed_samples"] == 4 * 8
+    )
     assert rows[-1]["lm_loss"] < 0.8 * rows[0]["lm_loss"]
 
 
 def test_bf16_and_fp16_follow_fp32(data, tmp_path):
     """A smoke test: 20 losses within 1% of fp32's, which no wrong scale or mean would leave them."""
-    for name, flags in (("fp32", ""), ("bf16", "--bf16"), ("fp16", "--fp16 --initial-loss-scale 4096")):
+    for name, flags in (
+        ("fp32", ""),
+        ("bf16", "--bf16"),
+        ("fp16", "--fp16 --initial-loss-scale 4096"),
+    ):
         train(f"{RUN} --data-path {data} --metrics-jsonl {tmp_path}/{name}.jsonl {flags}")
     reference = [row["lm_loss"] for row in rows_of(tmp_path / "fp32.jsonl")]
     for name in ("bf16", "fp16"):
@@ -105,7 +137,9 @@ def test_a_batch_with_no_prediction_left_is_skipped_and_is_no_overflow(tmp_path,
     write_ends(tmp_path / "ends")
     flags = "--eod-mask-loss --fp16 --initial-loss-scale 65536 --hysteresis 1 --train-iters 10"
     train(f"{RUN} --data-path {tmp_path}/ends {flags} --metrics-jsonl {tmp_path}/m.jsonl")
-    assert [(row["skipped"], row["lm_loss"], row["loss_scale"]) for row in rows_of(tmp_path / "m.jsonl")] == [(1, None, 65536)] * 10
+    assert [
+        (row["skipped"], row["lm_loss"], row["loss_scale"]) for row in rows_of(tmp_path / "m.jsonl")
+    ] == [(1, None, 65536)] * 10
     out = capsys.readouterr().out
     assert "iteration 1: its mask leaves no prediction; the update is skipped" in out
     assert re.search(r"number of skipped iterations: +5 \| number of nan iterations: +0", out)

@@ -10,7 +10,10 @@ from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data
 ROOT = Path(__file__).resolve().parents[2]
 # Unequal masks (--eod-mask-loss), gradient accumulation (global batch 8 of micro-batches of 2), a clip that bites, an
 # awkward vocabulary, hidden dropout in the same places.
-AWKWARD = SMALL + " --eod-mask-loss --attention-dropout 0 --hidden-dropout 0.1 --clip-grad 0.3 --eval-interval 10 --eval-iters 3 --split 80,20,0"
+AWKWARD = (
+    SMALL
+    + " --eod-mask-loss --attention-dropout 0 --hidden-dropout 0.1 --clip-grad 0.3 --eval-interval 10 --eval-iters 3 --split 80,20,0"
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,9 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data") / "small")
 
 
-@pytest.mark.parametrize(("model", "ranks"), [("", 2), (LLAMA, 2), (LLAMA, 4)], ids=["gpt-dp2", "llama-dp2", "llama-dp4"])
+@pytest.mark.parametrize(
+    ("model", "ranks"), [("", 2), (LLAMA, 2), (LLAMA, 4)], ids=["gpt-dp2", "llama-dp2", "llama-dp4"]
+)
 def test_losses_and_norms_equal_one_process(data, tmp_path, model, ranks):
     """fp32, 20 updates: sums in another order stay within 1e-5 relative; a wrong mask or mean is off by 1e-2 here."""
     for n in (1, ranks):
@@ -35,10 +40,14 @@ def test_losses_and_norms_equal_one_process(data, tmp_path, model, ranks):
 
 def test_micro_batch_size_does_not_matter(data, tmp_path):
     for micro in (1, 4, 8):
-        train(f"{AWKWARD} --micro-batch-size {micro} --data-path {data} --metrics-jsonl {tmp_path}/{micro}.jsonl")
+        train(
+            f"{AWKWARD} --micro-batch-size {micro} --data-path {data} --metrics-jsonl {tmp_path}/{micro}.jsonl"
+        )
     one, *others = (rows_of(tmp_path / f"{micro}.jsonl") for micro in (1, 4, 8))
     for rows in others:
-        assert [row["lm_loss"] for row in rows] == pytest.approx([row["lm_loss"] for row in one], rel=1e-5)
+        assert [row["lm_loss"] for row in rows] == pytest.approx(
+            [row["lm_loss"] for row in one], rel=1e-5
+        )
 
 
 def test_the_loss_is_the_masked_mean_over_the_global_batch(data, tmp_path):
@@ -60,14 +69,29 @@ def test_the_loss_is_the_masked_mean_over_the_global_batch(data, tmp_path):
     mask = ids[:, :-1] != 96
     _, losses = model.loss(ids[:, :-1], ids[:, 1:], mask)
     assert 0.9 < mask.float().mean() < 1
-    assert rows_of(tmp_path / "m.jsonl")[0]["lm_loss"] == pytest.approx((losses[mask].sum() / mask.sum()).item(), rel=1e-6)
+    assert rows_of(tmp_path / "m.jsonl")[0]["lm_loss"] == pytest.approx(
+        (losses[mask].sum() / mask.sum()).item(), rel=1e-6
+    )
 
 
 def test_torchrun_gives_the_losses_of_one_process(data, tmp_path):
     """Through the launcher that users use, with workers that read ahead."""
     arguments = f"{AWKWARD}{LLAMA} --num-workers 1 --data-path {data}".split()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "pretrain_gpt.py")]
-    result = subprocess.run([*launcher, *arguments, "--metrics-jsonl", f"{tmp_path}/2.jsonl"], capture_output=True, text=True, timeout=120)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "pretrain_gpt.py"),
+    ]
+    result = subprocess.run(
+        [*launcher, *arguments, "--metrics-jsonl", f"{tmp_path}/2.jsonl"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr
     train(" ".join([*arguments, "--metrics-jsonl", f"{tmp_path}/1.jsonl"]))
     one, two = ([row["lm_loss"] for row in rows_of(tmp_path / f"{n}.jsonl")] for n in (1, 2))
@@ -79,6 +103,12 @@ def test_kernels_do_not_change_the_losses(data, tmp_path, kernels):
     """Triton in its interpreter; fp32 sums in another order."""
     few = f"{AWKWARD}{LLAMA} --train-iters 4 --eval-iters 0 --data-path {data}"
     train(f"{few} --kernels torch --metrics-jsonl {tmp_path}/reference.jsonl")
-    train(f"{few} --kernels {kernels} --metrics-jsonl {tmp_path}/{kernels}.jsonl", 1 if kernels == "triton" else 2)
-    reference, found = ([row["lm_loss"] for row in rows_of(tmp_path / f"{name}.jsonl")] for name in ("reference", kernels))
+    train(
+        f"{few} --kernels {kernels} --metrics-jsonl {tmp_path}/{kernels}.jsonl",
+        1 if kernels == "triton" else 2,
+    )
+    reference, found = (
+        [row["lm_loss"] for row in rows_of(tmp_path / f"{name}.jsonl")]
+        for name in ("reference", kernels)
+    )
     assert found == pytest.approx(reference, rel=1e-5)
