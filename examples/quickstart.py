@@ -23,8 +23,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trivium.data.indexed import IndexedDataset
+from trivium.interop.pretrained import load_pretrained
 from trivium.train.metrics import read_rows
-from trivium.train.pretrained import load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 # Tests, other people's packages, and files that are tables rather than programs.

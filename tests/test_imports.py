@@ -15,7 +15,6 @@ FOR_ALL = {"presets", "logs", "config"}  # plain values and words: no torch in t
 FOUNDATION = {
     "mesh",
     "layout",
-    "name_map",
     "comm",
     "autograd",
     "gradients",
@@ -33,7 +32,6 @@ MAY_IMPORT = {
     "launch": {"mesh"},
     "mesh": set(),
     "layout": {"mesh"},
-    "name_map": {"layout"},
     "comm": {"mesh", "layout"},
     "autograd": set(),
     "gradients": {"mesh", "layout"},
@@ -55,8 +53,10 @@ MAY_IMPORT = {
     "checkpoint": {"layout", "mesh", "comm"},
     "parallel": FOUNDATION,
     "model": FOUNDATION | {"parallel"},
+    "interop": FOUNDATION | {"flags", "validate", "data", "checkpoint", "model"},
     "train": FOUNDATION
     | {
+        "interop",
         "flags",
         "validate",
         "launch",

@@ -24,13 +24,13 @@ from _bench_parallel import random_batches
 
 from trivium import flags, launch, ops
 from trivium.checkpoint.background import Background
-from trivium.checkpoint.hf import Outgoing, write_folder
 from trivium.checkpoint.load import open_checkpoint
 from trivium.checkpoint.save import save
 from trivium.config import Config, resolve
-from trivium.model.families import write_config
-from trivium.model.hf_names import hf_places
-from trivium.name_map import their_shapes
+from trivium.interop.families import write_config
+from trivium.interop.hf_folder import Outgoing, write_folder
+from trivium.interop.hf_names import hf_places
+from trivium.interop.name_map import their_shapes
 from trivium.precision import working_dtype
 from trivium.presets import PRESETS, published_vocabulary
 from trivium.train.build import build_trainer

@@ -13,10 +13,10 @@ from torch import nn
 from trivium import launch, ops
 from trivium.config import Config
 from trivium.data.loader import Batch
-from trivium.model.families import write_config
+from trivium.interop.families import write_config
+from trivium.interop.hf_names import hf_places
+from trivium.interop.name_map import assemble, their_shapes
 from trivium.model.gpt import GPT
-from trivium.model.hf_names import hf_places
-from trivium.name_map import assemble, their_shapes
 from trivium.precision import working_dtype
 from trivium.train.build import build_trainer
 from trivium.train.progress import Progress

@@ -8,8 +8,8 @@ import torch
 from _cli import BadArgument, Parser
 
 from trivium.data.tokenizer import Tokenizer, build_tokenizer
+from trivium.interop.pretrained import Pretrained, load_pretrained
 from trivium.launch import choose_device
-from trivium.train.pretrained import Pretrained, load_pretrained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

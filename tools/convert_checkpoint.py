@@ -12,20 +12,20 @@ from trivium.config import ConfigError, DataConfig
 from trivium.data.errors import DataError
 from trivium.data.tokenizer import build_tokenizer
 from trivium.flags import read_config
-from trivium.mesh import Axis
-from trivium.model.families import FAMILIES
-from trivium.train.convert import (
+from trivium.interop.convert import (
     Described,
     copy_tokenizer,
     new_folder,
     rewrite_checkpoint,
     write_checkpoint,
 )
-from trivium.train.export import export_hf
-from trivium.train.hf_model import HFModel
-from trivium.train.megatron import MegatronDist
-from trivium.train.nanogpt import NanoGPT
-from trivium.train.pretrained import load_pretrained
+from trivium.interop.export import export_hf
+from trivium.interop.families import FAMILIES
+from trivium.interop.hf_model import HFModel
+from trivium.interop.megatron import MegatronDist
+from trivium.interop.nanogpt import NanoGPT
+from trivium.interop.pretrained import load_pretrained
+from trivium.mesh import Axis
 
 EXAMPLE = (
     "python tools/convert_checkpoint.py --from hf --to trivium --load Llama-3.2-1B --save RUN\n  "

@@ -29,7 +29,7 @@ from trivium.config import (
     resolve,
 )
 from trivium.data.tokenizer import build_tokenizer
-from trivium.model.families import read_flags
+from trivium.interop.families import read_flags
 from trivium.pipeline.choose import placement_of
 from trivium.pipeline.plan import Costs, make_plan
 from trivium.pipeline.simulate import simulate

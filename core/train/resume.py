@@ -14,9 +14,9 @@ from ..checkpoint.retention import Retention
 from ..checkpoint.save import save
 from ..config import CheckpointConfig, ModelConfig
 from ..flags import write_config
+from ..interop.families import differences
+from ..interop.hf_model import HFModel, is_hf_folder
 from ..layout import Piece
-from ..model.families import differences
-from .hf_model import HFModel, is_hf_folder
 from .load_modes import MODES, Restored, load_mode, parse_config, restored_by, table, to_go_on_with
 from .progress import Progress
 from .step import Trainer

@@ -12,9 +12,9 @@ import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
 from runs import tool
 
+from trivium.interop.megatron import MegatronDist
+from trivium.interop.pretrained import load_pretrained
 from trivium.mesh import Mesh
-from trivium.train.megatron import MegatronDist
-from trivium.train.pretrained import load_pretrained
 
 pytest.importorskip("megatron.core.dist_checkpointing")
 

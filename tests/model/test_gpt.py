@@ -7,10 +7,10 @@ import torch
 
 from trivium import rng
 from trivium.config import ModelConfig
-from trivium.model import families
+from trivium.interop import families
+from trivium.interop.hf_names import hf_places
 from trivium.model.generate import Sampling, choose, generate
 from trivium.model.gpt import GPT, Passage
-from trivium.model.hf_names import hf_places
 from trivium.ops import Ops
 
 transformers = pytest.importorskip("transformers")

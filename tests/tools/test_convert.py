@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from model.families import write_peer
+from interop.families import write_peer
 from runs import NO_DROPOUT, ROOT, SMALL, TP, rows_of, tool, train
 from safetensors.torch import load_file, save_file
 
@@ -19,8 +19,8 @@ from trivium.checkpoint.load import open_checkpoint
 from trivium.checkpoint.manifest import CheckpointError
 from trivium.checkpoint.shards import checksum
 from trivium.config import ConfigError
+from trivium.interop.pretrained import load_pretrained
 from trivium.mesh import Axis
-from trivium.train.pretrained import load_pretrained
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")

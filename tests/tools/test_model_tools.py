@@ -9,7 +9,7 @@ import torch
 from runs import LLAMA, NO_DROPOUT, ROOT, SMALL, tool, train
 
 from trivium.data.indexed import IndexedDataset
-from trivium.train.pretrained import load_pretrained
+from trivium.interop.pretrained import load_pretrained
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 
 from ..config import ModelConfig
-from ..name_map import Place, Run
+from ..model.gpt import GPT
 from ..ops import Ops
 from .families import family_of
-from .gpt import GPT
+from .name_map import Place, Run
 
 _LLAMA = {
     "attention_norm": "input_layernorm",

@@ -7,8 +7,8 @@ import torch
 
 from ..checkpoint.manifest import CheckpointError
 from ..config import ModelConfig, wrong_types
-from ..model.hf_names import nanogpt_places, part_shapes
 from ..validate import model_problems
+from .hf_names import nanogpt_places, part_shapes
 
 FILE_NAME = "ckpt.pt"
 _COMPILED = "_orig_mod."  # torch.compile's prefix

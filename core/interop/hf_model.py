@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.hf import HFFolder
 from ..checkpoint.manifest import CheckpointError
 from ..config import DataConfig
 from ..layout import Box, Piece
-from ..model.families import read_config
-from ..model.hf_names import hf_places
-from ..name_map import read_piece, their_shapes
 from ..validate import model_problems
+from .families import read_config
+from .hf_folder import HFFolder
+from .hf_names import hf_places
+from .name_map import read_piece, their_shapes
 
 # What old folders hold beside weights: tables that are made anew.
 _TABLES = (

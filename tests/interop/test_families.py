@@ -8,7 +8,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from model.families import CONFIGS, LENGTH, VOCAB, tokens_of, write_peer
+from interop.families import CONFIGS, LENGTH, VOCAB, tokens_of, write_peer
 from ranks import run_ranks
 from runs import CP, PP, SP, TP
 from safetensors.torch import load_file, save_file
@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from trivium import flags
 from trivium.checkpoint.manifest import CheckpointError
 from trivium.config import resolve
+from trivium.interop.export import export_weights
+from trivium.interop.families import export_problems
+from trivium.interop.hf_model import HFModel
+from trivium.interop.name_map import assemble, their_shapes
 from trivium.mesh import Mesh
-from trivium.model.families import export_problems
 from trivium.model.generate import Sampling, generate
 from trivium.model.gpt import GPT, Passage
-from trivium.name_map import assemble, their_shapes
 from trivium.ops import Ops, native
 from trivium.parallel.context import local_tokens, token_positions
 from trivium.train.build import build_stages
-from trivium.train.export import export_weights
-from trivium.train.hf_model import HFModel
 from trivium.validate import validate
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint import publish
+from ..checkpoint.manifest import CheckpointError, is_plain_name, read_json
+from ..checkpoint.serialize import Stored, write_shard
+from ..checkpoint.shards import DTYPE_NAMES, STORED_DTYPES, host_bytes, open_shard, read_box
 from ..layout import Box
-from . import publish
-from .manifest import CheckpointError, is_plain_name, read_json
-from .serialize import Stored, write_shard
-from .shards import DTYPE_NAMES, STORED_DTYPES, host_bytes, open_shard, read_box
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers writes them

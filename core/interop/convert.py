@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 
 from ..checkpoint import publish
-from ..checkpoint.hf import HFFolder
 from ..checkpoint.load import Checkpoint
 from ..checkpoint.manifest import CheckpointError
 from ..checkpoint.part import Block, complete, write_part
@@ -23,6 +22,7 @@ from ..data.tokenizer import HF_FILES, build_tokenizer
 from ..flags import write_config
 from ..precision import LossScaler
 from .export import GENERATION_FILE, SPECIAL_IDS, TOKENIZER_FOLDER
+from .hf_folder import HFFolder
 from .hf_model import tokenizer_of
 
 MAX_SHARD_BYTES = 1 << 30

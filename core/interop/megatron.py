@@ -12,9 +12,9 @@ from ..checkpoint import publish
 from ..checkpoint.manifest import CheckpointError, intersect, is_plain_name
 from ..config import ModelConfig, wrong_types
 from ..layout import Box
-from ..model.hf_names import part_shapes
-from ..name_map import Place, Run
 from ..validate import model_problems
+from .hf_names import part_shapes
+from .name_map import Place, Run
 from .plain_pickle import read_plain
 
 # Ours -> theirs; the second name is that of Transformer Engine's fused layers.

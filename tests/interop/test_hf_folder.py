@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trivium.checkpoint.hf import HFFolder, Outgoing, write_folder
 from trivium.checkpoint.manifest import CheckpointError
+from trivium.interop.hf_folder import HFFolder, Outgoing, write_folder
 
 TENSORS = {
     "model.embed.weight": torch.arange(60.0).view(10, 6),

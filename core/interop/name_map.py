@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .layout import Box, Piece
+from ..layout import Box, Piece
 
 
 class Run(NamedTuple):

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import hf
 from ..checkpoint.load import Checkpoint
 from ..checkpoint.manifest import read_json
 from ..config import Config, ConfigError, ModelConfig
 from ..flags import read_config
-from ..model.families import export_problems, write_config
-from ..model.hf_names import hf_places
-from ..name_map import assemble, their_shapes
 from ..precision import working_dtype
+from . import hf_folder
+from .families import export_problems, write_config
+from .hf_names import hf_places
+from .name_map import assemble, their_shapes
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FOLDER = "tokenizer"  # beside the checkpoints of a model that came from Hugging Face
@@ -72,13 +72,13 @@ def export_weights(
     places = hf_places(config, vocab_size)
     dtypes = {place.name: dtype_of(part) for part, place in places.items()}
     tensors = [
-        hf.Outgoing(name, shape, dtypes[name], partial(assemble, name, places, read))
+        hf_folder.Outgoing(name, shape, dtypes[name], partial(assemble, name, places, read))
         for name, shape in their_shapes(places).items()
     ]
     special = {
         key: generation.get(key) for key in SPECIAL_IDS
     }  # all of them: some families have defaults outside of the vocabulary
-    hf.write_folder(
+    hf_folder.write_folder(
         folder,
         tensors,
         write_config(
