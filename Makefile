@@ -42,7 +42,7 @@ test: $(VENV)/.peers lint  ## ruff and every test that needs neither a GPU nor p
 	@$(PYTEST) -m "not soak and not gpu and not parity"
 
 parity: $(VENV)/.ready  ## every layout against one process, and the ways to break the engine that this must notice
-	@$(PYTEST) -m "not soak and not gpu" tests/parity tests/interop/test_families.py tests/model/test_memory.py
+	@$(PYTEST) -m "not soak and not gpu" tests/parity tests/interop/test_families.py tests/estimate/test_memory.py
 
 soak: $(VENV)/.peers  ## the long proofs
 	@$(PY) -m pytest -m soak

@@ -21,10 +21,10 @@ from trivium.data.dataset import Datasets, build_datasets
 from trivium.data.errors import DataError
 from trivium.data.loader import MicroBatches
 from trivium.data.tokenizer import Tokenizer, build_tokenizer
+from trivium.estimate.flops import total_parameters
 from trivium.interop import families
 from trivium.interop.export import export_hf
 from trivium.mesh import Mesh
-from trivium.model.flops import total_parameters
 from trivium.precision import working_dtype
 from trivium.presets import PRESETS, published_vocabulary
 from trivium.train.build import build_trainer

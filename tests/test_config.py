@@ -10,10 +10,10 @@ from runs import CHUNKS, CP, INSTANCES, PP, RECOMPUTE, SCHEDULE, STRATEGY, TP, Z
 import pretrain_gpt
 from trivium import flags
 from trivium.config import Config, ConfigError, resolve
+from trivium.estimate.flops import total_parameters
 from trivium.interop.families import read_flags
 from trivium.launch import Place
 from trivium.mesh import Mesh
-from trivium.model.flops import total_parameters
 from trivium.presets import PRESETS, published_vocabulary
 from trivium.validate import validate
 

@@ -53,9 +53,11 @@ MAY_IMPORT = {
     "checkpoint": {"layout", "mesh", "comm"},
     "parallel": FOUNDATION,
     "model": FOUNDATION | {"parallel"},
+    "estimate": {"pipeline", "validate"},
     "interop": FOUNDATION | {"flags", "validate", "data", "checkpoint", "model"},
     "train": FOUNDATION
     | {
+        "estimate",
         "interop",
         "flags",
         "validate",

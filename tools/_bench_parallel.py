@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _plan_costs import Hardware
-from _plan_layout import Layout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trivium import flags, launch, ops
 from trivium.config import resolve
 from trivium.data.loader import Batch
+from trivium.estimate.candidate import Layout
+from trivium.estimate.costs import Hardware
 from trivium.precision import working_dtype
 from trivium.train.build import build_trainer
 from trivium.train.progress import Progress

@@ -11,7 +11,7 @@ from _bench_parallel import run_layout, summary
 from _bench_train import GPT, LLAMA, measure
 from _bench_turns import Candidate
 
-from trivium.model.flops import total_parameters
+from trivium.estimate.flops import total_parameters
 
 # name: processes, flags. Each has the micro-batch that suits it: a pipeline needs several.
 LAYOUTS = {

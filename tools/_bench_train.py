@@ -14,7 +14,7 @@ from _bench_limits import CUBE, PEAK_SECONDS, Peaks, matrix_peaks
 from _bench_turns import Candidate, Turns, take_turns
 
 from trivium.config import Config
-from trivium.model.flops import flops_per_token
+from trivium.estimate.flops import flops_per_token
 
 COMMON = (
     "--micro-batch-size 16 --global-batch-size 16 --seq-length 256 --max-position-embeddings 256 --num-layers 6 --hidden-size 384 "

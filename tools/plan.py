@@ -2,7 +2,7 @@
 
 Takes every flag of pretrain_gpt.py. A --search keeps those given and chooses the rest of the layout, with --bf16 unless another number
 format is given. With --num-microbatches and no model: the schedule alone. GB are 10^9 bytes. Times come from a simple model, described in
-tools/_plan_costs.py: they are for comparing layouts.
+core/estimate/costs.py: they are for comparing layouts.
 """
 
 import argparse
@@ -11,11 +11,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from _cli import BadArgument, Parser, positive, run
-from _plan_costs import Hardware
-from _plan_draw import check_picture, draw
-from _plan_layout import Layout
-from _plan_report import as_json, comparison, report, schedule_report, timeline_json
-from _plan_search import Search
 
 from trivium import flags
 from trivium.config import (
@@ -29,6 +24,11 @@ from trivium.config import (
     resolve,
 )
 from trivium.data.tokenizer import build_tokenizer
+from trivium.estimate.candidate import Layout
+from trivium.estimate.costs import Hardware
+from trivium.estimate.draw import check_picture, draw
+from trivium.estimate.report import as_json, comparison, report, schedule_report, timeline_json
+from trivium.estimate.search import Search
 from trivium.interop.families import read_flags
 from trivium.pipeline.choose import placement_of
 from trivium.pipeline.plan import Costs, make_plan

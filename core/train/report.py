@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from ..config import Config
+from ..estimate.flops import flops_per_token, peak_flops
 from ..mesh import Mesh
-from ..model.flops import flops_per_token, peak_flops
 from .metrics import Console, EvaluationRow, MetricsFile, Row, TensorBoard, draw_losses, read_rows
 from .step import StepResult
 

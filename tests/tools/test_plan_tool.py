@@ -19,17 +19,17 @@ from runs import CHUNKS, CP, PP, RECOMPUTE, SP, STRATEGY, TP, ZERO1
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import plan as tool
-from _plan_costs import Hardware, exposed, gather
-from _plan_draw import BUBBLE, boxes_of, figure_of
-from _plan_layout import Layout, fullest, moments, simulated_microbatches
-from _plan_report import as_json
-from _plan_search import Search
 
 import pretrain_gpt
 from trivium import comm, flags
 from trivium.config import Config, resolve
+from trivium.estimate.activations import Activations
+from trivium.estimate.candidate import Layout, fullest, moments, simulated_microbatches
+from trivium.estimate.costs import Hardware, exposed, gather
+from trivium.estimate.draw import BUBBLE, boxes_of, figure_of
+from trivium.estimate.report import as_json
+from trivium.estimate.search import Search
 from trivium.launch import Place
-from trivium.model.activations import Activations
 from trivium.pipeline.plan import Backward, BackwardInput, BackwardWeight, Costs, Forward, make_plan
 from trivium.pipeline.simulate import simulate
 from trivium.presets import PRESETS
@@ -181,7 +181,7 @@ def test_long_runs_are_timed_by_their_first_micro_batches(schedule, p, v, monkey
     short = layout_of(line, p)
     assert short.num_microbatches == 300 and short.plan.num_microbatches < 100
     whole = layout_of(line, p)
-    monkeypatch.setattr("_plan_layout.simulated_microbatches", lambda p, m: m)
+    monkeypatch.setattr("trivium.estimate.candidate.simulated_microbatches", lambda p, m: m)
     assert whole.plan.num_microbatches == 300
     assert short.makespan == pytest.approx(whole.makespan, rel=1e-6)
     assert [rank.total for rank in short.memory] == [rank.total for rank in whole.memory]

@@ -11,9 +11,9 @@ of `efficiency`.
 from dataclasses import dataclass
 from math import gcd
 
-from trivium.config import ModelConfig
-from trivium.model.activations import Cut
-from trivium.model.memory import FP32, Chunk, local_widths
+from ..config import ModelConfig
+from .activations import Cut
+from .memory import FP32, Chunk, local_widths
 
 HIDDEN = 0.15  # collectives run on about 20 of an H100's 132 multiprocessors
 

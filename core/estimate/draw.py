@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _cli import BadArgument
-
-from trivium.pipeline.plan import Backward, BackwardInput, BackwardWeight, Forward
-from trivium.pipeline.simulate import Timeline
+from ..pipeline.plan import Backward, BackwardInput, BackwardWeight, Forward
+from ..pipeline.simulate import Timeline
 
 SUFFIXES = (".png", ".svg")
 NAMES = {
@@ -51,11 +49,11 @@ def boxes_of(timeline: Timeline) -> list[Box]:
 
 
 def check_picture(path: Path) -> None:
-    """Raises BadArgument where no picture can be written."""
+    """Raises ValueError where no picture can be written."""
     if path.suffix.lower() not in SUFFIXES:
-        raise BadArgument(f"--draw {path}: a picture ends in {' or '.join(SUFFIXES)}")
+        raise ValueError(f"--draw {path}: a picture ends in {' or '.join(SUFFIXES)}")
     if not path.parent.is_dir():
-        raise BadArgument(f"--draw {path}: no folder {path.parent}")
+        raise ValueError(f"--draw {path}: no folder {path.parent}")
 
 
 def draw(timeline: Timeline, title: str, unit: str, path: Path) -> None:

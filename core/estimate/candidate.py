@@ -5,23 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import ge, mul
 
-from _plan_costs import (
-    Hardware,
-    Times,
-    all_reduce,
-    chunk_times,
-    context_bytes,
-    data_bytes,
-    exposed_data_seconds,
-    tensor_bytes,
-)
-
-from trivium.config import Config, data_parallel_size, key_value_copies, optimizer_shards
-from trivium.model.activations import Activations, Cut, activations_of
-from trivium.model.flops import flops_per_token
-from trivium.model.memory import FP32, Chunk, State, state_of, weights_of
-from trivium.pipeline.choose import placement_of, specs_of
-from trivium.pipeline.plan import (
+from ..config import Config, data_parallel_size, key_value_copies, optimizer_shards
+from ..pipeline.choose import placement_of, specs_of
+from ..pipeline.plan import (
     Action,
     Backward,
     BackwardInput,
@@ -33,7 +19,20 @@ from trivium.pipeline.plan import (
     Plan,
     make_plan,
 )
-from trivium.pipeline.simulate import Timeline, simulate
+from ..pipeline.simulate import Timeline, simulate
+from .activations import Activations, Cut, activations_of
+from .costs import (
+    Hardware,
+    Times,
+    all_reduce,
+    chunk_times,
+    context_bytes,
+    data_bytes,
+    exposed_data_seconds,
+    tensor_bytes,
+)
+from .flops import flops_per_token
+from .memory import FP32, Chunk, State, state_of, weights_of
 
 LONG = 96  # micro-batches and more of a plan that are not simulated one by one
 

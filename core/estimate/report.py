@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from _plan_costs import Times
-from _plan_layout import Layout, RankMemory
-
-from trivium.model.flops import total_parameters
-from trivium.pipeline.plan import Costs, Plan
-from trivium.pipeline.simulate import Timeline
+from ..pipeline.plan import Costs, Plan
+from ..pipeline.simulate import Timeline
+from .candidate import Layout, RankMemory
+from .costs import Times
+from .flops import total_parameters
 
 GB = 1e9
 ROWS = 12  # of a table of ranks; of more, the ends and the fullest

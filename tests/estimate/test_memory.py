@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from trivium import flags, ops, rng
 from trivium.config import Config, key_value_copies, resolve
+from trivium.estimate import activations
+from trivium.estimate.activations import Cut, activations_of, layer_saved
+from trivium.estimate.flops import total_parameters
+from trivium.estimate.memory import Chunk, layer_weights, state_of, weights_of
 from trivium.gradients import Deferral
 from trivium.launch import Place, plan_mesh
 from trivium.mesh import Mesh
-from trivium.model import activations
-from trivium.model.activations import Cut, activations_of, layer_saved
-from trivium.model.flops import total_parameters
 from trivium.model.gpt import GPT, Passage
-from trivium.model.memory import Chunk, layer_weights, state_of, weights_of
 from trivium.model.recompute import Recompute
 from trivium.ops import reference
 from trivium.optim.buckets import Reduction, make_buckets

@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import log
 
-from _plan_costs import (
+from ..config import SHARDING_STRATEGIES, Config, resolve
+from ..pipeline.plan import make_plan
+from ..validate import validate
+from .activations import Activations, Cut, activations_of
+from .candidate import Layout, Moment, fullest, moments
+from .costs import (
     Hardware,
     Times,
     chunk_times,
@@ -17,13 +22,7 @@ from _plan_costs import (
     exposed_data_seconds,
     tensor_bytes,
 )
-from _plan_layout import Layout, Moment, fullest, moments
-
-from trivium.config import SHARDING_STRATEGIES, Config, resolve
-from trivium.model.activations import Activations, Cut, activations_of
-from trivium.model.memory import Chunk, state_of, weights_of
-from trivium.pipeline.plan import make_plan
-from trivium.validate import validate
+from .memory import Chunk, state_of, weights_of
 
 FINALISTS = 8
 LARGEST_TP, LARGEST_MICRO_BATCH, MOST_CHUNKS = 8, 8, 8
