@@ -12,11 +12,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from trivium import flags, launch, logs, ops
+from trivium import launch, logs, ops
 from trivium.checkpoint.load import open_checkpoint
 from trivium.checkpoint.manifest import CheckpointError
 from trivium.comm import CommunicationError
-from trivium.config import Config, ConfigError, resolve
+from trivium.config import Config, ConfigError, flags, resolve
+from trivium.config.presets import PRESETS, published_vocabulary
+from trivium.config.validate import validate
 from trivium.data.dataset import Datasets, build_datasets
 from trivium.data.errors import DataError
 from trivium.data.loader import MicroBatches
@@ -26,14 +28,12 @@ from trivium.interop import families
 from trivium.interop.export import export_hf
 from trivium.mesh import Mesh
 from trivium.precision import working_dtype
-from trivium.presets import PRESETS, published_vocabulary
 from trivium.train.build import build_trainer
 from trivium.train.load_modes import with_cooldown
 from trivium.train.loop import Data, run
 from trivium.train.progress import Progress
 from trivium.train.report import Reporter
 from trivium.train.resume import RunState, load_problems
-from trivium.validate import validate
 
 # Seconds, more than rank 0 may be behind on a busy machine: a launcher ends all ranks as soon as one has left, and so ends this wait too.
 LAST_TO_LEAVE = 60.0

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trivium import flags
-from trivium.config import resolve
-from trivium.validate import validate
+from trivium.config import flags, resolve
+from trivium.config.validate import validate
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

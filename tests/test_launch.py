@@ -9,8 +9,7 @@ import torch
 from runs import ROOT, SMALL, free_port, rows_of, start_step
 
 import pretrain_gpt
-from trivium import flags
-from trivium.config import ConfigError, resolve
+from trivium.config import ConfigError, flags, resolve
 from trivium.launch import (
     Place,
     choose_device,

@@ -22,17 +22,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from _bench_parallel import random_batches
 
-from trivium import flags, launch, ops
+from trivium import launch, ops
 from trivium.checkpoint.background import Background
 from trivium.checkpoint.load import open_checkpoint
 from trivium.checkpoint.save import save
-from trivium.config import Config, resolve
+from trivium.config import Config, flags, resolve
+from trivium.config.presets import PRESETS, published_vocabulary
 from trivium.interop.families import write_config
 from trivium.interop.hf_folder import Outgoing, write_folder
 from trivium.interop.hf_names import hf_places
 from trivium.interop.name_map import their_shapes
 from trivium.precision import working_dtype
-from trivium.presets import PRESETS, published_vocabulary
 from trivium.train.build import build_trainer
 from trivium.train.progress import Progress
 

@@ -15,8 +15,8 @@ import _bench_peers as peers
 import torch
 from _bench_train import LLAMA
 
-from trivium import flags, launch, ops
-from trivium.config import Config, resolve
+from trivium import launch, ops
+from trivium.config import Config, flags, resolve
 from trivium.model.generate import Sampling, generate
 from trivium.model.gpt import GPT
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trivium import flags, launch, ops
-from trivium.config import resolve
+from trivium import launch, ops
+from trivium.config import flags, resolve
 from trivium.data.loader import Batch
 from trivium.estimate.candidate import Layout
 from trivium.estimate.costs import Hardware

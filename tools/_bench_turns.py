@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from trivium import flags, launch
-from trivium.config import Config, resolve
+from trivium import launch
+from trivium.config import Config, flags, resolve
 
 Build = Callable[[Config, Path, torch.device], Callable[[], float]]
 

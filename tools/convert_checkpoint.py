@@ -9,9 +9,9 @@ from _cli import BadArgument, Parser, positive, run
 
 from trivium.checkpoint.load import Checkpoint, open_checkpoint
 from trivium.config import ConfigError, DataConfig
+from trivium.config.flags import read_config
 from trivium.data.errors import DataError
 from trivium.data.tokenizer import build_tokenizer
-from trivium.flags import read_config
 from trivium.interop.convert import (
     Described,
     copy_tokenizer,

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from _cli import BadArgument, Parser, positive, run
 
-from trivium import flags
 from trivium.config import (
     CheckpointConfig,
     Config,
@@ -21,8 +20,12 @@ from trivium.config import (
     LoggingConfig,
     OptimizerConfig,
     data_parallel_size,
+    flags,
     resolve,
 )
+from trivium.config.megatron_flags import ALIASES
+from trivium.config.presets import PRESETS, published_vocabulary
+from trivium.config.validate import validate
 from trivium.data.tokenizer import build_tokenizer
 from trivium.estimate.candidate import Layout
 from trivium.estimate.costs import Hardware
@@ -33,8 +36,6 @@ from trivium.interop.families import read_flags
 from trivium.pipeline.choose import placement_of
 from trivium.pipeline.plan import Costs, make_plan
 from trivium.pipeline.simulate import simulate
-from trivium.presets import PRESETS, published_vocabulary
-from trivium.validate import validate
 
 EXAMPLE = """python tools/plan.py --preset llama3-8b --num-devices 8 --device-memory-gb 80 --seq-length 8192 --global-batch-size 512 --search
   python tools/plan.py --pipeline-schedule zb-v --pipeline-model-parallel-size 4 --num-microbatches 8 --draw zb-v.png"""
@@ -292,9 +293,7 @@ def vocabulary(config: Config, preset: str | None) -> int:
 def named(words: list[str], config: Config) -> set[str]:
     """The fields that the command line names, or a --config file sets to something else than their default."""
     found = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-    found = {
-        flags.ALIASES.get(name, (name,))[0].removeprefix("no-").replace("-", "_") for name in found
-    }
+    found = {ALIASES.get(name, (name,))[0].removeprefix("no-").replace("-", "_") for name in found}
     for section in (config.parallel, config.batch, config.precision):
         found |= {
             field.name for field in fields(section) if getattr(section, field.name) != field.default

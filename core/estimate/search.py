@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from math import log
 
 from ..config import SHARDING_STRATEGIES, Config, resolve
+from ..config.validate import validate
 from ..pipeline.plan import make_plan
-from ..validate import validate
 from .activations import Activations, Cut, activations_of
 from .candidate import Layout, Moment, fullest, moments
 from .costs import (

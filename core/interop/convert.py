@@ -18,8 +18,8 @@ from ..checkpoint.part import Block, complete, write_part
 from ..checkpoint.retention import Retention
 from ..checkpoint.shards import DTYPE_NAMES, host_bytes
 from ..config import Config, DataConfig, ModelConfig, PrecisionConfig
+from ..config.flags import write_config
 from ..data.tokenizer import HF_FILES, build_tokenizer
-from ..flags import write_config
 from ..precision import LossScaler
 from .export import GENERATION_FILE, SPECIAL_IDS, TOKENIZER_FOLDER
 from .hf_folder import HFFolder

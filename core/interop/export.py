@@ -9,7 +9,7 @@ import torch
 from ..checkpoint.load import Checkpoint
 from ..checkpoint.manifest import read_json
 from ..config import Config, ConfigError, ModelConfig
-from ..flags import read_config
+from ..config.flags import read_config
 from ..precision import working_dtype
 from . import hf_folder
 from .families import export_problems, write_config

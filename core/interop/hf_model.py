@@ -8,8 +8,8 @@ import torch
 
 from ..checkpoint.manifest import CheckpointError
 from ..config import DataConfig
+from ..config.validate import model_problems
 from ..layout import Box, Piece
-from ..validate import model_problems
 from .families import read_config
 from .hf_folder import HFFolder
 from .hf_names import hf_places

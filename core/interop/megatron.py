@@ -11,8 +11,8 @@ import torch
 from ..checkpoint import publish
 from ..checkpoint.manifest import CheckpointError, intersect, is_plain_name
 from ..config import ModelConfig, wrong_types
+from ..config.validate import model_problems
 from ..layout import Box
-from ..validate import model_problems
 from .hf_names import part_shapes
 from .name_map import Place, Run
 from .plain_pickle import read_plain

@@ -7,7 +7,7 @@ import torch
 
 from ..checkpoint.manifest import CheckpointError
 from ..config import ModelConfig, wrong_types
-from ..validate import model_problems
+from ..config.validate import model_problems
 from .hf_names import nanogpt_places, part_shapes
 
 FILE_NAME = "ckpt.pt"

@@ -9,7 +9,7 @@ from .. import ops
 from ..checkpoint.load import open_checkpoint
 from ..checkpoint.manifest import CheckpointError
 from ..config import DataConfig
-from ..flags import read_config
+from ..config.flags import read_config
 from ..layout import Piece
 from ..mesh import Axis
 from ..model.gpt import GPT

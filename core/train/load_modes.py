@@ -9,7 +9,7 @@ from ..checkpoint import publish
 from ..checkpoint.manifest import CheckpointError, read_text
 from ..checkpoint.part import CONFIG_FILE
 from ..config import CheckpointConfig, Config, ConfigError
-from ..flags import read_config
+from ..config.flags import read_config
 from ..optim.schedule import learning_rate
 
 

@@ -13,7 +13,7 @@ from ..checkpoint.manifest import CheckpointError
 from ..checkpoint.retention import Retention
 from ..checkpoint.save import save
 from ..config import CheckpointConfig, ModelConfig
-from ..flags import write_config
+from ..config.flags import write_config
 from ..interop.families import differences
 from ..interop.hf_model import HFModel, is_hf_folder
 from ..layout import Piece

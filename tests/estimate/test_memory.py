@@ -13,8 +13,10 @@ from runs import CHUNKS, CP, PP, RECOMPUTE, SP, STRATEGY, TP, ZERO1
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trivium import flags, ops, rng
-from trivium.config import Config, key_value_copies, resolve
+from trivium import ops, rng
+from trivium.config import Config, flags, key_value_copies, resolve
+from trivium.config.presets import PRESETS
+from trivium.config.validate import validate
 from trivium.estimate import activations
 from trivium.estimate.activations import Cut, activations_of, layer_saved
 from trivium.estimate.flops import total_parameters
@@ -31,9 +33,7 @@ from trivium.parallel.context import token_positions
 from trivium.parallel.sharding import Sharding
 from trivium.pipeline.choose import placement_of, specs_of
 from trivium.precision import working_dtype
-from trivium.presets import PRESETS
 from trivium.train.build import build_optimizer, build_stages
-from trivium.validate import validate
 
 CPU, VOCAB, WHOLE = torch.device("cpu"), 100, Chunk(3)
 RUN = (

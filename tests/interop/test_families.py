@@ -13,9 +13,9 @@ from ranks import run_ranks
 from runs import CP, PP, SP, TP
 from safetensors.torch import load_file, save_file
 
-from trivium import flags
 from trivium.checkpoint.manifest import CheckpointError
-from trivium.config import resolve
+from trivium.config import flags, resolve
+from trivium.config.validate import validate
 from trivium.interop.export import export_weights
 from trivium.interop.families import export_problems
 from trivium.interop.hf_model import HFModel
@@ -26,7 +26,6 @@ from trivium.model.gpt import GPT, Passage
 from trivium.ops import Ops, native
 from trivium.parallel.context import local_tokens, token_positions
 from trivium.train.build import build_stages
-from trivium.validate import validate
 
 
 def loaded(source: HFModel, kernels: str = "torch") -> GPT:

@@ -11,10 +11,9 @@ from ranks import run_ranks
 from runs import LLAMA, SMALL, rows_of, train, write_data
 from torch import nn
 
-from trivium import flags
 from trivium.checkpoint.load import open_checkpoint
 from trivium.checkpoint.save import save
-from trivium.config import ConfigError, OptimizerConfig, resolve
+from trivium.config import ConfigError, OptimizerConfig, flags, resolve
 from trivium.layout import Layout
 from trivium.mesh import Axis, Mesh
 from trivium.ops import Ops

@@ -7,9 +7,8 @@ from runs import CHUNKS, CP, INSTANCES, PP, SCHEDULE, SP, STRATEGY, TP, ZERO1
 
 from parity.cases import LAYOUT, Case
 from parity.harness import MODELS, RUN, SGD, differences
-from trivium import flags
-from trivium.config import resolve
-from trivium.validate import validate
+from trivium.config import flags, resolve
+from trivium.config.validate import validate
 
 SIZES = st.sampled_from([1, 1, 2, 2, 4])
 SPLITS = {  # of 7 layers, by number of stages

@@ -23,8 +23,8 @@ import _bench_train as train
 import benchmark
 from _bench_turns import Candidate, Failure, Memory, Turns, Update
 
-from trivium import flags, launch, ops
-from trivium.config import resolve
+from trivium import launch, ops
+from trivium.config import flags, resolve
 from trivium.train.build import build_trainer
 
 SMALL = (

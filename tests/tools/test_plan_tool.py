@@ -21,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import plan as tool
 
 import pretrain_gpt
-from trivium import comm, flags
-from trivium.config import Config, resolve
+from trivium import comm
+from trivium.config import Config, flags, resolve
+from trivium.config.presets import PRESETS
+from trivium.config.validate import validate
 from trivium.estimate.activations import Activations
 from trivium.estimate.candidate import Layout, fullest, moments, simulated_microbatches
 from trivium.estimate.costs import Hardware, exposed, gather
@@ -32,8 +34,6 @@ from trivium.estimate.search import Search
 from trivium.launch import Place
 from trivium.pipeline.plan import Backward, BackwardInput, BackwardWeight, Costs, Forward, make_plan
 from trivium.pipeline.simulate import simulate
-from trivium.presets import PRESETS
-from trivium.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (

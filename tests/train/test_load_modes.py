@@ -9,9 +9,8 @@ import torch
 from runs import LLAMA, NO_DROPOUT, SMALL, exact, rows_of, train, write_data
 
 import pretrain_gpt
-from trivium import flags
 from trivium.checkpoint.manifest import CheckpointError
-from trivium.config import ConfigError, resolve
+from trivium.config import ConfigError, flags, resolve
 from trivium.launch import Place
 from trivium.logs import get_logger
 from trivium.optim.schedule import learning_rate

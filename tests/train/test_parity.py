@@ -55,8 +55,8 @@ def test_the_loss_is_the_masked_mean_over_the_global_batch(data, tmp_path):
     import numpy as np
     import torch
 
-    from trivium import flags, ops
-    from trivium.config import resolve
+    from trivium import ops
+    from trivium.config import flags, resolve
     from trivium.data.dataset import build_datasets
     from trivium.model.gpt import GPT
 

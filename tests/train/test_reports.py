@@ -11,8 +11,8 @@ import pytest
 import torch
 from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data, write_ends
 
-from trivium import flags, ops
-from trivium.config import resolve
+from trivium import ops
+from trivium.config import flags, resolve
 from trivium.data.dataset import build_datasets
 from trivium.model.gpt import GPT
 from trivium.train import loop

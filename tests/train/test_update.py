@@ -6,8 +6,8 @@ from ranks import run_ranks
 from runs import LLAMA, NO_DROPOUT, SMALL, write_data
 
 import pretrain_gpt
-from trivium import flags, ops
-from trivium.config import resolve
+from trivium import ops
+from trivium.config import flags, resolve
 from trivium.data.dataset import build_datasets
 from trivium.launch import Place
 from trivium.mesh import Mesh

@@ -4,7 +4,9 @@ import os
 from collections.abc import Iterator
 from math import lcm
 
-from .config import (
+from ..pipeline.choose import placement_of, specs_of
+from .defaults import data_parallel_size
+from .fields import (
     ROPE_OPTIONS,
     ROPE_SCALINGS,
     BatchConfig,
@@ -12,9 +14,7 @@ from .config import (
     Config,
     DataConfig,
     ModelConfig,
-    data_parallel_size,
 )
-from .pipeline.choose import placement_of, specs_of
 
 
 def validate(config: Config, world_size: int) -> list[str]:
