@@ -7,7 +7,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # Two tests at a time, each on one thread; more, as JOBS=8, on a machine with more cores.
 JOBS ?= 2
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist worksteal
-CHECKED := core kernels tools tests examples setup.py pretrain_gpt.py
+CHECKED := core kernels benchmarks tools tests examples setup.py pretrain_gpt.py
 
 # Threads that wait asleep: on a machine that is busy with other things, spinning ones make a run ten times slower.
 export OMP_WAIT_POLICY ?= passive

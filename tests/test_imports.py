@@ -103,6 +103,7 @@ def python_files():
         *(ROOT / "core").rglob("*.py"),
         *(ROOT / "kernels").rglob("*.py"),
         *(ROOT / "tools").rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
     ]
     return sorted([*found, *ROOT.glob("pretrain_gpt.py")])
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,14 +12,17 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ stands beside tools/
+
 import torch
-from _bench_checkpoint import checkpoint_suite
-from _bench_generate import generate_suite
-from _bench_ops import ops_suite
-from _bench_parallel import parallel_suite
-from _bench_scaling import scaling_suite
-from _bench_train import train_suite
 from _cli import Parser, positive, run
+
+from benchmarks.checkpoint import checkpoint_suite
+from benchmarks.generate import generate_suite
+from benchmarks.ops import ops_suite
+from benchmarks.parallel import parallel_suite
+from benchmarks.scaling import scaling_suite
+from benchmarks.train import train_suite
 
 EXAMPLE = "python tools/benchmark.py --suite train,ops --peers --out results.json"
 SUITES = {

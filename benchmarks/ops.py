@@ -11,8 +11,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from _bench_limits import PEAK_SECONDS, copy_speed, matrix_peaks, synchronize
 
+from benchmarks.limits import PEAK_SECONDS, copy_speed, matrix_peaks, synchronize
 from trivium import launch, ops
 from trivium.mesh import Axis
 from trivium.ops import OPS, Ops

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _bench_parallel import random_batches
 from torch import nn
 
+from benchmarks.parallel import random_batches
 from trivium import launch, ops
 from trivium.config import Config
 from trivium.data.loader import Batch

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from _bench_parallel import random_batches
 
+from benchmarks.parallel import random_batches
 from trivium import launch, ops
 from trivium.checkpoint.background import Background
 from trivium.checkpoint.load import open_checkpoint

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import _bench_peers as peers
 import torch
-from _bench_train import LLAMA
 
+import benchmarks.peers as peers
+from benchmarks.train import LLAMA
 from trivium import launch, ops
 from trivium.config import Config, flags, resolve
 from trivium.model.generate import Sampling, generate

@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import _bench_peers as peers
 import torch
-from _bench_parallel import run_layout, summary
-from _bench_train import GPT, LLAMA, measure
-from _bench_turns import Candidate
 
+import benchmarks.peers as peers
+from benchmarks.parallel import run_layout, summary
+from benchmarks.train import GPT, LLAMA, measure
+from benchmarks.turns import Candidate
 from trivium.estimate.flops import total_parameters
 
 # name: processes, flags. Each has the micro-batch that suits it: a pipeline needs several.

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import _bench_peers as peers
 import torch
-from _bench_limits import CUBE, PEAK_SECONDS, Peaks, matrix_peaks
-from _bench_turns import Candidate, Turns, take_turns
 
+import benchmarks.peers as peers
+from benchmarks.limits import CUBE, PEAK_SECONDS, Peaks, matrix_peaks
+from benchmarks.turns import Candidate, Turns, take_turns
 from trivium.config import Config
 from trivium.estimate.flops import flops_per_token
 

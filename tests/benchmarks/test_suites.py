@@ -6,23 +6,21 @@ import math
 import sys
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import benchmark
 import pytest
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import _bench_checkpoint as checkpoints
-import _bench_generate as generation
-import _bench_parallel as bench
-import _bench_peers as peers
-import _bench_scaling as scaling
-import _bench_train as train
-import benchmark
-from _bench_turns import Candidate, Failure, Memory, Turns, Update
-
+import benchmarks.checkpoint as checkpoints
+import benchmarks.generate as generation
+import benchmarks.parallel as bench
+import benchmarks.peers as peers
+import benchmarks.scaling as scaling
+import benchmarks.train as train
+from benchmarks.turns import Candidate, Failure, Memory, Turns, Update
 from trivium import launch, ops
 from trivium.config import flags, resolve
 from trivium.train.build import build_trainer
@@ -207,7 +205,7 @@ def test_who_computes_less_is_flagged_and_who_is_not_there_is_named(capsys):
 def test_a_candidate_too_slow_for_the_batch_gets_fewer_sequences_and_the_losses_of_those(
     monkeypatch, capsys
 ):
-    monkeypatch.setattr("_bench_turns.BUDGET", 1e-9)
+    monkeypatch.setattr("benchmarks.turns.BUDGET", 1e-9)
     candidates = [
         Candidate("PyTorch fp32", peers.plain, TINY_LINES["gpt"]),
         Candidate("Trivium fp32", peers.trivium, TINY_LINES["gpt"]),
