@@ -17,7 +17,7 @@ import benchmarks.peers as peers
 from benchmarks.train import LLAMA
 from trivium import launch, ops
 from trivium.config import Config, flags, resolve
-from trivium.model.generate import Sampling, generate
+from trivium.decode.generate import Sampling, generate
 from trivium.model.gpt import GPT
 
 BATCHES = (1, 16)

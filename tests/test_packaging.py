@@ -70,7 +70,7 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_the_engine_the_kernels_and_the_native_module(wheel):
     _, names = wheel
-    assert {"trivium/__init__.py", "trivium/ops/door.py", "trivium/kernels/rms_norm.py"} <= set(
+    assert {"trivium/__init__.py", "trivium/ops/ops.py", "trivium/kernels/rms_norm.py"} <= set(
         names
     )
     assert [name for name in names if name.startswith("trivium/_native") and name.endswith(".so")]

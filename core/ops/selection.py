@@ -3,9 +3,9 @@
 import torch
 
 from ..logs import get_logger
-from . import door, native
+from . import cpu, ops
 from .attention import check_backend
-from .door import OPS, STEP_IS_MADE_OF, Ops
+from .ops import OPS, STEP_IS_MADE_OF, Ops
 
 
 def choose(
@@ -24,18 +24,18 @@ def choose(
             f"--kernels {kernels}: {general!r} is not one of auto, torch, {', '.join(_OBSTACLES)}"
         )
     overrides = tuple(_override(kernels, exception, device, dtype) for exception in exceptions)
-    ops = Ops(
+    chosen = Ops(
         _implementation(general, device, dtype),
         attention_backend,
         _widens(device, dtype),
         overrides,
     )
-    if ("block_step", "native") in overrides and ops.implementations["block_step"] != "native":
+    if ("block_step", "native") in overrides and chosen.implementations["block_step"] != "native":
         raise ValueError(
             f"--kernels {kernels}: block_step=native is made of native {', '.join(STEP_IS_MADE_OF)} and --attention-backend auto; "
             "choose those, or leave block_step=native out"
         )
-    return ops
+    return chosen
 
 
 def _implementation(kernels: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -90,20 +90,20 @@ def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the native kernels cannot serve, and what to do about it; None where they can."""
     if device.type != "cpu":
         return f"the native kernels run on the CPU and the device is {device.type}; use --kernels triton"
-    if not native.AVAILABLE:
+    if not cpu.AVAILABLE:
         return "trivium._native is not built; install a C++17 compiler and run `pip install --no-deps --no-build-isolation -e .`"
-    if dtype not in native.DTYPES:
+    if dtype not in cpu.DTYPES:
         return f"the native kernels have float32 and bfloat16, not {dtype}; use --bf16"
     return None
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton cannot serve, and what to do about it; None where it can."""
-    if door.triton_rms_norm is None:
+    if ops.triton_rms_norm is None:
         return "triton cannot be imported; install triton>=3.6"
-    if device.type == "cpu" and not door.triton_rms_norm.INTERPRETED:
+    if device.type == "cpu" and not ops.triton_rms_norm.INTERPRETED:
         return "Triton has no CPU target; set TRITON_INTERPRET=1 (slow, for tests)"
-    if device.type == "cuda" and door.triton_rms_norm.INTERPRETED:
+    if device.type == "cuda" and ops.triton_rms_norm.INTERPRETED:
         return "TRITON_INTERPRET=1 would run the kernels on the CPU; unset it"
     return None
 

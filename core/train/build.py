@@ -8,7 +8,7 @@ from ..model.gpt import GPT
 from ..model.recompute import Recompute
 from ..ops import Ops, keep_freed_memory
 from ..optim.buckets import Reduction, make_buckets
-from ..optim.fsdp import cut_parameters
+from ..optim.fully_sharded import cut_parameters
 from ..optim.optimizer import Optimizer
 from ..parallel.sharding import Sharding
 from ..pipeline.choose import placement_of, specs_of

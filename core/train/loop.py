@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from .. import logs
 from ..data.loader import MicroBatches
 from .evaluate import mean_loss
-from .guard import StopWish
 from .progress import Progress
 from .report import Reporter
 from .resume import RunState
 from .step import Trainer
+from .stop import StopWish
 
 
 @dataclass(frozen=True)

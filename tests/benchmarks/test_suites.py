@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 

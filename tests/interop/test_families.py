@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from trivium.checkpoint.manifest import CheckpointError
 from trivium.config import flags, resolve
 from trivium.config.validate import validate
+from trivium.decode.generate import Sampling, generate
 from trivium.interop.export import export_weights
 from trivium.interop.families import export_problems
 from trivium.interop.hf_model import HFModel
 from trivium.interop.name_map import assemble, their_shapes
 from trivium.mesh import Mesh
-from trivium.model.generate import Sampling, generate
 from trivium.model.gpt import GPT, Passage
-from trivium.ops import Ops, native
+from trivium.ops import Ops, cpu
 from trivium.parallel.context import local_tokens, token_positions
 from trivium.train.build import build_stages
 
@@ -180,9 +180,7 @@ def test_logits_under_a_layout_are_those_of_transformers(name, layout, tmp_path)
     "kernels",
     [
         "torch",
-        pytest.param(
-            "native", marks=pytest.mark.skipif(not native.AVAILABLE, reason="no compiler")
-        ),
+        pytest.param("native", marks=pytest.mark.skipif(not cpu.AVAILABLE, reason="no compiler")),
     ],
 )
 @pytest.mark.parametrize(

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from trivium.config import ModelConfig
+from trivium.decode.generate import Sampling, generate
 from trivium.mesh import Axis
-from trivium.model.generate import Sampling, generate
 from trivium.model.gpt import GPT, Block, Passage
 from trivium.model.recompute import Recompute
 from trivium.model.rotary import Rotary
-from trivium.ops import Ops, native
+from trivium.ops import Ops, cpu
 from trivium.parallel.sharding import Sharding
 
-pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without a compiler")
+pytestmark = pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")
 
 # Odd sizes: of no vector a multiple.
 LLAMA = ModelConfig(
@@ -234,9 +234,9 @@ def test_where_there_is_no_step(reason):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_generation_takes_steps_and_a_gradient_goes_op_by_op(dtype, monkeypatch):
-    taken, honest = [], native.BlockStep.__call__
+    taken, honest = [], cpu.BlockStep.__call__
     monkeypatch.setattr(
-        native.BlockStep, "__call__", lambda self, *args: (taken.append(1), honest(self, *args))[1]
+        cpu.BlockStep, "__call__", lambda self, *args: (taken.append(1), honest(self, *args))[1]
     )
     model = GPT(LLAMA, 50, ops=Ops("native"), seed=1).place(torch.device("cpu"), dtype)
     prompt = torch.tensor([[1, 2, 3]])

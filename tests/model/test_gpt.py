@@ -7,9 +7,9 @@ import torch
 
 from trivium import rng
 from trivium.config import ModelConfig
+from trivium.decode.generate import Sampling, choose, generate
 from trivium.interop import families
 from trivium.interop.hf_names import hf_places
-from trivium.model.generate import Sampling, choose, generate
 from trivium.model.gpt import GPT, Passage
 from trivium.ops import Ops
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from trivium.ops import Ops, native
+from trivium.ops import Ops, cpu
 
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
-NATIVE = pytest.mark.skipif(not native.AVAILABLE, reason="built without a compiler")
+NATIVE = pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")
 KERNELS = pytest.mark.parametrize("kernels", ["torch", pytest.param("native", marks=NATIVE)])
 DTYPES = pytest.mark.parametrize("dtype", list(UNIT), ids=["fp32", "bf16"])
 # One element, fewer than a vector, a whole number of vectors, one more, odd and long.
@@ -407,10 +407,10 @@ def test_native_refuses_what_it_lacks():
 @pytest.mark.parametrize("simd", ["plain", "avx2"])
 def test_every_instruction_set_passes_these_tests(simd):
     """The narrower ones by themselves, as the widest does in this process."""
-    if simd == "avx2" and native.simd() == "portable":
+    if simd == "avx2" and cpu.simd() == "portable":
         pytest.skip("this processor has no AVX2")
     name = {"plain": "portable", "avx2": "AVX2"}[simd]
-    if native.simd() == name or "TRIVIUM_SIMD" in os.environ:
+    if cpu.simd() == name or "TRIVIUM_SIMD" in os.environ:
         pytest.skip(f"{name} is what this process runs with")
     chosen = ["-k", "native and not instruction and not torch", __file__]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]

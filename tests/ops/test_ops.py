@@ -7,19 +7,19 @@ import re
 import pytest
 import torch
 
-from trivium.ops import OPS, Ops, choose, door, native, reference
+from trivium.ops import OPS, Ops, choose, cpu, ops, reference
 
 # Rounding unit of each dtype: half the distance from 1 to the next number.
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 CPU = torch.device("cpu")
-NATIVE = pytest.mark.skipif(not native.AVAILABLE, reason="built without a compiler")
+NATIVE = pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")
 KERNELS = [
     "torch",
     pytest.param("native", marks=NATIVE),
     pytest.param(
         "triton",
         marks=pytest.mark.skipif(
-            not getattr(door.triton_rms_norm, "INTERPRETED", False),
+            not getattr(ops.triton_rms_norm, "INTERPRETED", False),
             reason="needs TRITON_INTERPRET=1",
         ),
     ),
@@ -326,9 +326,9 @@ def test_adamw_refuses_buffers_with_gaps_or_of_another_size():
 
 
 def test_auto_takes_native_on_a_cpu_and_says_why_when_it_cannot(monkeypatch, caplog):
-    monkeypatch.setattr(native, "AVAILABLE", True)
+    monkeypatch.setattr(cpu, "AVAILABLE", True)
     assert choose("auto", CPU, torch.float32).kernels == "native"
-    monkeypatch.setattr(native, "AVAILABLE", False)
+    monkeypatch.setattr(cpu, "AVAILABLE", False)
     with caplog.at_level(logging.INFO, logger="trivium"):
         assert choose("auto", CPU, torch.float32) == Ops()
     assert "trivium._native is not built" in caplog.text
@@ -341,7 +341,7 @@ def test_a_missing_kernel_is_an_error_that_names_flag_and_remedy(monkeypatch):
         ValueError, match=r"--kernels native: .*device is cuda; use --kernels triton"
     ):
         choose("native", torch.device("cuda"), torch.float32)
-    monkeypatch.setattr(native, "AVAILABLE", False)
+    monkeypatch.setattr(cpu, "AVAILABLE", False)
     with pytest.raises(
         ValueError, match=r"--kernels native: .*not built; install a C\+\+17 compiler"
     ):
@@ -357,7 +357,7 @@ def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch):
         choose("triton", CPU, torch.float32)
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     assert choose("triton", CPU, torch.float32).kernels == "triton"
-    monkeypatch.setattr(door, "triton_rms_norm", None)
+    monkeypatch.setattr(ops, "triton_rms_norm", None)
     with pytest.raises(ValueError, match=r"--kernels triton: .*install triton"):
         choose("triton", CPU, torch.float32)
 
@@ -419,7 +419,7 @@ def test_a_step_whose_parts_are_not_native_is_an_error_where_it_is_asked_for(ker
 
 
 def test_a_choice_for_one_op_that_cannot_serve_is_an_error(monkeypatch):
-    monkeypatch.setattr(native, "AVAILABLE", False)
+    monkeypatch.setattr(cpu, "AVAILABLE", False)
     with pytest.raises(
         ValueError, match=r"--kernels torch,rope=native: .*not built.*or leave rope=native out"
     ):

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from trivium.ops import Ops, native
-from trivium.ops.door import triton_rms_norm
+from trivium.ops import Ops, cpu
+from trivium.ops.ops import triton_rms_norm
 
 # The rounding unit of a dtype. Triton's interpreter cuts fp32 off to bf16 where devices round to nearest: twice the unit there.
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 EPS = 1e-5
 
 
-NATIVE = pytest.mark.skipif(not native.AVAILABLE, reason="built without a compiler")
+NATIVE = pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")
 TRITON = pytest.mark.skipif(
     triton_rms_norm is None or not (triton_rms_norm.INTERPRETED or torch.cuda.is_available()),
     reason="neither a GPU nor TRITON_INTERPRET=1",
@@ -26,7 +26,7 @@ NORMS_AND_DTYPES = pytest.mark.parametrize(
         pytest.param(norm, dtype, marks=marks, id=f"{norm} {dtype}".replace("torch.", ""))
         for norm, marks in MARKS.items()
         for dtype in UNIT
-        if norm != "native" or dtype in native.DTYPES
+        if norm != "native" or dtype in cpu.DTYPES
     ],
 )
 

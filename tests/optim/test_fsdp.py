@@ -19,7 +19,7 @@ from trivium.mesh import Axis, Mesh
 from trivium.ops import Ops
 from trivium.optim.buckets import Reduction
 from trivium.optim.clip import squared_norm
-from trivium.optim.fsdp import ShardedParameter, cut_parameters
+from trivium.optim.fully_sharded import ShardedParameter, cut_parameters
 from trivium.optim.optimizer import Optimizer
 from trivium.rng import Init, new_parameter
 from trivium.train.build import build_optimizer, build_stages

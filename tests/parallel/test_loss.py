@@ -6,7 +6,7 @@ from ranks import run_ranks
 
 from trivium.gradients import Deferral, Sink
 from trivium.mesh import Axis, Mesh
-from trivium.ops import Ops, native
+from trivium.ops import Ops, cpu
 from trivium.parallel import loss
 from trivium.parallel.sharding import Sharding
 
@@ -17,7 +17,7 @@ KERNELS = pytest.mark.parametrize(
         "torch",
         pytest.param(
             "native",
-            marks=pytest.mark.skipif(not native.AVAILABLE, reason="built without a compiler"),
+            marks=pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler"),
         ),
     ],
 )

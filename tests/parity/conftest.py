@@ -9,7 +9,7 @@ from runs import write_data
 
 from parity.cases import CASES, Case
 from parity.harness import MODELS, RUN, Measured, measure
-from trivium.ops import native
+from trivium.ops import cpu
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def run(folder) -> Callable[..., Measured]:
     def run_case(
         case: Case, extra: str = "", mutation: str | None = None, *, kernels: str = "native"
     ) -> Measured:
-        chosen = kernels if native.AVAILABLE and "--fp16" not in extra else "torch"
+        chosen = kernels if cpu.AVAILABLE and "--fp16" not in extra else "torch"
         arguments = f"{RUN} {MODELS[case.model]} --kernels {chosen} --data-path {folder / 'data'} {case.arguments} {extra}"
         return measure(arguments, case.ranks, folder, mutation)
 

@@ -15,7 +15,7 @@ from runs import CHUNKS, CP, INSTANCES, SCHEDULE, SP, STRATEGY, TP, ZERO1
 from parity.cases import OVERLAP, TWO, V2, Case
 from trivium import comm, rng
 from trivium.model import norm
-from trivium.optim import buckets, clip, fsdp, optimizer, reduce
+from trivium.optim import buckets, clip, fully_sharded, optimizer, reduce
 from trivium.parallel import context, embedding, linear, loss
 from trivium.parallel.sharding import Sharding
 from trivium.pipeline import runtime
@@ -67,13 +67,13 @@ MUTATIONS = {
         Case(4, f"{ZERO1} {INSTANCES} 2"),
     ),
     "ZeRO-3 not summed over instances": Mutation(
-        fsdp.ShardedParameter.finish,
+        fully_sharded.ShardedParameter.finish,
         "comm.all_reduce(self.gradients, self.reduction.copies)",
         "pass",
         Case(4, f"{STRATEGY} optim_grads_params {INSTANCES} 2"),
     ),
     "ZeRO-3 averages instead of summing": Mutation(
-        fsdp.cut_parameters,
+        fully_sharded.cut_parameters,
         "set_gradient_divide_factor(1.0)",
         "set_gradient_divide_factor(2.0)",
         Case(2, f"{STRATEGY} optim_grads_params"),

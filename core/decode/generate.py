@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .gpt import GPT
+from ..model.gpt import GPT
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from . import native, reference
+from . import cpu, reference
 from .attention import AttentionOps
-from .native import BlockShape, BlockStep
+from .cpu import BlockShape, BlockStep
 
 try:
     from ..kernels import adamw as triton_adamw
@@ -94,7 +94,7 @@ class Ops(AttentionOps):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x + branch, and its rms_norm."""
         if self._runs_on("rms_norm") == "native":
-            return native.add_rms_norm(x, branch, weight.to(x.dtype), eps)
+            return cpu.add_rms_norm(x, branch, weight.to(x.dtype), eps)
         total = x + branch
         return total, self.rms_norm(total, weight, eps)
 
@@ -115,7 +115,7 @@ class Ops(AttentionOps):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x + branch, and its layer_norm."""
         if self._runs_on("layer_norm") == "native":
-            return native.add_layer_norm(
+            return cpu.add_layer_norm(
                 x, branch, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps
             )
         total = x + branch
@@ -144,7 +144,7 @@ class Ops(AttentionOps):
         `heads` may be overwritten: it must be a result that nothing else reads.
         """
         if self._runs_on("rope") == "native":
-            return native.split_heads(heads, sizes, cos, sin, interleaved)
+            return cpu.split_heads(heads, sizes, cos, sin, interleaved)
         q, k, v = heads.split(sizes, dim=2)
         return self.rope(q, cos, sin, interleaved), self.rope(k, cos, sin, interleaved), v
 
@@ -167,7 +167,7 @@ class Ops(AttentionOps):
         Of few rows, as when one token follows another, on the few_rows kernel where there is one: then reading the weight is all there is.
         """
         if self._runs_on("few_rows") == "native" and x.numel() <= FEW_ROWS * x.shape[-1]:
-            return native.few_rows_product(x, weight)
+            return cpu.few_rows_product(x, weight)
         return F.linear(self.operand(x), self.operand(weight)).to(x.dtype)
 
     def block_step(
@@ -293,11 +293,11 @@ class Ops(AttentionOps):
 
     def _implementation(self, op: str, triton=None):
         """The module that has the op's functions."""
-        return {"torch": reference, "native": native, "triton": triton}[self._runs_on(op)]
+        return {"torch": reference, "native": cpu, "triton": triton}[self._runs_on(op)]
 
 
 def _full_name(implementation: str) -> str:
-    return f"native ({native.simd()})" if implementation == "native" else implementation
+    return f"native ({cpu.simd()})" if implementation == "native" else implementation
 
 
 def _check_flat(

@@ -1,0 +1,1 @@
+"""Generate text from a trained model: key-value caches, one-token steps, sampling."""
