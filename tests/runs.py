@@ -12,12 +12,12 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from ranks import run_ranks
 
 import pretrain_gpt
 from trivium.data.indexed import IndexedDatasetWriter
 from trivium.launch import Place
 from trivium.mesh import Mesh
+from trivium.testing import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, run_ranks
 
 from trivium import comm
 from trivium.comm import (
@@ -28,6 +27,7 @@ from trivium.comm import (
     start_send,
 )
 from trivium.mesh import Axis, Mesh
+from trivium.testing import RankError, run_ranks
 
 SIZES = (1, 2, 3)
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import nn
 
 from trivium import comm
@@ -17,6 +16,7 @@ from trivium.ops import Ops
 from trivium.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from trivium.parallel.sharding import Sharding
 from trivium.rng import Init, new_parameter
+from trivium.testing import run_ranks
 
 
 class Memory:

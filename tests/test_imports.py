@@ -66,6 +66,7 @@ MAY_IMPORT = {
         "parallel",
         "model",
     },
+    "testing": {"mesh"},
     "kernels": set(),
 }
 # These do not even get FOR_ALL.

@@ -6,10 +6,10 @@ from io import StringIO
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from trivium.comm import all_reduce
 from trivium.mesh import Mesh
+from trivium.testing import run_ranks
 
 # (world, tp, cp, ep, pp); data parallel is what is left.
 SIZES = [

@@ -15,13 +15,13 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from ranks import run_ranks
 
 from trivium.checkpoint import background, publish
 from trivium.checkpoint.background import Background
 from trivium.checkpoint.manifest import CheckpointError
 from trivium.checkpoint.retention import Retention
 from trivium.mesh import Mesh
+from trivium.testing import run_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

@@ -9,7 +9,8 @@ import cases
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+
+from trivium.testing import run_ranks
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from ranks import run_ranks
 
 from trivium.checkpoint.manifest import CheckpointError
 from trivium.checkpoint.publish import published_iterations
 from trivium.checkpoint.save import save
 from trivium.layout import Piece
 from trivium.mesh import Mesh
+from trivium.testing import run_ranks
 
 
 def save_with_a_small_limit(mesh: Mesh, save_dir: Path, failing: int) -> str:

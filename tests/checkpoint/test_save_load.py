@@ -6,7 +6,6 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from trivium.checkpoint.load import NothingPublished, open_checkpoint, verify
@@ -14,6 +13,7 @@ from trivium.checkpoint.manifest import CheckpointError, Manifest
 from trivium.checkpoint.save import save
 from trivium.layout import Piece
 from trivium.mesh import Axis, Mesh
+from trivium.testing import run_ranks
 
 SHARD = "shard_00000.safetensors"
 

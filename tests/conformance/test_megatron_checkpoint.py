@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import run_ranks
 from runs import tool
 
 from trivium.interop.megatron import MegatronDist
 from trivium.interop.pretrained import load_pretrained
 from trivium.mesh import Mesh
+from trivium.testing import run_ranks
 
 pytest.importorskip("megatron.core.dist_checkpointing")
 

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import runs
 import torch
-from ranks import run_ranks
 from runs import CHUNKS, CP, PP, RECOMPUTE, SP, STRATEGY, TP, ZERO1
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,6 +32,7 @@ from trivium.parallel.context import token_positions
 from trivium.parallel.sharding import Sharding
 from trivium.pipeline.choose import placement_of, specs_of
 from trivium.precision import working_dtype
+from trivium.testing import run_ranks
 from trivium.train.build import build_optimizer, build_stages
 
 CPU, VOCAB, WHOLE = torch.device("cpu"), 100, Chunk(3)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, run_ranks
 from runs import NO_DROPOUT, SMALL, free_port, start_step
 
 import pretrain_gpt
@@ -29,6 +28,7 @@ from trivium.comm import (
 from trivium.data.loader import MicroBatches
 from trivium.launch import Place
 from trivium.mesh import Axis, Mesh
+from trivium.testing import RankError, run_ranks
 
 RUN = f"{SMALL}{NO_DROPOUT} --mock-data --eval-iters 0 --train-iters 100000"
 SLOW = "a rank hangs or the network is cut; if it is only slow, raise --distributed-timeout-minutes"

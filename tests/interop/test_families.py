@@ -9,7 +9,6 @@ from itertools import pairwise, product
 import pytest
 import torch
 from interop.families import CONFIGS, LENGTH, VOCAB, tokens_of, write_peer
-from ranks import run_ranks
 from runs import CP, PP, SP, TP
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +24,7 @@ from trivium.mesh import Mesh
 from trivium.model.gpt import GPT, Passage
 from trivium.ops import Ops, cpu
 from trivium.parallel.context import local_tokens, token_positions
+from trivium.testing import run_ranks
 from trivium.train.build import build_stages
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import nn
 
 from trivium import comm
@@ -17,6 +16,7 @@ from trivium.optim.buckets import Bucket, Reduction, make_buckets
 from trivium.optim.clip import squared_norm
 from trivium.optim.optimizer import Optimizer
 from trivium.rng import Init, new_parameter
+from trivium.testing import run_ranks
 
 CPU, ONE = torch.device("cpu"), Axis("tp")
 # Of one bucket of 192 slots each but the last, and so shards of 2 and of 4 end inside of matrices, vectors and the padding behind them.

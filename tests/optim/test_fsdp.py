@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity.harness import Held, assemble, held
-from ranks import run_ranks
 from runs import LLAMA, SMALL, rows_of, train, write_data
 from torch import nn
 
@@ -22,6 +21,7 @@ from trivium.optim.clip import squared_norm
 from trivium.optim.fully_sharded import ShardedParameter, cut_parameters
 from trivium.optim.optimizer import Optimizer
 from trivium.rng import Init, new_parameter
+from trivium.testing import run_ranks
 from trivium.train.build import build_optimizer, build_stages
 
 CPU, ONE = torch.device("cpu"), Axis("tp")

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from trivium.comm import Pending
 from trivium.mesh import Axis, Mesh
 from trivium.ops import Ops
 from trivium.parallel import context
+from trivium.testing import run_ranks
 
 ALONE = Axis("cp")
 TWO = Axis("cp", 2, 0, (0, 1))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from trivium.layout import Layout, Rows
 from trivium.mesh import Mesh
@@ -12,6 +11,7 @@ from trivium.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from trivium.parallel.loss import head_loss
 from trivium.parallel.sharding import Sharding
 from trivium.rng import Init
+from trivium.testing import run_ranks
 
 H, F, V, PADDED = 12, 24, 21, 24
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from trivium.gradients import Deferral, Sink
 from trivium.mesh import Axis, Mesh
 from trivium.ops import Ops, cpu
 from trivium.parallel import loss
 from trivium.parallel.sharding import Sharding
+from trivium.testing import run_ranks
 
 TOKENS, H, V, PADDED = 13, 24, 45, 48
 KERNELS = pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from math import sqrt
 from pathlib import Path
 
 import torch
-from ranks import run_ranks
 from runs import rows_of
 
 import pretrain_gpt
@@ -13,6 +12,7 @@ from parity.mutations import applied
 from trivium.launch import Place
 from trivium.mesh import Mesh
 from trivium.optim.optimizer import Optimizer
+from trivium.testing import run_ranks
 
 # What has gone wrong elsewhere, all at once: fewer key-value heads than ranks, a tied head, a vocabulary of 97, an odd number of
 # layers, biases, QK norms, partial rotation, unequal masks, gradient accumulation, hidden dropout, a clip that bites.

@@ -4,12 +4,12 @@ import random
 import shutil
 
 import pytest
-from ranks import run_ranks
 from runs import CP, SCHEDULE, SP, TP, ZERO1, exact, rows_of
 
 from parity.cases import CASES, OVERLAP, V2, Case
 from parity.harness import MODELS, RUN, spied_run
 from trivium.mesh import Mesh
+from trivium.testing import run_ranks
 
 ONE = Case(1, "")
 UPDATES = 3  # under each of the two layouts

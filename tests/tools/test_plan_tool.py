@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import runs
-from ranks import run_ranks
 from runs import CHUNKS, CP, PP, RECOMPUTE, SP, STRATEGY, TP, ZERO1
+
+from trivium.testing import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 

@@ -3,13 +3,13 @@
 import re
 
 import pytest
-from ranks import run_ranks
 from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data, write_ends
 
 import pretrain_gpt
 from trivium.launch import Place
 from trivium.mesh import Mesh
 from trivium.model.gpt import GPT
+from trivium.testing import run_ranks
 from trivium.train.losses import LossPass
 
 RUN = SMALL + LLAMA + NO_DROPOUT + " --eval-iters 0 --split 100,0,0"

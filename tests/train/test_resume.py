@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
 from runs import LLAMA, NO_DROPOUT, SMALL, exact, rows_of, train, write_data
 
 import pretrain_gpt
 from trivium.checkpoint import background, publish
 from trivium.launch import Place
 from trivium.mesh import Mesh
+from trivium.testing import run_ranks
 from trivium.train import step
 from trivium.train.resume import RunState
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from ranks import run_ranks
 from runs import LLAMA, NO_DROPOUT, SMALL, write_data
 
 import pretrain_gpt
@@ -13,6 +12,7 @@ from trivium.launch import Place
 from trivium.mesh import Mesh
 from trivium.model.gpt import GPT
 from trivium.optim.optimizer import Optimizer
+from trivium.testing import run_ranks
 
 RUN = (
     SMALL + LLAMA + NO_DROPOUT + " --eod-mask-loss --split 100,0,0 --eval-iters 0 --exit-interval 1"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trivium.mesh import Mesh
+from .mesh import Mesh
 
 _GRACE_SECONDS = 2.0  # after the first failure, for the others to fail too before they are killed
 
@@ -91,7 +91,7 @@ def run_ranks(n: int, function, *args, timeout: float = 60.0, **axes: int) -> li
 
 def _start_worker():
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "trivium.mesh"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "trivium.mesh", "trivium.testing"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,))
     process.start()

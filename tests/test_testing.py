@@ -5,11 +5,11 @@ import time
 
 import pytest
 import torch
-from ranks import RankError, run_ranks
 
 from trivium.checkpoint.manifest import CheckpointError
 from trivium.comm import all_reduce
 from trivium.mesh import Mesh
+from trivium.testing import RankError, run_ranks
 
 
 def add(mesh: Mesh, value: torch.Tensor) -> tuple[int, int, torch.Tensor]:
