@@ -39,16 +39,16 @@ from trivium.train.resume import RunState, load_problems
 LAST_TO_LEAVE = 60.0
 
 
-def main(argv: list[str], place: launch.Place) -> None:
+def main(argv: list[str], process: launch.Process) -> None:
     """One run, from the command line to the last checkpoint."""
-    log = logs.setup(place.rank)
+    log = logs.setup(process.rank)
     request = flags.parse(argv, families.read_flags)
     if request.list_presets:
         list_presets()
         return
-    config = checked(request.config, place.world_size)
+    config = checked(request.config, process.world_size)
     device, dtype = (
-        launch.choose_device(config.parallel.device, place.local_rank),
+        launch.choose_device(config.parallel.device, process.local_rank),
         working_dtype(config.precision),
     )
     if device.type == "cpu" and (threads := launch.threads_of_a_process()):
@@ -57,7 +57,7 @@ def main(argv: list[str], place: launch.Place) -> None:
     tokenizer = build_tokenizer(**config.data.tokenizer)
     announce(config, request.without_effect, run_ops, device)
 
-    launch.set_rendezvous(place)
+    launch.set_rendezvous(process)
     if config.parallel.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
     if (
@@ -65,7 +65,7 @@ def main(argv: list[str], place: launch.Place) -> None:
     ):  # to ask costs nothing, to set two seconds of imports
         torch.use_deterministic_algorithms(config.parallel.deterministic_mode)
     backend = config.parallel.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
-    mesh = launch.plan_mesh(config, place).connect(
+    mesh = launch.plan_mesh(config, process).connect(
         backend, config.parallel.distributed_timeout_minutes
     )
 
@@ -210,41 +210,43 @@ def list_presets() -> None:
 
 def cli(argv: list[str]) -> int:
     """Run, and turn what a user can mend into one clear message and an exit status: 2 for the configuration, 1 for everything else."""
-    place = launch.read_environment()
+    process = launch.read_environment()
     try:
-        main(argv, place)
+        main(argv, process)
     except ConfigError as error:
-        if place.rank > 0:  # every rank finds the same, and rank 0 tells it
+        if process.rank > 0:  # every rank finds the same, and rank 0 tells it
             with suppress(KeyboardInterrupt):
                 time.sleep(LAST_TO_LEAVE)
             return 2
-        return fail(place, str(error), 2)
+        return fail(process, str(error), 2)
     except ValueError as error:
         named_flag = str(error).startswith("--")
         if not (named_flag or isinstance(error, CheckpointError | DataError)):
             raise
-        return fail(place, str(error), 2 if named_flag else 1)
+        return fail(process, str(error), 2 if named_flag else 1)
     except OSError as error:
         return fail(
-            place, f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", 1
+            process, f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", 1
         )
     except CommunicationError as error:
-        return fail(place, str(error), 1)
+        return fail(process, str(error), 1)
     except RuntimeError as error:
-        problem = launch.missed_meeting(error, place)
+        problem = launch.missed_meeting(error, process)
         if problem is None:
             raise
-        return fail(place, problem, 1)
+        return fail(process, problem, 1)
     except KeyboardInterrupt:
         return fail(
-            place, "interrupted; the same command with --load resumes from the last checkpoint", 130
+            process,
+            "interrupted; the same command with --load resumes from the last checkpoint",
+            130,
         )
     return 0
 
 
-def fail(place: launch.Place, message: str, status: int) -> int:
+def fail(process: launch.Process, message: str, status: int) -> int:
     """Say why on stderr; the exit status."""
-    rank = f"[rank {place.rank}] " if place.rank else ""
+    rank = f"[rank {process.rank}] " if process.rank else ""
     sys.stderr.write(f"{rank}pretrain_gpt.py: {message}\n")
     return status
 

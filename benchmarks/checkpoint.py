@@ -121,9 +121,9 @@ def one_rank(folder: Path):
 
 
 def built() -> Run:
-    config, place = resolve(flags.parse(MODEL.split()).config, 1), launch.Place()
+    config, process = resolve(flags.parse(MODEL.split()).config, 1), launch.Process()
     device = launch.choose_device("auto", 0)
-    mesh = launch.plan_mesh(config, place)
+    mesh = launch.plan_mesh(config, process)
     vocab_size = config.data.vocab_size + 1
     trainer = build_trainer(
         config,

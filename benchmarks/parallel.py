@@ -158,7 +158,7 @@ def run_layout(processes: int, arguments: str, steps: int) -> Measurement:
     with tempfile.TemporaryDirectory() as folder:
         calls = [
             (
-                launch.Place(rank, processes, rank),
+                launch.Process(rank, processes, rank),
                 arguments,
                 steps,
                 str(Path(folder) / "store"),
@@ -178,13 +178,13 @@ def run_layout(processes: int, arguments: str, steps: int) -> Measurement:
     return answers.get()
 
 
-def measure(place: launch.Place, arguments: str, steps: int, store: str, answers) -> None:
+def measure(process: launch.Process, arguments: str, steps: int, store: str, answers) -> None:
     """A rank's updates on made-up tokens, the first of them not timed, one more to count what is sent."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.world_size))
-    config = resolve(flags.parse(arguments.split()).config, place.world_size)
-    device = launch.choose_device("auto", place.local_rank)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.world_size))
+    config = resolve(flags.parse(arguments.split()).config, process.world_size)
+    device = launch.choose_device("auto", process.local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    mesh = launch.plan_mesh(config, place).connect(backend, 10, init_method=f"file://{store}")
+    mesh = launch.plan_mesh(config, process).connect(backend, 10, init_method=f"file://{store}")
     run_ops = ops.choose("auto", device, working_dtype(config.precision))
     trainer = build_trainer(
         config, mesh, device, run_ops, config.data.vocab_size + 1, config.data.vocab_size
@@ -202,10 +202,10 @@ def measure(place: launch.Place, arguments: str, steps: int, store: str, answers
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     with Traffic() as traffic:
         trainer.step(progress, batches, stop=False).grad_norm.item()
-    if place.rank == 0:
+    if process.rank == 0:
         answers.put(Measurement(seconds, traffic.sent, memory, loss))
     mesh.close()
-    launch.leave(0, place)
+    launch.leave(0, process)
 
 
 def random_batches(config, rank: int, size: int):

@@ -61,7 +61,7 @@ def read_weights(path: Path) -> Weights:
 def trivium(config: Config, weights: Path, device: torch.device) -> Step:
     """Weights are its own: those that write_weights wrote came from the same seed."""
     kernels = ops.choose("auto", device, working_dtype(config.precision))
-    mesh = launch.plan_mesh(config, launch.Place()).connect("gloo", 10)
+    mesh = launch.plan_mesh(config, launch.Process()).connect("gloo", 10)
     trainer = build_trainer(
         config, mesh, device, kernels, vocabulary(config), config.data.vocab_size
     )

@@ -16,7 +16,7 @@ from .mesh import Mesh
 
 
 @dataclass(frozen=True)
-class Place:
+class Process:
     """One process of a job, as its launcher describes it."""
 
     rank: int = 0
@@ -24,21 +24,21 @@ class Place:
     local_rank: int = 0
 
 
-def read_environment(env: dict[str, str] | None = None) -> Place:
+def read_environment(env: dict[str, str] | None = None) -> Process:
     """torchrun's RANK, WORLD_SIZE, LOCAL_RANK first; else the step that srun started; else a single process.
 
     A batch script itself also sees SLURM_PROCID, but belongs to no step: it is one process, whatever SLURM_NTASKS says.
     """
     env = os.environ if env is None else env
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+        return Process(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
     if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
-        return Place(
+        return Process(
             int(env["SLURM_PROCID"]),
             int(env["SLURM_STEP_NUM_TASKS"]),
             int(env.get("SLURM_LOCALID", 0)),
         )
-    return Place()
+    return Process()
 
 
 def threads_of_a_process(env: dict[str, str] | None = None, cores: int | None = None) -> int | None:
@@ -60,22 +60,22 @@ def threads_of_a_process(env: dict[str, str] | None = None, cores: int | None = 
     return share
 
 
-def plan_mesh(config: Config, place: Place) -> Mesh:
+def plan_mesh(config: Config, process: Process) -> Mesh:
     """The mesh of a validated configuration, without process groups."""
     parallel = config.parallel
     return Mesh.plan(
-        place.world_size,
-        place.rank,
+        process.world_size,
+        process.rank,
         tp=parallel.tensor_model_parallel_size,
         pp=parallel.pipeline_model_parallel_size,
         cp=parallel.context_parallel_size,
         ep=parallel.expert_model_parallel_size,
-        shards=optimizer_shards(parallel, place.world_size),
+        shards=optimizer_shards(parallel, process.world_size),
         kv_copies=key_value_copies(config.model, parallel),
     )
 
 
-def set_rendezvous(place: Place, env: dict[str, str] | None = None) -> None:
+def set_rendezvous(process: Process, env: dict[str, str] | None = None) -> None:
     """Under srun, name the meeting point that torchrun would have named: the first node of the step, a port made from the job id.
 
     Raises ConfigError where several processes have none.
@@ -85,15 +85,15 @@ def set_rendezvous(place: Place, env: dict[str, str] | None = None) -> None:
         env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
-    if place.world_size > 1 and missing and not dist.is_initialized():
+    if process.world_size > 1 and missing and not dist.is_initialized():
         raise ConfigError(
             [
-                f"WORLD_SIZE is {place.world_size}, but {' and '.join(missing)} not set; start with torchrun, or export them"
+                f"WORLD_SIZE is {process.world_size}, but {' and '.join(missing)} not set; start with torchrun, or export them"
             ]
         )
 
 
-def missed_meeting(error: RuntimeError, place: Place) -> str | None:
+def missed_meeting(error: RuntimeError, process: Process) -> str | None:
     """What to tell the user if `error` is that the processes did not all find each other at the start; None for any other error."""
     said = " ".join(str(error).split()).split(", keys: ")[0]
     if not isinstance(error, dist.DistStoreError | dist.DistNetworkError) and not said.startswith(
@@ -102,14 +102,14 @@ def missed_meeting(error: RuntimeError, place: Place) -> str | None:
         return None
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     return (
-        f"rank {place.rank}: the {place.world_size} processes did not all meet at {where}: {said.rstrip('.')}; "
+        f"rank {process.rank}: the {process.world_size} processes did not all meet at {where}: {said.rstrip('.')}; "
         "start all of them where they reach that address, or raise --distributed-timeout-minutes"
     )
 
 
-def leave(status: int, place: Place) -> NoReturn:
+def leave(status: int, process: Process) -> NoReturn:
     """End this process. One of several at once: gloo's threads may still hold tensors, and an interpreter that goes down meanwhile aborts."""
-    if place.world_size == 1:
+    if process.world_size == 1:
         sys.exit(status)
     atexit._run_exitfuncs()  # the loader ends its processes, writers of logs write what they hold
     with contextlib.suppress(OSError):

@@ -91,7 +91,9 @@ def run_ranks(n: int, function, *args, timeout: float = 60.0, **axes: int) -> li
 
 def _start_worker():
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "trivium.mesh", "trivium.testing"])
+    context.set_forkserver_preload(
+        ["torch", "torch.distributed", "trivium.mesh", "trivium.testing"]
+    )
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,))
     process.start()

@@ -15,7 +15,7 @@ import numpy as np
 
 import pretrain_gpt
 from trivium.data.indexed import IndexedDatasetWriter
-from trivium.launch import Place
+from trivium.launch import Process
 from trivium.mesh import Mesh
 from trivium.testing import run_ranks
 
@@ -78,7 +78,7 @@ def write_ends(prefix: Path) -> None:
 def train(arguments: str, ranks: int = 1) -> None:
     """One run with --eval-iters and data given by `arguments`."""
     if ranks == 1:
-        pretrain_gpt.main(arguments.split(), Place())
+        pretrain_gpt.main(arguments.split(), Process())
     else:
         run_ranks(ranks, _train_on_rank, arguments)
 
@@ -126,7 +126,7 @@ def start_step(arguments: str, stderr: int = subprocess.PIPE) -> list[subprocess
 
 
 def _train_on_rank(mesh: Mesh, arguments: str) -> None:
-    pretrain_gpt.main(arguments.split(), Place(mesh.rank, mesh.world_size, mesh.rank))
+    pretrain_gpt.main(arguments.split(), Process(mesh.rank, mesh.world_size, mesh.rank))
 
 
 def rows_of(path: Path, split: str | None = None) -> list[dict]:

@@ -13,7 +13,7 @@ from trivium.config.presets import PRESETS, published_vocabulary
 from trivium.config.validate import validate
 from trivium.estimate.flops import total_parameters
 from trivium.interop.families import read_flags
-from trivium.launch import Place
+from trivium.launch import Process
 from trivium.mesh import Mesh
 
 GOOD = "--preset tiny --seq-length 64 --micro-batch-size 2 --train-iters 10 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 100"
@@ -551,7 +551,7 @@ def test_a_wrong_number_of_processes_is_refused_before_any_process_group(monkeyp
     monkeypatch.setattr(torch.distributed, "init_process_group", never)
     monkeypatch.setattr(Mesh, "connect", never)
     with pytest.raises(ConfigError, match="6 processes are not a multiple"):
-        pretrain_gpt.main(f"{GOOD} {TP} 2 {PP} 2".split(), Place(rank, 6, rank))
+        pretrain_gpt.main(f"{GOOD} {TP} 2 {PP} 2".split(), Process(rank, 6, rank))
 
 
 def test_several_layout_problems_are_told_at_once():

@@ -11,7 +11,7 @@ from runs import ROOT, SMALL, free_port, rows_of, start_step
 import pretrain_gpt
 from trivium.config import ConfigError, flags, resolve
 from trivium.launch import (
-    Place,
+    Process,
     choose_device,
     first_host,
     missed_meeting,
@@ -31,12 +31,12 @@ SRUN = {
 
 
 def test_torchrun_srun_and_plain_python_are_told_apart():
-    assert read_environment({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Place(3, 8, 1)
-    assert read_environment(SRUN) == Place(5, 16, 1)
-    assert read_environment(SRUN | {"RANK": "0", "WORLD_SIZE": "2"}) == Place(
+    assert read_environment({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Process(3, 8, 1)
+    assert read_environment(SRUN) == Process(5, 16, 1)
+    assert read_environment(SRUN | {"RANK": "0", "WORLD_SIZE": "2"}) == Process(
         0, 2, 0
     )  # torchrun inside of srun
-    assert read_environment({}) == Place(0, 1, 0)
+    assert read_environment({}) == Process(0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_processes_share_the_cores_of_their_machine(env, cores, threads):
 def test_a_batch_script_is_one_process_whatever_the_job_will_start():
     assert read_environment(
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}
-    ) == Place(0, 1, 0)
+    ) == Process(0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,11 @@ def test_srun_gets_a_meeting_point_and_a_given_one_stays():
 
 
 def test_several_processes_without_a_meeting_point_are_told_so():
-    set_rendezvous(Place(), {})
+    set_rendezvous(Process(), {})
     with pytest.raises(
         ConfigError, match="WORLD_SIZE is 2, but MASTER_PORT not set; start with torchrun"
     ):
-        set_rendezvous(Place(0, 2), {"MASTER_ADDR": "localhost"})
+        set_rendezvous(Process(0, 2), {"MASTER_ADDR": "localhost"})
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_flags_become_the_axes_of_the_mesh(arguments, sizes):
     """Those that are not named have one rank."""
     config = resolve(flags.parse(f"--num-attention-heads 4 {arguments}".split()).config, 16)
     for rank in (0, 7, 15):
-        mesh = plan_mesh(config, Place(rank, 16, 0))
+        mesh = plan_mesh(config, Process(rank, 16, 0))
         axes = ("tp", "cp", "dp", "pp", "ep", "shards", "copies", "kv")
         assert {name: getattr(mesh, name).size for name in axes} == dict.fromkeys(
             axes, 1
@@ -263,9 +263,9 @@ def test_a_task_that_waits_in_vain_for_the_others_says_where(task_of_step, capfd
 
 
 def test_other_errors_are_not_taken_for_a_missed_meeting():
-    assert missed_meeting(RuntimeError("shape mismatch"), Place(0, 2)) is None
+    assert missed_meeting(RuntimeError("shape mismatch"), Process(0, 2)) is None
     assert missed_meeting(
-        RuntimeError("Gloo connectFullMesh failed with Connect timeout"), Place(1, 2)
+        RuntimeError("Gloo connectFullMesh failed with Connect timeout"), Process(1, 2)
     ).startswith("rank 1: the 2 processes did not")
 
 
@@ -273,10 +273,10 @@ LEAVING = """
 import atexit, sys, threading, time
 atexit.register(print, "the loader ends its processes")
 import torch.distributed as dist
-from trivium.launch import Place, leave
+from trivium.launch import Process, leave
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 threading.Thread(target=time.sleep, args=(600,)).start()
-leave(3, Place(0, 2))
+leave(3, Process(0, 2))
 """
 
 

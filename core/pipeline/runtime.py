@@ -29,7 +29,7 @@ _Key = tuple[int, int]  # chunk, micro-batch
 
 
 @dataclass(frozen=True)
-class Message:
+class MessageSpec:
     """What passes between stages, known ahead: hidden states and their gradients have one shape and dtype."""
 
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class Message:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
-def run(plan: Plan, pp: Axis, message: Message, stage: Stage, deferral: Deferral) -> None:
+def run(plan: Plan, pp: Axis, message: MessageSpec, stage: Stage, deferral: Deferral) -> None:
     """One pass of all micro-batches through this rank's stages, forwards alone or with gradients, as `plan` says.
 
     The stage of the last one returns a 0-d loss, which backward starts from. Gradients of weights go where the parameters' sinks
@@ -61,7 +61,9 @@ class _Receive:
 class _Pass:
     """What lives between the actions of one pass: graphs waiting for their gradients, messages under way, deferred products."""
 
-    def __init__(self, plan: Plan, pp: Axis, message: Message, stage: Stage, deferral: Deferral):
+    def __init__(
+        self, plan: Plan, pp: Axis, message: MessageSpec, stage: Stage, deferral: Deferral
+    ):
         self.plan, self.pp, self.message, self.stage, self.deferral = (
             plan,
             pp,

@@ -13,9 +13,9 @@ from ..optim.optimizer import Optimizer
 from ..parallel.sharding import Sharding
 from ..pipeline.choose import placement_of, specs_of
 from ..pipeline.plan import make_plan
-from ..pipeline.runtime import Message
+from ..pipeline.runtime import MessageSpec
 from ..precision import LossScaler, working_dtype
-from .inputs import Preparation
+from .inputs import PrepareBatch
 from .stages import Stages
 from .step import Trainer
 
@@ -33,7 +33,7 @@ def build_trainer(
         mesh,
         device,
         stages,
-        Preparation(config, stages.sharding, device, eod),
+        PrepareBatch(config, stages.sharding, device, eod),
         optimizer,
         LossScaler(config.precision, device),
     )
@@ -76,7 +76,7 @@ def build_stages(
             model if _cuts_parameters(config, mesh) else model.place(device, torch.float32)
         )
     tokens = batch.seq_length // mesh.cp.size // (mesh.tp.size if sharding.sequence_parallel else 1)
-    message = Message(
+    message = MessageSpec(
         (batch.micro_batch_size, tokens, config.model.hidden_size),
         working_dtype(config.precision),
         device,

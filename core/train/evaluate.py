@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 from .. import comm
 from ..data.loader import Batch
-from .inputs import Preparation
+from .inputs import PrepareBatch
 from .losses import LossPass
 from .stages import Stages
 
 
 def mean_loss(
-    stages: Stages, prepare: Preparation, batches: Iterator[Batch], num_passes: int
+    stages: Stages, prepare: PrepareBatch, batches: Iterator[Batch], num_passes: int
 ) -> float:
     """Sum of masked token losses over the sum of the mask, over `num_passes` global batches; NaN if all is masked."""
     totals = 0

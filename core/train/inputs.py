@@ -23,7 +23,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Preparation:
+class PrepareBatch:
     """From whole samples on the host to Inputs; the copies do not wait. eod: the id that ends a document."""
 
     config: Config

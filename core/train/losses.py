@@ -7,7 +7,7 @@ import torch
 from .. import rng
 from ..config import Config
 from ..data.loader import Batch
-from .inputs import Inputs, Preparation
+from .inputs import Inputs, PrepareBatch
 from .stages import Stages
 
 
@@ -21,7 +21,7 @@ class LossPass:
     def __init__(
         self,
         stages: Stages,
-        prepare: Preparation,
+        prepare: PrepareBatch,
         batches: Iterator[Batch],
         *,
         iteration: int | None,

@@ -19,7 +19,7 @@ class Stages:
 
     chunks: Sequence[GPT]
     mesh: Mesh
-    message: runtime.Message
+    message: runtime.MessageSpec
     training: Plan
     evaluation: Plan
     deferral: Deferral = field(default_factory=Deferral)

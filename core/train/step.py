@@ -13,7 +13,7 @@ from ..optim.clip import clip_factor, squared_norm
 from ..optim.optimizer import Optimizer
 from ..optim.schedule import learning_rate
 from ..precision import LossScaler
-from .inputs import Preparation
+from .inputs import PrepareBatch
 from .losses import LossPass
 from .progress import Progress
 from .stages import Stages
@@ -41,7 +41,7 @@ class Trainer:
     mesh: Mesh
     device: torch.device
     stages: Stages
-    prepare: Preparation
+    prepare: PrepareBatch
     optimizer: Optimizer
     scaler: LossScaler
 

@@ -36,9 +36,9 @@ AGREED = 4 * 8  # loss, count, wish and norm in float64
 
 def gradient_bytes() -> int:
     config = resolve(flags.parse(SMALL.split()).config, 1)
-    place = launch.Place()
+    process = launch.Process()
     trainer = build_trainer(
-        config, launch.plan_mesh(config, place), torch.device("cpu"), ops.Ops(), 96, 95
+        config, launch.plan_mesh(config, process), torch.device("cpu"), ops.Ops(), 96, 95
     )
     return sum(bucket.size * 4 for bucket in trainer.optimizer.buckets)
 

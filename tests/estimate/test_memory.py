@@ -21,7 +21,7 @@ from trivium.estimate.activations import Cut, activations_of, layer_saved
 from trivium.estimate.flops import total_parameters
 from trivium.estimate.memory import Chunk, layer_weights, state_of, weights_of
 from trivium.gradients import Deferral
-from trivium.launch import Place, plan_mesh
+from trivium.launch import Process, plan_mesh
 from trivium.mesh import Mesh
 from trivium.model.gpt import GPT, Passage
 from trivium.model.recompute import Recompute
@@ -182,7 +182,7 @@ def test_state_is_what_is_allocated(world_size, layout, model):
             for place in (0, per_stage - 1)
         }
     ):
-        mesh = plan_mesh(config, Place(rank, world_size))
+        mesh = plan_mesh(config, Process(rank, world_size))
         stages = build_stages(config, VOCAB, mesh, ops.Ops(), CPU)
         optimizer = build_optimizer(config, mesh, stages, ops.Ops())
         weights = {bucket.weights.untyped_storage().data_ptr() for bucket in optimizer.buckets}

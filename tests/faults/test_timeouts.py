@@ -26,7 +26,7 @@ from trivium.comm import (
     start_send,
 )
 from trivium.data.loader import MicroBatches
-from trivium.launch import Place
+from trivium.launch import Process
 from trivium.mesh import Axis, Mesh
 from trivium.testing import RankError, run_ranks
 
@@ -159,7 +159,7 @@ def run_beside_a_hanging_loader(
         with pytest.raises(CommunicationError) as failure:
             pretrain_gpt.main(
                 f"{RUN} {flags} --distributed-timeout-minutes {SECONDS / 60}".split(),
-                Place(mesh.rank, 2, mesh.rank),
+                Process(mesh.rank, 2, mesh.rank),
             )
         return time.time() - path.stat().st_mtime if mesh.rank == 0 else 0.0, str(failure.value)
     finally:

@@ -9,7 +9,7 @@ from runs import rows_of
 
 import pretrain_gpt
 from parity.mutations import applied
-from trivium.launch import Place
+from trivium.launch import Process
 from trivium.mesh import Mesh
 from trivium.optim.optimizer import Optimizer
 from trivium.testing import run_ranks
@@ -115,7 +115,7 @@ def spied_run(
     Optimizer.update = update
     try:
         with applied(mutation):
-            pretrain_gpt.main(arguments.split(), Place(mesh.rank, mesh.world_size, mesh.rank))
+            pretrain_gpt.main(arguments.split(), Process(mesh.rank, mesh.world_size, mesh.rank))
     finally:
         Optimizer.update = honest
     return gradients, weights[0], weights[-1]

@@ -160,13 +160,13 @@ MUTATIONS = {
         Case(2, f"{CP} 2"),
     ),
     "positions counted from zero on every cp rank": Mutation(
-        inputs.Preparation.__call__,
+        inputs.PrepareBatch.__call__,
         "Passage(positions",
         "Passage(positions.argsort()",
         Case(2, f"{CP} 2"),
     ),
     "labels of another slice": Mutation(
-        inputs.Preparation.__call__,
+        inputs.PrepareBatch.__call__,
         "(tokens, labels, mask)), passage",
         "(tokens, labels.roll(1, 1), mask)), passage",
         Case(2, f"{CP} 2"),

@@ -32,7 +32,7 @@ from trivium.estimate.costs import Hardware, exposed, gather
 from trivium.estimate.draw import BUBBLE, boxes_of, figure_of
 from trivium.estimate.report import as_json
 from trivium.estimate.search import Search
-from trivium.launch import Place
+from trivium.launch import Process
 from trivium.pipeline.plan import Backward, BackwardInput, BackwardWeight, Costs, Forward, make_plan
 from trivium.pipeline.simulate import simulate
 
@@ -98,7 +98,7 @@ def sent(mesh, line: str) -> tuple[int, dict[str, float]]:
 
     comm._start = counted
     try:
-        pretrain_gpt.main(line.split(), Place(mesh.rank, mesh.world_size, mesh.rank))
+        pretrain_gpt.main(line.split(), Process(mesh.rank, mesh.world_size, mesh.rank))
     finally:
         comm._start = honest
     return mesh.pp.rank, dict(found)

@@ -11,7 +11,7 @@ from runs import LLAMA, NO_DROPOUT, SMALL, exact, rows_of, train, write_data
 import pretrain_gpt
 from trivium.checkpoint.manifest import CheckpointError
 from trivium.config import ConfigError, flags, resolve
-from trivium.launch import Place
+from trivium.launch import Process
 from trivium.logs import get_logger
 from trivium.optim.schedule import learning_rate
 from trivium.train.load_modes import MODES
@@ -71,7 +71,7 @@ def begin(arguments: str, monkeypatch) -> Begun:
     with monkeypatch.context() as patch:
         patch.setattr(pretrain_gpt, "run", look)
         patch.setattr(get_logger(), "info", lambda line: (lines.append(line), honest(line)))
-        pretrain_gpt.main(arguments.split(), Place())
+        pretrain_gpt.main(arguments.split(), Process())
     return seen[0]
 
 

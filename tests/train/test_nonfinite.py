@@ -6,7 +6,7 @@ import pytest
 from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data, write_ends
 
 import pretrain_gpt
-from trivium.launch import Place
+from trivium.launch import Process
 from trivium.mesh import Mesh
 from trivium.model.gpt import GPT
 from trivium.testing import run_ranks
@@ -41,7 +41,7 @@ def poisoned_run(mesh: Mesh, arguments: str, iteration: int, value: float, where
 
     LossPass.__call__ = call
     try:
-        pretrain_gpt.main(arguments.split(), Place(mesh.rank, mesh.world_size, mesh.rank))
+        pretrain_gpt.main(arguments.split(), Process(mesh.rank, mesh.world_size, mesh.rank))
     finally:
         LossPass.__call__, GPT.loss = honest, honest_loss
 

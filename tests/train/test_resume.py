@@ -14,7 +14,7 @@ from runs import LLAMA, NO_DROPOUT, SMALL, exact, rows_of, train, write_data
 
 import pretrain_gpt
 from trivium.checkpoint import background, publish
-from trivium.launch import Place
+from trivium.launch import Process
 from trivium.mesh import Mesh
 from trivium.testing import run_ranks
 from trivium.train import step
@@ -102,7 +102,7 @@ def stopped_on_rank_one(mesh: Mesh, arguments: str) -> int:
 
     step.Trainer.step = signalled
     try:
-        pretrain_gpt.main(arguments.split(), Place(mesh.rank, mesh.world_size, mesh.rank))
+        pretrain_gpt.main(arguments.split(), Process(mesh.rank, mesh.world_size, mesh.rank))
     finally:
         step.Trainer.step = honest
     return seen[-1]

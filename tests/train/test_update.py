@@ -8,7 +8,7 @@ import pretrain_gpt
 from trivium import ops
 from trivium.config import flags, resolve
 from trivium.data.dataset import build_datasets
-from trivium.launch import Place
+from trivium.launch import Process
 from trivium.mesh import Mesh
 from trivium.model.gpt import GPT
 from trivium.optim.optimizer import Optimizer
@@ -32,7 +32,7 @@ def captured(mesh: Mesh, arguments: str) -> dict[str, torch.Tensor]:
 
     Optimizer.update = update
     try:
-        pretrain_gpt.main(arguments.split(), Place(mesh.rank, mesh.world_size, mesh.rank))
+        pretrain_gpt.main(arguments.split(), Process(mesh.rank, mesh.world_size, mesh.rank))
     finally:
         Optimizer.update = honest
     return found
