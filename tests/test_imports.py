@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "__init__": set(),
     "logs": set(),
     "config": set(),
-    "config.validate": {"config.defaults", "config.fields", "pipeline.choose"},
+    "config.validate": {"config.defaults", "config.fields", "pipeline.from_flags"},
     "launch": {"mesh"},
     "mesh": set(),
     "layout": {"mesh"},
@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "pipeline.plan": set(),
     "pipeline.simulate": {"pipeline.plan"},
     "pipeline.split": {"pipeline.plan"},
-    "pipeline.choose": {"config", "pipeline.plan", "pipeline.split"},
+    "pipeline.from_flags": {"config", "pipeline.plan", "pipeline.split"},
     "pipeline.runtime": {"mesh", "comm", "gradients", "pipeline.plan"},
     "optim": {"layout", "mesh", "comm", "gradients", "ops", "precision"},
     "checkpoint": {"layout", "mesh", "comm"},
@@ -90,7 +90,7 @@ WITHOUT_TORCH = {
     "pipeline.plan",
     "pipeline.simulate",
     "pipeline.split",
-    "pipeline.choose",
+    "pipeline.from_flags",
 }
 FORBIDDEN = {  # of others' packages
     "mesh": ("torch.nn",),

@@ -33,7 +33,7 @@ from trivium.estimate.draw import check_picture, draw
 from trivium.estimate.report import as_json, comparison, report, schedule_report, timeline_json
 from trivium.estimate.search import Search
 from trivium.interop.families import read_flags
-from trivium.pipeline.choose import placement_of
+from trivium.pipeline.from_flags import placement_of
 from trivium.pipeline.plan import Costs, make_plan
 from trivium.pipeline.simulate import simulate
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from math import lcm
 
-from ..pipeline.choose import placement_of, specs_of
+from ..pipeline.from_flags import placement_of, stage_specs
 from .defaults import data_parallel_size
 from .fields import (
     ROPE_OPTIONS,
@@ -264,7 +264,7 @@ def _pipeline(config: Config) -> Iterator[str]:
         return
     try:
         placement = placement_of(parallel, layers)
-        specs_of(parallel, layers)
+        stage_specs(parallel, layers)
     except ValueError as error:
         yield str(error)
         return

@@ -6,7 +6,7 @@ from functools import cached_property
 from operator import ge, mul
 
 from ..config import Config, data_parallel_size, key_value_copies, optimizer_shards
-from ..pipeline.choose import placement_of, specs_of
+from ..pipeline.from_flags import placement_of, stage_specs
 from ..pipeline.plan import (
     Action,
     Backward,
@@ -74,7 +74,7 @@ class Layout:
         self.strategy = parallel.data_parallel_sharding_strategy
         self.num_microbatches = batch.global_batch_size // (batch.micro_batch_size * self.dp)
         self.placement: Placement = placement_of(parallel, self.model.num_layers)
-        specs = specs_of(parallel, self.model.num_layers)
+        specs = stage_specs(parallel, self.model.num_layers)
         self.stages = [Chunk(len(spec.layers), spec.embeds, spec.predicts) for spec in specs]
 
     def chunks(self, rank: int) -> list[Chunk]:

@@ -109,7 +109,7 @@ class Placement:
             return 2 * self.num_ranks - 1 - rank
         return chunk * self.num_ranks + rank
 
-    def place(self, stage: int) -> tuple[int, int]:
+    def rank_and_chunk(self, stage: int) -> tuple[int, int]:
         """(rank, chunk) of a stage."""
         chunk, rank = divmod(stage, self.num_ranks)
         if self.schedule == "zb-v" and chunk == 1:
@@ -334,7 +334,7 @@ def _execute(
         range(placement.num_chunks),
     )
     stage_of = [[placement.stage(rank, chunk) for chunk in chunks] for rank in ranks]
-    rank_of = [placement.place(stage)[0] for stage in range(num_stages)]
+    rank_of = [placement.rank_and_chunk(stage)[0] for stage in range(num_stages)]
     kinds = (Forward, Backward, BackwardInput, BackwardWeight)
     duration = {kind: [costs.of(kind, stage) for stage in range(num_stages)] for kind in kinds}
     ahead = [
@@ -414,7 +414,7 @@ def _with_messages(placement: Placement, execution: Execution) -> tuple[tuple[Ac
     listed before it: those producers ran, their sends are posted. What this rank receives among these was posted before the action.
     """
     num_stages = placement.num_stages
-    place_of = [placement.place(stage) for stage in range(num_stages)]
+    place_of = [placement.rank_and_chunk(stage) for stage in range(num_stages)]
     stage_of = {place: stage for stage, place in enumerate(place_of)}
     queues: dict[tuple[int, int], list[Message]] = defaultdict(
         list

@@ -145,7 +145,7 @@ class _Pass:
         self, kind: type, local: dict, key: _Key, to_stage: int, tensor: torch.Tensor
     ) -> None:
         """To the neighbour stage: kept for the send that follows, or straight to another chunk of this rank."""
-        rank, chunk = self.plan.place(to_stage)
+        rank, chunk = self.plan.rank_and_chunk(to_stage)
         if rank == self.pp.rank:
             local[chunk, key[1]] = tensor
         else:

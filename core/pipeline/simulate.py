@@ -99,8 +99,8 @@ def _rules(plan: Plan, rank: int) -> Rules:
     rules: Rules = {}
     for chunk in range(plan.num_chunks):
         stage = plan.stage(rank, chunk)
-        before = plan.place(stage - 1) if stage > 0 else None
-        behind = plan.place(stage + 1) if stage + 1 < plan.num_stages else None
+        before = plan.rank_and_chunk(stage - 1) if stage > 0 else None
+        behind = plan.rank_and_chunk(stage + 1) if stage + 1 < plan.num_stages else None
         given, returned = (), ()  # the input, the gradient of the output
         if before and before[0] == rank:
             given = ((Forward, before[1]),)

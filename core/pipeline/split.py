@@ -165,7 +165,10 @@ def _counts_with_uneven_ends(
     of_rank = [rest // others if others else 0] * ranks
     of_rank[0] = of_rank[0] if first is None else first
     of_rank[-1] = of_rank[-1] if last is None else last
-    return [of_rank[placement.place(stage)[0]] // chunks for stage in range(placement.num_stages)]
+    return [
+        of_rank[placement.rank_and_chunk(stage)[0]] // chunks
+        for stage in range(placement.num_stages)
+    ]
 
 
 def _counts_of_layout(num_layers: int, placement: Placement, layout: str) -> list[int]:

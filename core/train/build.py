@@ -11,7 +11,7 @@ from ..optim.buckets import Reduction, make_buckets
 from ..optim.fully_sharded import cut_parameters
 from ..optim.optimizer import Optimizer
 from ..parallel.sharding import Sharding
-from ..pipeline.choose import placement_of, specs_of
+from ..pipeline.from_flags import placement_of, stage_specs
 from ..pipeline.plan import make_plan
 from ..pipeline.runtime import MessageSpec
 from ..precision import LossScaler, working_dtype
@@ -50,7 +50,7 @@ def build_stages(
     sharding, recompute = Sharding.of(mesh, parallel), Recompute.of(parallel)
     placement, specs = (
         placement_of(parallel, config.model.num_layers),
-        specs_of(parallel, config.model.num_layers),
+        stage_specs(parallel, config.model.num_layers),
     )
     chunks: list[GPT] = []
     for chunk in range(placement.num_chunks):

@@ -30,7 +30,7 @@ from trivium.optim.buckets import Reduction, make_buckets
 from trivium.parallel import loss
 from trivium.parallel.context import token_positions
 from trivium.parallel.sharding import Sharding
-from trivium.pipeline.choose import placement_of, specs_of
+from trivium.pipeline.from_flags import placement_of, stage_specs
 from trivium.precision import working_dtype
 from trivium.testing import run_ranks
 from trivium.train.build import build_optimizer, build_stages
@@ -173,7 +173,7 @@ LAYOUTS = [
 def test_state_is_what_is_allocated(world_size, layout, model):
     """To the byte, on the first and last rank of every stage. No process is started: nothing is communicated before training."""
     config = config_of(model + layout, world_size)
-    placement, specs = placement_of(config.parallel, 8), specs_of(config.parallel, 8)
+    placement, specs = placement_of(config.parallel, 8), stage_specs(config.parallel, 8)
     per_stage = world_size // placement.num_ranks
     for rank in sorted(
         {

@@ -227,11 +227,11 @@ def test_place_is_the_inverse_of_stage(schedule, v):
         assert sorted(placement.stage(*place) for place in places) == list(
             range(placement.num_stages)
         )
-        assert all(placement.place(placement.stage(*place)) == place for place in places)
+        assert all(placement.rank_and_chunk(placement.stage(*place)) == place for place in places)
 
 
 def test_stages_go_round_the_ranks_or_down_and_up_again():
-    assert [Placement("interleaved", 3, 2).place(stage)[0] for stage in range(6)] == [
+    assert [Placement("interleaved", 3, 2).rank_and_chunk(stage)[0] for stage in range(6)] == [
         0,
         1,
         2,
@@ -239,7 +239,7 @@ def test_stages_go_round_the_ranks_or_down_and_up_again():
         1,
         2,
     ]
-    assert [Placement("zb-v", 3, 2).place(stage) for stage in range(6)] == [
+    assert [Placement("zb-v", 3, 2).rank_and_chunk(stage) for stage in range(6)] == [
         (0, 0),
         (1, 0),
         (2, 0),
@@ -420,7 +420,7 @@ def makespan_without_queues(plan, costs):
                 source = stage - 1 if forward else stage + 1
                 hop = (
                     0.0
-                    if not 0 <= source < plan.num_stages or plan.place(source)[0] == rank
+                    if not 0 <= source < plan.num_stages or plan.rank_and_chunk(source)[0] == rank
                     else costs.transfer * plan.num_chunks
                 )
                 waits = not isinstance(action, BackwardWeight) and 0 <= source < plan.num_stages

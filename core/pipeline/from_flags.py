@@ -28,7 +28,7 @@ def placement_of(parallel: ParallelConfig, num_layers: int) -> Placement:
     return Placement(schedule, pp, chunks)
 
 
-def specs_of(parallel: ParallelConfig, num_layers: int) -> tuple[StageSpec, ...]:
+def stage_specs(parallel: ParallelConfig, num_layers: int) -> tuple[StageSpec, ...]:
     """What each stage holds, in their order."""
     return split_layers(
         num_layers,
