@@ -15,8 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for pretrain_gpt
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # pretrain_gpt stands there
 
 import numpy as np
 
@@ -24,7 +23,7 @@ import pretrain_gpt
 from trivium import launch
 from trivium.data.indexed import IndexedDatasetWriter
 
-CORE = ROOT / "core"
+CORE = Path(__file__).resolve().parents[1] / "core"
 # A step without dropout, on the native kernels, as most runs of today are.
 RUN = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention"
