@@ -129,7 +129,7 @@ def built() -> Run:
         config,
         mesh,
         device,
-        ops.choose("auto", device, working_dtype(config.precision)),
+        ops.select_ops("auto", device, working_dtype(config.precision)),
         vocab_size,
         vocab_size - 1,
     )

@@ -64,11 +64,11 @@ def build_engines(
     config: Config, device: torch.device, dtype: torch.dtype, with_peers: bool
 ) -> tuple[dict[str, Generate], dict[str, str]]:
     """Trivium, also without a block's step in one call where it has that, and transformers where it is installed; else the reason."""
-    kernels = ops.choose("auto", device, dtype)
+    kernels = ops.select_ops("auto", device, dtype)
     engines: dict[str, Generate] = {"Trivium": trivium(config, device, dtype, kernels)}
     if kernels.implementations["block_step"] == "native":
         engines["Trivium, op by op"] = trivium(
-            config, device, dtype, ops.choose("auto,block_step=torch", device, dtype)
+            config, device, dtype, ops.select_ops("auto,block_step=torch", device, dtype)
         )
     if with_peers:
         try:

@@ -191,12 +191,12 @@ def ops_suite(options: argparse.Namespace) -> dict[str, Any]:
         ops.keep_freed_memory()  # as in training; else most of what is timed are page faults of the outputs
     results: dict[str, Any] = {"limits": limits(device)}
     for dtype in (torch.float32, torch.bfloat16):
-        chosen = ops.choose("torch", device, dtype)
-        available = ops.choose("auto", device, dtype)
+        chosen = ops.select_ops("torch", device, dtype)
+        available = ops.select_ops("auto", device, dtype)
         word = str(dtype).removeprefix("torch.")
         copy, product = (
             results["limits"]["copy GB/s"],
-            results["limits"]["float32 GFLOP/s" if available.widens else f"{word} GFLOP/s"],
+            results["limits"]["float32 GFLOP/s" if available.fp32_matmul else f"{word} GFLOP/s"],
         )
         if available.kernels == "torch":
             print(f"no {ours} kernels here: see the line above")

@@ -185,7 +185,7 @@ def measure(process: launch.Process, arguments: str, steps: int, store: str, ans
     device = launch.choose_device("auto", process.local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     mesh = launch.plan_mesh(config, process).connect(backend, 10, init_method=f"file://{store}")
-    run_ops = ops.choose("auto", device, working_dtype(config.precision))
+    run_ops = ops.select_ops("auto", device, working_dtype(config.precision))
     trainer = build_trainer(
         config, mesh, device, run_ops, config.data.vocab_size + 1, config.data.vocab_size
     )

@@ -43,7 +43,7 @@ def write_weights(config: Config, path: Path) -> None:
     model = GPT(
         config.model,
         vocabulary(config),
-        ops=ops.choose("torch", torch.device("cpu"), torch.float32),
+        ops=ops.select_ops("torch", torch.device("cpu"), torch.float32),
         seed=config.batch.seed,
     )
     pieces = [
@@ -60,7 +60,7 @@ def read_weights(path: Path) -> Weights:
 
 def trivium(config: Config, weights: Path, device: torch.device) -> Step:
     """Weights are its own: those that write_weights wrote came from the same seed."""
-    kernels = ops.choose("auto", device, working_dtype(config.precision))
+    kernels = ops.select_ops("auto", device, working_dtype(config.precision))
     mesh = launch.plan_mesh(config, launch.Process()).connect("gloo", 10)
     trainer = build_trainer(
         config, mesh, device, kernels, vocabulary(config), config.data.vocab_size

@@ -88,7 +88,7 @@ def test_wheel_installs_no_name_but_its_own(wheel):
 
 def test_unpacked_wheel_works_from_another_folder(wheel, tmp_path):
     unpacked, _ = wheel
-    choice = "trivium.ops.choose('native', torch.device('cpu'), torch.float32).kernels"
+    choice = "trivium.ops.select_ops('native', torch.device('cpu'), torch.float32).kernels"
     code = f"import trivium.ops, torch; print(trivium.__file__, {choice})"
     file, kernels = python(code, tmp_path, unpacked).split()
     assert Path(file) == unpacked / "trivium" / "__init__.py"
@@ -106,5 +106,5 @@ def test_kernels_of_hugging_face_is_found_from_the_checkout():
 def test_install_without_a_compiler_goes_on_without_the_native_module(tmp_path):
     unpacked, names = build_wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent")
     assert not [name for name in names if name.endswith(".so")]
-    code = "import trivium.ops as o, torch; print(o.choose('auto', torch.device('cpu'), torch.float32).kernels)"
+    code = "import trivium.ops as o, torch; print(o.select_ops('auto', torch.device('cpu'), torch.float32).kernels)"
     assert python(code, tmp_path, unpacked) == "torch"

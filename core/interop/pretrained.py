@@ -40,7 +40,7 @@ def load_pretrained(
         raise CheckpointError(
             f"{path} is a Hugging Face folder, which holds no iterations: leave --ckpt-step out"
         )
-    run_ops = ops.choose(kernels, device, dtype)
+    run_ops = ops.select_ops(kernels, device, dtype)
     model, tokenizer = (
         _from_hf(path, run_ops)
         if is_hf_folder(path)

@@ -3,6 +3,6 @@
 from .attention import AttentionRule
 from .cpu import BlockShape, BlockStep, keep_freed_memory
 from .ops import OPS, Ops
-from .selection import choose
+from .selection import select_ops
 
-__all__ = ["OPS", "AttentionRule", "BlockShape", "BlockStep", "Ops", "choose", "keep_freed_memory"]
+__all__ = ["OPS", "AttentionRule", "BlockShape", "BlockStep", "Ops", "keep_freed_memory", "select_ops"]

@@ -38,15 +38,15 @@ class AttentionRule:
 class AttentionOps:
     """Attention by one backend, --attention-backend.
 
-    widens: products of 16-bit numbers are computed in fp32 and rounded at the end, since this processor is faster at those.
+    fp32_matmul: products of 16-bit numbers are computed in fp32 and rounded at the end, since this processor is faster at those.
     """
 
     attention_backend: str
-    widens: bool
+    fp32_matmul: bool
 
     def operand(self, x: torch.Tensor) -> torch.Tensor:
         """x as matrix products take it: in fp32 where this processor multiplies 16-bit numbers more slowly than those, else as it is."""
-        return x.float() if self.widens and x.dtype in (torch.bfloat16, torch.float16) else x
+        return x.float() if self.fp32_matmul and x.dtype in (torch.bfloat16, torch.float16) else x
 
     def attention(
         self,

@@ -41,7 +41,7 @@ STEP_IS_MADE_OF = (
 
 @dataclass(frozen=True)
 class Ops(AttentionOps):
-    """The ops of a model and its optimizer. `Ops()` is plain PyTorch; `choose` picks by flag, device and dtype.
+    """The ops of a model and its optimizer. `Ops()` is plain PyTorch; `select_ops` picks by flag, device and dtype.
 
     kernels: torch, triton or native, for every op that has it; others are PyTorch's. overrides: (op, implementation) where one is to
     differ. Without a gradient are those that end in an underscore, those under no_grad, of which autograd functions are made, and
@@ -51,7 +51,7 @@ class Ops(AttentionOps):
 
     kernels: str = "torch"
     attention_backend: str = "auto"  # as --attention-backend
-    widens: bool = False  # see AttentionOps
+    fp32_matmul: bool = False  # see AttentionOps
     overrides: tuple[tuple[str, str], ...] = ()
 
     implementations: dict[str, str] = field(
@@ -78,7 +78,7 @@ class Ops(AttentionOps):
         ]
         products = (
             " | matrix products of 16-bit numbers in fp32, which is faster on this processor"
-            if self.widens
+            if self.fp32_matmul
             else ""
         )
         return f"kernels: {' | '.join(parts)} | attention sdpa ({self.attention_backend}){products}"

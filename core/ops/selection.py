@@ -8,7 +8,7 @@ from .attention import check_backend
 from .ops import OPS, STEP_IS_MADE_OF, Ops
 
 
-def choose(
+def select_ops(
     kernels: str, device: torch.device, dtype: torch.dtype, attention_backend: str = "auto"
 ) -> Ops:
     """The ops for --kernels on `device` with activations of `dtype`.
@@ -27,7 +27,7 @@ def choose(
     chosen = Ops(
         _implementation(general, device, dtype),
         attention_backend,
-        _widens(device, dtype),
+        _uses_fp32_matmul(device, dtype),
         overrides,
     )
     if ("block_step", "native") in overrides and chosen.implementations["block_step"] != "native":
@@ -69,7 +69,7 @@ def _override(
     return op, wanted
 
 
-def _widens(device: torch.device, dtype: torch.dtype) -> bool:
+def _uses_fp32_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether 16-bit matrix products are to be computed in fp32: a processor without instructions for them is some 10 to 100 times slower at them."""
     if device.type != "cpu" or dtype not in _PRODUCTS:
         return False

@@ -316,7 +316,7 @@ def test_both_engines_generate_the_same_tokens(monkeypatch):
     found = generation.compare(engines, torch.arange(12).view(2, 6), rounds=1)
     op_by_op = (
         ["Trivium, op by op"]
-        if ops.choose("auto", CPU, torch.float32).implementations["block_step"] == "native"
+        if ops.select_ops("auto", CPU, torch.float32).implementations["block_step"] == "native"
         else []
     )
     assert not absent and list(found) == ["Trivium", *op_by_op, "transformers"]

@@ -274,7 +274,7 @@ def test_a_configuration_says_which_ops_run_as_kernels(kernels, on_cpu, on_gpu):
 def cut_of(config: Config, run_ops: ops.Ops) -> Cut:
     """With what only this machine knows: whether kernels were compiled, and how it multiplies."""
     fused = frozenset(op for op, one in run_ops.implementations.items() if one != "torch")
-    return replace(Cut.of(config), fused=fused, widens=run_ops.widens)
+    return replace(Cut.of(config), fused=fused, widens=run_ops.fp32_matmul)
 
 
 @dataclass
@@ -302,7 +302,7 @@ class Pass:
         sharding = replace(Sharding.of(mesh, parallel), kv=planned.kv)
         dtype = working_dtype(config.precision)
         run_ops = replace(
-            ops.choose(parallel.kernels, CPU, dtype, parallel.attention_backend), widens=widens
+            ops.select_ops(parallel.kernels, CPU, dtype, parallel.attention_backend), fp32_matmul=widens
         )
         cut = cut_of(config, run_ops)
         model = GPT(
@@ -635,7 +635,7 @@ def test_the_loss_computes_so_many_logits_at_a_time():
 def assert_live(config: Config, vocabulary: int, widens: bool, within: float, **cut) -> None:
     mesh = Mesh.plan(1, 0)
     run_ops = replace(
-        ops.choose(config.parallel.kernels, CPU, working_dtype(config.precision)), widens=widens
+        ops.select_ops(config.parallel.kernels, CPU, working_dtype(config.precision)), fp32_matmul=widens
     )
     stages = build_stages(config, vocabulary, mesh, run_ops, CPU)
     buckets = build_optimizer(config, mesh, stages, ops.Ops()).buckets

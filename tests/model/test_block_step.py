@@ -114,7 +114,7 @@ def test_a_step_in_bf16_rounds_where_the_block_does(name, sequences):
     """Bit by bit, but where attention, in fp32 in both and summed in another order, comes to lie on the other side of a rounding."""
     config = BLOCKS[name]
     block, x = (
-        block_of(config, torch.bfloat16, Ops("native", widens=True)),
+        block_of(config, torch.bfloat16, Ops("native", fp32_matmul=True)),
         inputs(config, sequences, torch.bfloat16),
     )
     for found, expected in zip(

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from trivium.ops import OPS, Ops, choose, cpu, ops, reference
+from trivium.ops import OPS, Ops, cpu, ops, reference, select_ops
 
 # Rounding unit of each dtype: half the distance from 1 to the next number.
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -228,10 +228,10 @@ def test_an_attention_backend_that_cannot_serve_is_an_error_at_start():
     with pytest.raises(
         ValueError, match="--attention-backend fused is cuDNN's and the device is cpu; use"
     ):
-        choose("torch", CPU, torch.float32, "fused")
+        select_ops("torch", CPU, torch.float32, "fused")
     with pytest.raises(ValueError, match="--attention-backend flahs is not one of auto, flash"):
-        choose("torch", CPU, torch.float32, "flahs")
-    assert choose("torch", CPU, torch.float32, "flash").attention_backend == "flash"
+        select_ops("torch", CPU, torch.float32, "flahs")
+    assert select_ops("torch", CPU, torch.float32, "flash").attention_backend == "flash"
 
 
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -327,39 +327,39 @@ def test_adamw_refuses_buffers_with_gaps_or_of_another_size():
 
 def test_auto_takes_native_on_a_cpu_and_says_why_when_it_cannot(monkeypatch, caplog):
     monkeypatch.setattr(cpu, "AVAILABLE", True)
-    assert choose("auto", CPU, torch.float32).kernels == "native"
+    assert select_ops("auto", CPU, torch.float32).kernels == "native"
     monkeypatch.setattr(cpu, "AVAILABLE", False)
     with caplog.at_level(logging.INFO, logger="trivium"):
-        assert choose("auto", CPU, torch.float32) == Ops()
+        assert select_ops("auto", CPU, torch.float32) == Ops()
     assert "trivium._native is not built" in caplog.text
 
 
 def test_a_missing_kernel_is_an_error_that_names_flag_and_remedy(monkeypatch):
     with pytest.raises(ValueError, match=r"--kernels native: .*float16.*--bf16"):
-        choose("native", CPU, torch.float16)
+        select_ops("native", CPU, torch.float16)
     with pytest.raises(
         ValueError, match=r"--kernels native: .*device is cuda; use --kernels triton"
     ):
-        choose("native", torch.device("cuda"), torch.float32)
+        select_ops("native", torch.device("cuda"), torch.float32)
     monkeypatch.setattr(cpu, "AVAILABLE", False)
     with pytest.raises(
         ValueError, match=r"--kernels native: .*not built; install a C\+\+17 compiler"
     ):
-        choose("native", CPU, torch.float32)
+        select_ops("native", CPU, torch.float32)
     with pytest.raises(ValueError, match="--kernels fast: 'fast' is not one of"):
-        choose("fast", CPU, torch.float32)
+        select_ops("fast", CPU, torch.float32)
 
 
 def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch):
     kernels = pytest.importorskip("trivium.kernels.rms_norm")
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"--kernels triton: .*TRITON_INTERPRET=1"):
-        choose("triton", CPU, torch.float32)
+        select_ops("triton", CPU, torch.float32)
     monkeypatch.setattr(kernels, "INTERPRETED", True)
-    assert choose("triton", CPU, torch.float32).kernels == "triton"
+    assert select_ops("triton", CPU, torch.float32).kernels == "triton"
     monkeypatch.setattr(ops, "triton_rms_norm", None)
     with pytest.raises(ValueError, match=r"--kernels triton: .*install triton"):
-        choose("triton", CPU, torch.float32)
+        select_ops("triton", CPU, torch.float32)
 
 
 def test_the_log_line_names_every_op():
@@ -370,18 +370,18 @@ def test_the_log_line_names_every_op():
         "rms_norm, adamw triton | layer_norm, rope, activation, few_rows, block_step, cross_entropy, grad_norm torch"
         in triton
     )
-    assert "16-bit numbers in fp32" in Ops(widens=True).describe()
+    assert "16-bit numbers in fp32" in Ops(fp32_matmul=True).describe()
 
 
 @NATIVE
 def test_single_ops_can_be_chosen():
-    ops = choose("native,rope=torch,adamw=torch", CPU, torch.float32)
+    ops = select_ops("native,rope=torch,adamw=torch", CPU, torch.float32)
     assert {op for op, one in ops.implementations.items() if one == "torch"} == {
         "rope",
         "adamw",
         "block_step",
     }, "a step has all of its ops native"
-    assert choose("torch,rope=native", CPU, torch.float32).implementations["rope"] == "native"
+    assert select_ops("torch,rope=native", CPU, torch.float32).implementations["rope"] == "native"
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_single_ops_can_be_chosen():
 )
 def test_a_choice_that_there_is_not_is_an_error(kernels, problem):
     with pytest.raises(ValueError, match=re.escape(f"--kernels {kernels}: {problem}")):
-        choose(kernels, CPU, torch.float32)
+        select_ops(kernels, CPU, torch.float32)
 
 
 @NATIVE
@@ -415,7 +415,7 @@ def test_a_step_whose_parts_are_not_native_is_an_error_where_it_is_asked_for(ker
         ValueError,
         match=f"--kernels {kernels}: block_step=native is made of native rms_norm.*leave block_step=native out",
     ):
-        choose(kernels, CPU, torch.float32, backend)
+        select_ops(kernels, CPU, torch.float32, backend)
 
 
 def test_a_choice_for_one_op_that_cannot_serve_is_an_error(monkeypatch):
@@ -423,7 +423,7 @@ def test_a_choice_for_one_op_that_cannot_serve_is_an_error(monkeypatch):
     with pytest.raises(
         ValueError, match=r"--kernels torch,rope=native: .*not built.*or leave rope=native out"
     ):
-        choose("torch,rope=native", CPU, torch.float32)
+        select_ops("torch,rope=native", CPU, torch.float32)
 
 
 def test_16_bit_products_are_widened_where_the_processor_has_no_instructions_for_them(monkeypatch):
@@ -431,14 +431,14 @@ def test_16_bit_products_are_widened_where_the_processor_has_no_instructions_for
     found = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     assert (
-        choose("torch", CPU, torch.bfloat16).widens
-        and not choose("torch", CPU, torch.float32).widens
+        select_ops("torch", CPU, torch.bfloat16).fp32_matmul
+        and not select_ops("torch", CPU, torch.float32).fp32_matmul
     )
-    assert not choose("torch", torch.device("cuda"), torch.bfloat16).widens
+    assert not select_ops("torch", torch.device("cuda"), torch.bfloat16).fp32_matmul
     x = torch.randn(3, 4).bfloat16()
-    assert choose("torch", CPU, torch.bfloat16).operand(x).dtype == torch.float32
+    assert select_ops("torch", CPU, torch.bfloat16).operand(x).dtype == torch.float32
     found["avx512_bf16"] = True
-    assert choose("torch", CPU, torch.bfloat16).operand(x) is x
-    assert not choose("torch", CPU, torch.bfloat16).widens
+    assert select_ops("torch", CPU, torch.bfloat16).operand(x) is x
+    assert not select_ops("torch", CPU, torch.bfloat16).fp32_matmul
     found.update(architecture="aarch64", avx512_bf16=False)
-    assert not choose("torch", CPU, torch.bfloat16).widens
+    assert not select_ops("torch", CPU, torch.bfloat16).fp32_matmul
