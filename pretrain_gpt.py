@@ -53,7 +53,9 @@ def main(argv: list[str], process: launch.Process) -> None:
     )
     if device.type == "cpu" and (threads := launch.threads_of_a_process()):
         torch.set_num_threads(threads)
-    run_ops = ops.select_ops(config.parallel.kernels, device, dtype, config.parallel.attention_backend)
+    run_ops = ops.select_ops(
+        config.parallel.kernels, device, dtype, config.parallel.attention_backend
+    )
     tokenizer = build_tokenizer(**config.data.tokenizer)
     announce(config, request.without_effect, run_ops, device)
 

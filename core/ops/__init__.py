@@ -5,4 +5,12 @@ from .cpu import BlockShape, BlockStep, keep_freed_memory
 from .ops import OPS, Ops
 from .selection import select_ops
 
-__all__ = ["OPS", "AttentionRule", "BlockShape", "BlockStep", "Ops", "keep_freed_memory", "select_ops"]
+__all__ = [
+    "OPS",
+    "AttentionRule",
+    "BlockShape",
+    "BlockStep",
+    "Ops",
+    "keep_freed_memory",
+    "select_ops",
+]

@@ -302,7 +302,8 @@ class Pass:
         sharding = replace(Sharding.of(mesh, parallel), kv=planned.kv)
         dtype = working_dtype(config.precision)
         run_ops = replace(
-            ops.select_ops(parallel.kernels, CPU, dtype, parallel.attention_backend), fp32_matmul=widens
+            ops.select_ops(parallel.kernels, CPU, dtype, parallel.attention_backend),
+            fp32_matmul=widens,
         )
         cut = cut_of(config, run_ops)
         model = GPT(
@@ -635,7 +636,8 @@ def test_the_loss_computes_so_many_logits_at_a_time():
 def assert_live(config: Config, vocabulary: int, widens: bool, within: float, **cut) -> None:
     mesh = Mesh.plan(1, 0)
     run_ops = replace(
-        ops.select_ops(config.parallel.kernels, CPU, working_dtype(config.precision)), fp32_matmul=widens
+        ops.select_ops(config.parallel.kernels, CPU, working_dtype(config.precision)),
+        fp32_matmul=widens,
     )
     stages = build_stages(config, vocabulary, mesh, run_ops, CPU)
     buckets = build_optimizer(config, mesh, stages, ops.Ops()).buckets

@@ -137,7 +137,13 @@ def test_bf16_rounds_the_logits_gradient_once(kernels, widens, at_a_time):
     x, weight, labels, weights = problem(torch.bfloat16)
     parameter = torch.nn.Parameter(weight)
     total, losses = loss.head_loss(
-        x.requires_grad_(), parameter, labels, weights, V, Sharding(), Ops(kernels, fp32_matmul=widens)
+        x.requires_grad_(),
+        parameter,
+        labels,
+        weights,
+        V,
+        Sharding(),
+        Ops(kernels, fp32_matmul=widens),
     )
     total.backward()
     assert (x.grad.dtype, parameter.grad.dtype, losses.dtype) == (
