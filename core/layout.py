@@ -1,6 +1,6 @@
 """The one fact per parameter: which named parts it holds, which box of each lies in this rank's tensor, and how its gradient comes together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .mesh import Axis
+from .role import Role
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) along every dim
 
@@ -21,7 +22,8 @@ class Part:
     `shape` is the global shape without padding; `box` is in its coordinates; `first_row` is where the box begins in the local
     tensor, of which it fills whole rows. `primary` is True on exactly one of the model-parallel ranks that hold the same box:
     that one counts it in the grad norm and writes it. `partial` is the axis over which each rank computes only a share of the
-    gradient; over an axis of size 1 the gradient is complete.
+    gradient; over an axis of size 1 the gradient is complete. `role` says what the tensor does in the model: weight decay and
+    optimizers that treat matrices by themselves go by it.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Part:
     first_row: int = 0
     primary: bool = True
     partial: Axis = _ALONE
+    role: Role = Role.MATRIX
 
     @property
     def columns(self) -> int:
@@ -80,16 +83,28 @@ class Layout:
     uses: int = 1
 
     @staticmethod
-    def whole(name: str, shape: tuple[int, ...], tp: Axis, *, partial: bool = False) -> "Layout":
+    def whole(
+        name: str,
+        shape: tuple[int, ...],
+        tp: Axis,
+        *,
+        partial: bool = False,
+        role: Role = Role.MATRIX,
+    ) -> "Layout":
         """The same full tensor on every rank of `tp`; `partial` where each of them sees only some of the tokens or heads."""
         box = tuple((0, size) for size in shape)
-        return Layout(
-            shape,
-            (Part(name, shape, box, primary=tp.rank == 0, partial=tp if partial else _ALONE),),
-        )
+        axis = tp if partial else _ALONE
+        part = Part(name, shape, box, primary=tp.rank == 0, partial=axis, role=role)
+        return Layout(shape, (part,))
 
     @staticmethod
-    def rows_cut(parts: dict[str, int | Rows], columns: tuple[int, ...], tp: Axis) -> "Layout":
+    def rows_cut(
+        parts: Mapping[str, int | Rows],
+        columns: tuple[int, ...],
+        tp: Axis,
+        *,
+        role: Role = Role.MATRIX,
+    ) -> "Layout":
         """Named parts stacked by rows, each cut over `tp` by itself: q, k and v of one fused weight.
 
         columns: (H,) for a weight, () for a bias.
@@ -99,25 +114,34 @@ class Layout:
             count, copies = rows if isinstance(rows, Rows) else Rows(rows)
             local, index = _share(count, tp.size // copies.size, name), tp.rank // copies.size
             box = ((index * local, (index + 1) * local), *((0, c) for c in columns))
-            placed.append(Part(name, (count, *columns), box, row, copies.rank == 0, copies))
+            placed.append(Part(name, (count, *columns), box, row, copies.rank == 0, copies, role))
             row += local
         return Layout((row, *columns), tuple(placed))
 
     @staticmethod
-    def columns_cut(name: str, rows: int, columns: int, tp: Axis) -> "Layout":
+    def columns_cut(
+        name: str, rows: int, columns: int, tp: Axis, *, role: Role = Role.MATRIX
+    ) -> "Layout":
         """One part [rows, columns], its columns cut over `tp`."""
         local = _share(columns, tp.size, name)
         box = ((0, rows), (tp.rank * local, (tp.rank + 1) * local))
-        return Layout((rows, local), (Part(name, (rows, columns), box),))
+        return Layout((rows, local), (Part(name, (rows, columns), box, role=role),))
 
     @staticmethod
-    def vocabulary_cut(name: str, rows: int, padded_rows: int, columns: int, tp: Axis) -> "Layout":
+    def vocabulary_cut(
+        name: str,
+        rows: int,
+        padded_rows: int,
+        columns: int,
+        tp: Axis,
+        *,
+        role: Role = Role.EMBEDDING,
+    ) -> "Layout":
         """A vocabulary of `rows` padded to `padded_rows`, cut by rows over `tp`; the padding belongs to no part."""
         local = _share(padded_rows, tp.size, name)
         start, stop = (min(rows, (tp.rank + i) * local) for i in (0, 1))
-        return Layout(
-            (local, columns), (Part(name, (rows, columns), ((start, stop), (0, columns))),)
-        )
+        box = ((start, stop), (0, columns))
+        return Layout((local, columns), (Part(name, (rows, columns), box, role=role),))
 
     def tied(self, twins: Axis, uses: int) -> "Layout":
         """This layout for a weight that also serves as the head: counted on the first of its `twins`, used `uses` times on this rank."""

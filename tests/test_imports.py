@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOR_ALL = {"logs", "config"}  # plain values and words: no torch in them
 FOUNDATION = {
     "mesh",
+    "role",
     "layout",
     "comm",
     "autograd",
@@ -29,7 +30,8 @@ MAY_IMPORT = {
     "config.validate": {"config.defaults", "config.fields", "pipeline.from_flags"},
     "launch": {"mesh"},
     "mesh": set(),
-    "layout": {"mesh"},
+    "role": set(),
+    "layout": {"mesh", "role"},
     "comm": {"mesh", "layout"},
     "autograd": set(),
     "gradients": {"mesh", "layout"},
@@ -71,6 +73,7 @@ MAY_IMPORT = {
 }
 # These do not even get FOR_ALL.
 STRICT = {
+    "role",
     "logs",
     "config",
     "config.validate",
@@ -82,6 +85,7 @@ STRICT = {
     "__init__",
 }
 WITHOUT_TORCH = {
+    "role",
     "logs",
     "config",
     "config.flags",

@@ -11,7 +11,7 @@ from torch import nn
 from .. import rng
 from ..config import ModelConfig
 from ..gradients import use
-from ..layout import Layout
+from ..layout import Layout, Role
 from ..ops import BlockShape, BlockStep, Ops
 from ..parallel.embedding import VocabParallelEmbedding
 from ..parallel.linear import column_parallel
@@ -180,10 +180,14 @@ class GPT(nn.Module):
         self.positions = None
         if embeds and config.position_embedding_type == "learned_absolute":
             shape = (config.max_position_embeddings, config.hidden_size)
-            self.positions = rng.new_parameter(
-                Layout.whole("embedding.position.weight", shape, tp, partial=sequence_parallel),
-                init,
+            layout = Layout.whole(
+                "embedding.position.weight",
+                shape,
+                tp,
+                partial=sequence_parallel,
+                role=Role.EMBEDDING,
             )
+            self.positions = rng.new_parameter(layout, init)
         layers = range(config.num_layers) if layers is None else layers
         self.layers = nn.ModuleList(
             Block(layer, config, sharding, ops, seed, recompute) for layer in layers
@@ -201,7 +205,7 @@ class GPT(nn.Module):
             )
             if not config.tied:
                 words = Layout.vocabulary_cut(
-                    "head.weight", vocab_size, padded, config.hidden_size, tp
+                    "head.weight", vocab_size, padded, config.hidden_size, tp, role=Role.HEAD
                 )
             if not (config.tied and embeds):
                 self.head = (

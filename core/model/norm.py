@@ -1,12 +1,14 @@
 """The norms: of hidden states, of each head, and of a projection whose heads are cut over the tensor axis."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from .. import comm, rng
 from ..config import ModelConfig
 from ..gradients import use
-from ..layout import Layout, Rows
+from ..layout import Layout, Role, Rows
 from ..ops import Ops
 from ..parallel.sharding import Sharding
 
@@ -30,14 +32,13 @@ class Norm(nn.Module):
     ):
         super().__init__()
         self.ops, self.epsilon, self.from_one = ops, config.norm_epsilon, config.apply_layernorm_1p
-        weight, bias = (
-            Layout.whole(f"{name}.{kind}", (size,), sharding.tp, partial=cut_input)
-            for kind in ("weight", "bias")
-        )
-        self.weight = rng.new_parameter(weight, rng.Init(seed, fill=0.0 if self.from_one else 1.0))
-        self.bias = (
-            rng.new_parameter(bias, rng.Init(seed)) if config.normalization == "LayerNorm" else None
-        )
+        layout = partial(Layout.whole, shape=(size,), tp=sharding.tp, partial=cut_input)
+        init = rng.Init(seed, fill=0.0 if self.from_one else 1.0)
+        self.weight = rng.new_parameter(layout(f"{name}.weight", role=Role.NORM), init)
+        self.bias = None
+        if config.normalization == "LayerNorm":
+            bias = layout(f"{name}.bias", role=Role.BIAS)
+            self.bias = rng.new_parameter(bias, rng.Init(seed))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = use(self.weight), None if self.bias is None else use(self.bias)
@@ -87,9 +88,8 @@ class ProjectionNorm(nn.Module):
     ):
         super().__init__()
         self.rows, self.tp, self.epsilon = rows, sharding.tp, config.norm_epsilon
-        self.weight = rng.new_parameter(
-            Layout.rows_cut({f"{name}.weight": rows}, (), sharding.tp), rng.Init(seed, fill=1.0)
-        )
+        layout = Layout.rows_cut({f"{name}.weight": rows}, (), sharding.tp, role=Role.NORM)
+        self.weight = rng.new_parameter(layout, rng.Init(seed, fill=1.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

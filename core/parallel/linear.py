@@ -13,7 +13,7 @@ from torch import nn
 from .. import comm, rng
 from ..autograd import apply
 from ..gradients import Sink, current, sink_of, use
-from ..layout import Layout, Rows
+from ..layout import Layout, Role, Rows
 from ..ops import Ops
 from .sharding import Sharding
 
@@ -41,13 +41,10 @@ class ColumnParallelLinear(nn.Module):
         self.weight = rng.new_parameter(
             Layout.rows_cut(_named(parts, "weight"), (in_features,), sharding.tp), init
         )
-        self.bias = (
-            rng.new_parameter(
-                Layout.rows_cut(_named(parts, "bias"), (), sharding.tp), rng.Init(init.seed)
-            )
-            if bias
-            else None
-        )
+        self.bias = None
+        if bias:
+            layout = Layout.rows_cut(_named(parts, "bias"), (), sharding.tp, role=Role.BIAS)
+            self.bias = rng.new_parameter(layout, rng.Init(init.seed))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = column_parallel(x, self.weight, self.sharding, self.ops)
@@ -80,7 +77,11 @@ class RowParallelLinear(nn.Module):
         self.bias = None
         if bias:
             layout = Layout.whole(
-                f"{name}.bias", (out_features,), sharding.tp, partial=sharding.sequence_parallel
+                f"{name}.bias",
+                (out_features,),
+                sharding.tp,
+                partial=sharding.sequence_parallel,
+                role=Role.BIAS,
             )
             self.bias = rng.new_parameter(layout, rng.Init(init.seed))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trivium.config import ModelConfig
+from trivium.layout import Role
 from trivium.mesh import Axis
 from trivium.model.gpt import GPT, Block, Passage
 from trivium.model.recompute import Recompute
@@ -137,6 +138,24 @@ def test_a_tied_weight_on_one_rank_is_one_parameter_used_twice():
         model_of(TIED).embedding.weight.param_layout.uses == 2
         and model_of(UNTIED).embedding.weight.param_layout.uses == 1
     )
+
+
+@pytest.mark.parametrize(
+    "config", [*MODELS.values(), replace(GPT2, qk_layernorm=True)], ids=[*MODELS, "QK norms"]
+)
+def test_every_part_has_the_role_that_its_name_says(config):
+    """Weight decay goes by roles: vectors must not have that of a matrix, nor matrices another."""
+    expected = {"embedding": Role.EMBEDDING, "head": Role.HEAD}
+    parts = [part for p in model_of(config).parameters() for part in p.param_layout.parts]
+    for part in parts:
+        stem, kind = part.name.rsplit(".", 1)
+        if kind == "bias":
+            assert part.role == Role.BIAS and len(part.shape) == 1
+        elif stem.endswith("norm"):
+            assert part.role == Role.NORM and len(part.shape) == 1
+        else:
+            assert part.role == expected.get(stem.split(".")[0], Role.MATRIX)
+            assert len(part.shape) == 2
 
 
 # --- tokens ---

@@ -1,0 +1,22 @@
+"""The roles that a parameter can play in the model. Imports nothing, so that plans need no torch."""
+
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What a tensor does in the model: optimizers and estimates choose by it, never by shape."""
+
+    EMBEDDING = "embedding"
+    """A table that is looked up by token or position; also when a tied head multiplies by it."""
+
+    HEAD = "head"
+    """The matrix from hidden states to logits, where it has weights of its own."""
+
+    MATRIX = "matrix"
+    """A matrix of a linear layer inside a block."""
+
+    BIAS = "bias"
+    """A vector that is added: to the output of a linear layer, or inside a LayerNorm."""
+
+    NORM = "norm"
+    """The vector of factors of a norm."""
