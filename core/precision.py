@@ -3,6 +3,7 @@
 import torch
 
 from .config import PrecisionConfig
+from .state import StateItem
 
 
 def working_dtype(precision: PrecisionConfig) -> torch.dtype:
@@ -50,6 +51,10 @@ class LossScaler:
         self.scale, self.good_updates, self.bad_updates_left = (
             torch.where(empty, old, new) for old, new in zip(before, after, strict=True)
         )
+
+    def state_items(self) -> list[StateItem]:
+        """Return what a run's state says of the loss scale."""
+        return [StateItem("loss_scale", self.state, self.load)]
 
     def state(self) -> dict[str, float | int]:
         """Plain numbers for a checkpoint."""

@@ -22,6 +22,7 @@ FOUNDATION = {
     "rng",
     "ops",
     "precision",
+    "state",
 }
 MAY_IMPORT = {
     "__init__": set(),
@@ -36,7 +37,8 @@ MAY_IMPORT = {
     "autograd": set(),
     "gradients": {"mesh", "layout"},
     "rng": {"mesh", "layout"},
-    "precision": {"mesh", "layout"},
+    "precision": {"mesh", "layout", "state"},
+    "state": set(),
     "ops": {"mesh", "layout", "kernels", "ops.cpu", "_native"},
     "ops.cpu": {"autograd", "_native"},
     "ops.reference": set(),
@@ -49,7 +51,7 @@ MAY_IMPORT = {
     "pipeline.split": {"pipeline.plan"},
     "pipeline.from_flags": {"config", "pipeline.plan", "pipeline.split"},
     "pipeline.runtime": {"mesh", "comm", "gradients", "pipeline.plan"},
-    "optim": {"layout", "mesh", "comm", "gradients", "ops", "precision"},
+    "optim": {"layout", "mesh", "comm", "gradients", "ops", "precision", "state"},
     "checkpoint": {"layout", "mesh", "comm"},
     "parallel": FOUNDATION,
     "model": FOUNDATION | {"parallel"},

@@ -7,6 +7,7 @@ import torch
 from ..config import OptimizerConfig
 from ..layout import Piece
 from ..ops import Ops
+from ..state import StateItem
 from .buckets import Shard
 from .reduce import reduce_gradients
 
@@ -102,6 +103,10 @@ class Optimizer:
         for bucket, moments in zip(self.buckets, self.moments, strict=True):
             for name, moment in moments.items():
                 yield from bucket.pieces(moment, f"optim.{name}.")
+
+    def state_items(self) -> list[StateItem]:
+        """Return what a run's state says of the optimizer beside tensors: its count of updates."""
+        return [StateItem("optimizer_steps", lambda: self.steps.item(), self.steps.fill_)]
 
     def masters_loaded(self) -> None:
         """Round the working weights from masters that a checkpoint was read into."""
