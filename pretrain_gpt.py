@@ -16,7 +16,7 @@ from trivium import launch, logs, ops
 from trivium.checkpoint.load import open_checkpoint
 from trivium.checkpoint.manifest import CheckpointError
 from trivium.comm import CommunicationError
-from trivium.config import Config, ConfigError, flags, resolve
+from trivium.config import Config, ConfigError, FlagError, flags, resolve
 from trivium.config.presets import PRESETS, published_vocabulary
 from trivium.config.validate import validate
 from trivium.data.dataset import Datasets, build_datasets
@@ -222,10 +222,9 @@ def cli(argv: list[str]) -> int:
             return 2
         return fail(process, str(error), 2)
     except ValueError as error:
-        named_flag = str(error).startswith("--")
-        if not (named_flag or isinstance(error, CheckpointError | DataError)):
+        if not isinstance(error, FlagError | CheckpointError | DataError):
             raise
-        return fail(process, str(error), 2 if named_flag else 1)
+        return fail(process, str(error), 2 if isinstance(error, FlagError) else 1)
     except OSError as error:
         return fail(
             process, f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", 1

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from .config import Config, ConfigError, key_value_copies, optimizer_shards
+from .config import Config, ConfigError, FlagError, key_value_copies, optimizer_shards
 from .mesh import Mesh
 
 
@@ -130,7 +130,7 @@ def first_host(nodelist: str) -> str:
 def choose_device(requested: str, local_rank: int) -> torch.device:
     """The device of this process for `--device {auto,cpu,cuda}`; a ROCm build of torch answers to cuda as well.
 
-    Raises ConfigError where there is none for any process, ValueError, which names the flag, where there is none for this one.
+    Raises ConfigError where there is none for any process, FlagError where there is none for this one.
     """
     available = torch.cuda.is_available()
     if requested == "cpu" or (requested == "auto" and not available):
@@ -143,7 +143,7 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
         )
     if local_rank >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ValueError(
+        raise FlagError(
             f"--device {requested}: local rank {local_rank} has no device of its own; start at most {count} processes on this node"
         )
     torch.cuda.set_device(local_rank)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from trivium.config import FlagError
+
 
 class BadArgument(ValueError):
-    """An argument that cannot be meant. (So is every ValueError whose message begins with a flag.)"""
+    """An argument of a tool that cannot be meant."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +54,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         status = 1
     except ValueError as error:
         message = str(error)
-        status = 2 if isinstance(error, BadArgument) or message.startswith("--") else 1
+        status = 2 if isinstance(error, BadArgument | FlagError) else 1
     except OSError as error:
         status, message = (
             1,

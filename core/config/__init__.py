@@ -1,7 +1,7 @@
 """What a run is: frozen values, made from flags and YAML files. No torch in here."""
 
 from .defaults import data_parallel_size, key_value_copies, optimizer_shards, resolve
-from .errors import ConfigError
+from .errors import ConfigError, FlagError
 from .fields import (
     LLAMA3_ROPE,
     ROPE_OPTIONS,
@@ -29,6 +29,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "FlagError",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -1,8 +1,12 @@
-"""What a user can mend in a configuration, told all at once."""
+"""Errors that the user can mend by other flags."""
+
+
+class FlagError(ValueError):
+    """A value of a flag that cannot be had. The message begins with the flag's name."""
 
 
 class ConfigError(ValueError):
-    """Everything wrong with a configuration, one problem a line."""
+    """Everything that is wrong with a configuration, one problem a line."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems

@@ -1,10 +1,18 @@
-"""What a run is, as frozen values: one dataclass per subject, a sentence per field. Flags and YAML keys are made from these fields (flags.py)."""
+"""What a run is, as frozen values: one dataclass per subject, a sentence per field.
+
+Flags and YAML keys are made from these fields (flags.py). A field has the type that it has in a run,
+that is after `resolve` and `validate`. So `num_layers: int = option(None, ...)` is a number that the
+user must give or that a default rule fills in: None stands for "not given" until then. A field that
+may stay None in a run says so in its type: `int | None`.
+"""
 
 import ast
 import json
 from dataclasses import dataclass, field, fields
 from math import ceil, isfinite
 from typing import Any, get_args
+
+from .errors import FlagError
 
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
 NORM_PLACEMENTS = ("pre", "post", "both")
@@ -37,7 +45,13 @@ SHARDING_STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 def option(
     default: Any, help: str, choices: tuple[str, ...] | None = None, many: bool = False
 ) -> Any:
-    """A field that is also a flag: its default, its sentence, its allowed values, whether it takes several."""
+    """Declare a field that is also a flag.
+
+    default: its value without the flag; None stands for "not given"
+    help: its sentence in --help
+    choices: the values it may have; None for any
+    many: whether the flag takes several values
+    """
     return field(default=default, metadata={"help": help, "choices": choices, "many": many})
 
 
@@ -45,19 +59,19 @@ def option(
 class ModelConfig:
     """The shape of the model."""
 
-    num_layers: int | None = option(None, "Number of transformer layers.")
-    hidden_size: int | None = option(None, "Width of the residual stream.")
-    ffn_hidden_size: int | None = option(
+    num_layers: int = option(None, "Number of transformer layers.")
+    hidden_size: int = option(None, "Width of the residual stream.")
+    ffn_hidden_size: int = option(
         None,
         "Width of the feed-forward layer; 4h if not given, int(8h/3/64)*64 with --swiglu or --geglu.",
     )
-    num_attention_heads: int | None = option(None, "Number of query heads.")
-    kv_channels: int | None = option(None, "Size of one head; hidden size / heads if not given.")
+    num_attention_heads: int = option(None, "Number of query heads.")
+    kv_channels: int = option(None, "Size of one head; hidden size / heads if not given.")
     group_query_attention: bool = option(
         False, "Share each key-value head among several query heads."
     )
     num_query_groups: int = option(1, "Number of key-value heads, with --group-query-attention.")
-    max_position_embeddings: int | None = option(
+    max_position_embeddings: int = option(
         None, "Longest sequence the model accepts; the sequence length if not given."
     )
     position_embedding_type: str = option(
@@ -205,9 +219,7 @@ class ModelConfig:
             case (int() as left, 0) if left >= 0:
                 pattern = self.window_attn_skip_freq
             case _:
-                raise ValueError(
-                    f"--window-size {self.window_size} is not W,0 with W of at least 0"
-                )
+                raise FlagError(f"--window-size {self.window_size} is not W,0 with W of at least 0")
         match _value_of(pattern or "1"):
             case int() as period if period > 0:
                 windowed = pattern is None or (layer + 1) % period > 0
@@ -219,7 +231,7 @@ class ModelConfig:
                 expected = (
                     f"N, or a 0 or 1 for each of the {self.num_layers} layers such as [1]*3+[0]"
                 )
-                raise ValueError(f"--window-attn-skip-freq {pattern} is not {expected}")
+                raise FlagError(f"--window-attn-skip-freq {pattern} is not {expected}")
         return left + 1 if windowed else None
 
     @property
@@ -277,7 +289,7 @@ class ParallelConfig:
     use_distributed_optimizer: bool = option(
         False, "Cut optimizer state over the data-parallel processes (ZeRO-1)."
     )
-    data_parallel_sharding_strategy: str | None = option(
+    data_parallel_sharding_strategy: str = option(
         None,
         "What data-parallel processes share out; optim with --use-distributed-optimizer, else no_shard, if not given.",
         SHARDING_STRATEGIES,
@@ -338,13 +350,13 @@ class ParallelConfig:
 class BatchConfig:
     """How much is trained on, and when the run ends."""
 
-    seq_length: int | None = option(None, "Tokens of a sample.")
-    micro_batch_size: int | None = option(None, "Samples of one forward pass on one process.")
-    global_batch_size: int | None = option(
+    seq_length: int = option(None, "Tokens of a sample.")
+    micro_batch_size: int = option(None, "Samples of one forward pass on one process.")
+    global_batch_size: int = option(
         None,
         "Samples of one update over all processes; micro-batch size x data parallel if not given.",
     )
-    train_iters: int | None = option(None, "Updates to train for.")
+    train_iters: int = option(None, "Updates to train for.")
     train_samples: int | None = option(None, "Samples to train for, instead of --train-iters.")
     exit_interval: int | None = option(
         None, "Save and exit after an iteration that this number divides."
@@ -365,14 +377,14 @@ class OptimizerConfig:
         "adam and adamw are the same: Adam with decoupled weight decay.",
         ("adam", "adamw", "sgd"),
     )
-    lr: float | None = option(None, "Highest learning rate.")
+    lr: float = option(None, "Highest learning rate.")
     min_lr: float = option(0.0, "Lowest learning rate, also past the end of the decay.")
     lr_decay_style: str = option(
         "linear",
         "Shape of the decay.",
         ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
-    lr_decay_iters: int | None = option(
+    lr_decay_iters: int = option(
         None, "Iterations until the lowest rate, warm-up included; all of them if not given."
     )
     lr_warmup_iters: int = option(0, "Iterations of linear warm-up.")
@@ -439,7 +451,7 @@ class DataConfig:
     eod_mask_loss: bool = option(
         False, "Leave predictions made from an end-of-document token out of the loss."
     )
-    tokenizer_type: str | None = option(
+    tokenizer_type: str = option(
         None,
         "Kind of tokenizer.",
         (
@@ -586,6 +598,8 @@ def wrong_types(section: Any) -> list[str]:
     found = []
     for item in fields(section):
         value, kinds = getattr(section, item.name), get_args(item.type) or (item.type,)
+        if value is None and item.default is None:
+            continue
         whole = float in kinds and type(value) is int
         if not whole and (
             type(value) not in kinds or (isinstance(value, float) and not isfinite(value))

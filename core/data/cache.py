@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import logs
 from .digest import sampled_digest
-from .errors import DataError
+from .errors import DataFlagError
 
 DIGEST_BYTES = 64
 VERSION = 1  # part of every key; raise it when what is cached changes
@@ -21,7 +21,7 @@ class IndexCache:
 
     A file is an .npy followed by a digest of it: one that is truncated, zeroed or damaged is built anew.
     `path`: --data-cache-path, or None for a folder `cache` beside the data and, where that cannot be written, the user's cache folder.
-    Raises DataError if `path` is given and cannot be made.
+    Raises DataFlagError if `path` is given and cannot be made.
     """
 
     def __init__(self, path: str | Path | None = None):
@@ -30,7 +30,7 @@ class IndexCache:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise DataError(
+                raise DataFlagError(
                     f"--data-cache-path {path}: {error.strerror.lower()}; name a folder that can be written"
                 ) from None
 

@@ -9,7 +9,7 @@ import numpy as np
 from .. import logs
 from . import order
 from .cache import IndexCache
-from .errors import DataError
+from .errors import DataError, DataFlagError
 from .indexed import IndexedDataset, bin_path
 
 MOCK_SAMPLES = 1024  # of a mock split whose size is not given
@@ -168,7 +168,7 @@ class BlendedDataset:
         needed = np.bincount(self._dataset, minlength=len(lengths))
         for dataset, need, there in zip(self.datasets, needed, lengths, strict=True):
             if need > there:
-                raise DataError(
+                raise DataFlagError(
                     f"--data-path: a blend of {len(self)} samples draws {need} from {dataset.indexed.prefix}, which is built for {there}; "
                     "ask for more samples, make its weight larger, or join small datasets with tools/merge_datasets.py"
                 )
@@ -179,7 +179,7 @@ class MockDataset:
 
     def __init__(self, vocab_size: int, seq_length: int, seed: int, num_samples: int):
         if vocab_size < 2:
-            raise DataError(
+            raise DataFlagError(
                 f"--mock-data needs a vocabulary of 2 or more; --vocab-size gives {vocab_size}"
             )
         self.vocab_size, self.seq_length, self.seed, self.num_samples = (
@@ -276,7 +276,7 @@ def build_datasets(
 def open_all(prefixes: list[str]) -> list[IndexedDataset]:
     """Open and check datasets, several at a time: the wait for a disk is most of the work. Raises DataError above the 32,766 of a blend."""
     if len(prefixes) >= order.MAX_DATASETS:
-        raise DataError(
+        raise DataFlagError(
             f"--data-path names {len(prefixes)} datasets, a blend holds at most {order.MAX_DATASETS - 1}; use tools/merge_datasets.py"
         )
     with ThreadPoolExecutor(8) as pool:
@@ -317,7 +317,7 @@ class _Builder:
         name = order.SPLITS[kind]
         if bounds[0] is None:  # a share of zero, so of every dataset
             if kind == 0:
-                raise DataError(
+                raise DataFlagError(
                     "--split gives training no share; the first of its numbers must be above 0"
                 )
             return None
@@ -331,7 +331,7 @@ class _Builder:
         if weights is None:
             return self._unweighted(name, sources, bounds, num_samples)
         if num_samples is None:
-            raise DataError(
+            raise DataFlagError(
                 f"--data-path: a blend with weights has no end; say how many {name} samples, or leave the weights out"
             )
         drawn, built = order.blend_sizes(weights, num_samples)
@@ -358,7 +358,7 @@ class _Builder:
         if num_samples > total:
             dry = f"{num_samples} {name} samples are asked of {len(sources)} datasets without weights, which hold {total} in their one epoch"
             if name == "train" and not self.may_run_dry:
-                raise DataError(
+                raise DataFlagError(
                     f"--data-path: {dry}; give weights to repeat them, or train for at most {total} samples"
                 )
             logs.get_logger().warning(f"{dry}; those {total} are all there are")

@@ -1,5 +1,11 @@
-"""The error of everything in this folder: one line that says which file, what is wrong with it, where, and the remedy."""
+"""The errors of this folder: one line each, with the file, what is wrong, where, and the remedy."""
+
+from ..config import FlagError
 
 
 class DataError(ValueError):
-    """Data that cannot be used as it is. A message about a flag begins with the flag."""
+    """Data that cannot be used as it is."""
+
+
+class DataFlagError(DataError, FlagError):
+    """Data or a tokenizer that a flag asks for and that cannot be had: the flag's name comes first."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import DataError
+from .errors import DataFlagError
 
 try:
     from .. import _native
@@ -27,17 +27,17 @@ SURPLUS = (
 def parse_data_path(items: list[str] | tuple[str, ...]) -> tuple[list[str], list[float] | None]:
     """Prefixes and weights of --data-path: weight, prefix pairs if every other item of an even number is a number, else prefixes alone.
 
-    Raises DataError on nothing at all, and on a weight that is not positive and finite.
+    Raises DataFlagError on nothing at all, and on a weight that is not positive and finite.
     """
     if not items:
-        raise DataError("--data-path names no dataset")
+        raise DataFlagError("--data-path names no dataset")
     weights = [_number(item) for item in items[::2]] if len(items) % 2 == 0 else [None]
     if any(weight is None for weight in weights):
         return [item.strip() for item in items], None
     prefixes = [item.strip() for item in items[1::2]]
     for weight, prefix in zip(weights, prefixes, strict=True):
         if not (weight > 0 and math.isfinite(weight)):
-            raise DataError(
+            raise DataFlagError(
                 f"--data-path: weight {weight:g} of {prefix} must be above 0; leave the dataset out instead"
             )
     return prefixes, weights
@@ -53,7 +53,7 @@ def _number(item: str) -> float | None:
 def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int] | None]:
     """Sequences [start, stop) of training, validation and test; None for a share of zero. Shares are rounded as Python rounds: half to even.
 
-    Raises DataError if `split` is not up to three shares.
+    Raises DataFlagError if `split` is not up to three shares.
     """
     shares = [_number(share) for share in split.split(",")]
     if (
@@ -61,7 +61,7 @@ def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int] | None]
         or any(share is None or not 0 <= share < math.inf for share in shares)
         or sum(shares) == 0
     ):
-        raise DataError(f"--split {split!r} is not up to three shares such as 969,30,1")
+        raise DataFlagError(f"--split {split!r} is not up to three shares such as 969,30,1")
     shares = normalized(shares + [0.0] * (3 - len(shares)))
     edges = [0.0]
     for share in shares:

@@ -13,7 +13,7 @@ from pathlib import Path
 import zstandard
 
 from .. import logs
-from .errors import DataError
+from .errors import DataError, DataFlagError
 
 LINES = (".jsonl", ".json", ".ndjson")
 COMPRESSED = (".gz", ".zst")
@@ -40,14 +40,14 @@ def list_files(inputs: list[str]) -> list[TextFile]:
     for name in inputs:
         path = Path(name)
         if not path.exists():
-            raise DataError(f"--input {name}: no such file or folder")
+            raise DataFlagError(f"--input {name}: no such file or folder")
         files += (
             [TextFile(found, False) for found in _walk(path)]
             if path.is_dir()
             else [TextFile(path, True)]
         )
     if not files:
-        raise DataError(f"--input {' '.join(inputs)}: no file in there")
+        raise DataFlagError(f"--input {' '.join(inputs)}: no file in there")
     return files
 
 
@@ -98,7 +98,7 @@ def _is_plain(file: TextFile, keys: list[str]) -> bool:
 
 def _plain(path: Path, keys: list[str]) -> str:
     if keys != [PLAIN_KEY]:
-        raise DataError(
+        raise DataFlagError(
             f"--json-keys {' '.join(keys)}: {path} is plain text, which has no keys; name files of JSON lines"
         )
     with _open(path) as file:

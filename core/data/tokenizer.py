@@ -11,7 +11,7 @@ from typing import Protocol
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from .errors import DataError
+from .errors import DataError, DataFlagError
 
 END_OF_TEXT = "<|endoftext|>"
 # What belongs to a tokenizer in a Hugging Face folder.
@@ -71,7 +71,7 @@ def build_tokenizer(
     """
     if tokenizer_type == "NullTokenizer":
         if vocab_size is None or vocab_size < 1:
-            raise DataError(
+            raise DataFlagError(
                 "--tokenizer-type NullTokenizer needs --vocab-size, the number of ids without the end of document"
             )
         return NullTokenizer(vocab_size)
@@ -91,9 +91,9 @@ def build_tokenizer(
         tokenizer = TikTokenizer(_existing("--tokenizer-model", tokenizer_model, tokenizer_type))
     else:
         kinds = "HuggingFaceTokenizer, GPT2BPETokenizer, NullTokenizer, SentencePieceTokenizer, TikTokenizer"
-        raise DataError(f"--tokenizer-type {tokenizer_type} is unknown; use one of {kinds}")
+        raise DataFlagError(f"--tokenizer-type {tokenizer_type} is unknown; use one of {kinds}")
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
-        raise DataError(
+        raise DataFlagError(
             f"--vocab-size {vocab_size} is below the {tokenizer.vocab_size} ids of the tokenizer; leave it out, or enlarge it"
         )
     tokenizer.vocab_size = vocab_size or tokenizer.vocab_size
@@ -162,13 +162,13 @@ class SentencePieceTokenizer:
         try:
             self._model = library.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise DataError(f"--tokenizer-model {path}: not a model of sentencepiece") from None
+            raise DataFlagError(f"--tokenizer-model {path}: not a model of sentencepiece") from None
         self.vocab_size, self.files = self._model.get_piece_size(), (path,)
         self.eod = self._model.piece_to_id(END_OF_TEXT)
         if self.eod == self._model.unk_id():
             self.eod = self._model.eos_id()
         if self.eod < 0:
-            raise DataError(
+            raise DataFlagError(
                 f"--tokenizer-model {path}: neither {END_OF_TEXT} nor an end-of-sentence token; train it with one"
             )
         self.fingerprint = _sha256(path.read_bytes())
@@ -200,7 +200,7 @@ class TikTokenizer:
                 path.stem, pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens=special
             )
         except (ValueError, TypeError, KeyError, IsADirectoryError):
-            raise DataError(
+            raise DataFlagError(
                 f"--tokenizer-model {path}: not a JSON list of rank, token_bytes, token_str"
             ) from None
         self.vocab_size, self.eod, self.files = self._encoding.n_vocab, special["</s>"], (path,)
@@ -222,7 +222,7 @@ def _hugging_face(path: Path) -> HuggingFaceTokenizer:
     if not file.exists() and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return _gpt2(folder / "vocab.json", folder / "merges.txt", "--tokenizer-model")
     if not file.exists():
-        raise DataError(
+        raise DataFlagError(
             f"--tokenizer-model {path}: no tokenizer.json in this folder; make one with tools/train_tokenizer.py"
         )
     tokenizer = _load("--tokenizer-model", file, HFTokenizer.from_file)
@@ -250,7 +250,7 @@ def _eod(tokenizer: HFTokenizer, folder: Path, path: Path) -> int:
     token = token.get("content") if isinstance(token, dict) else token
     eod = tokenizer.token_to_id(token) if isinstance(token, str) else None
     if eod is None:
-        raise DataError(
+        raise DataFlagError(
             f"--tokenizer-model {path}: no end of document: neither {END_OF_TEXT} nor an eos_token of tokenizer_config.json is in it"
         )
     return eod
@@ -265,7 +265,7 @@ def _gpt2(vocab: Path, merges: Path, flag: str) -> HuggingFaceTokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     eod = tokenizer.token_to_id(END_OF_TEXT)
     if eod is None:
-        raise DataError(f"{flag} {vocab}: no {END_OF_TEXT} in it")
+        raise DataFlagError(f"{flag} {vocab}: no {END_OF_TEXT} in it")
     # Known before it is declared: the declaration keeps its id, and keeps the text from being cut.
     tokenizer.add_special_tokens([END_OF_TEXT])
     return HuggingFaceTokenizer(tokenizer, eod, (vocab, merges))
@@ -276,14 +276,14 @@ def _load(flag: str, path: Path, load: Callable[[str], object]):
         return load(str(path))
     except Exception as error:  # the Rust library raises bare Exception
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{flag} {path}: cannot be read as a tokenizer: {reason}") from None
+        raise DataFlagError(f"{flag} {path}: cannot be read as a tokenizer: {reason}") from None
 
 
 def _existing(flag: str, path: str | None, tokenizer_type: str) -> Path:
     if path is None:
-        raise DataError(f"{flag} is missing; --tokenizer-type {tokenizer_type} needs it")
+        raise DataFlagError(f"{flag} is missing; --tokenizer-type {tokenizer_type} needs it")
     if not Path(path).exists():
-        raise DataError(f"{flag} {path}: no such file or folder")
+        raise DataFlagError(f"{flag} {path}: no such file or folder")
     return Path(path)
 
 
@@ -291,7 +291,7 @@ def _library(name: str, tokenizer_type: str):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise DataError(
+        raise DataFlagError(
             f"--tokenizer-type {tokenizer_type} needs the package {name}; install it with: pip install {name}"
         ) from None
 

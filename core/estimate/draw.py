@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import FlagError
 from ..pipeline.plan import Backward, BackwardInput, BackwardWeight, Forward
 from ..pipeline.simulate import Timeline
 
@@ -49,11 +50,11 @@ def boxes_of(timeline: Timeline) -> list[Box]:
 
 
 def check_picture(path: Path) -> None:
-    """Raises ValueError where no picture can be written."""
+    """Raises FlagError where no picture can be written."""
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"--draw {path}: a picture ends in {' or '.join(SUFFIXES)}")
+        raise FlagError(f"--draw {path}: a picture ends in {' or '.join(SUFFIXES)}")
     if not path.parent.is_dir():
-        raise ValueError(f"--draw {path}: no folder {path.parent}")
+        raise FlagError(f"--draw {path}: no folder {path.parent}")
 
 
 def draw(timeline: Timeline, title: str, unit: str, path: Path) -> None:

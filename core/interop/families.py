@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ..config import ROPE_SCALINGS, ModelConfig, wrong_types
+from ..config import ROPE_SCALINGS, FlagError, ModelConfig, wrong_types
 from .hf_values import (
     GATED,
     SINGLE,
@@ -154,7 +154,7 @@ def write_config(config: ModelConfig, vocab_size: int, special_ids: Values) -> V
 def family_of(config: ModelConfig) -> Family:
     """The family that --hf-model-type names, or the first that has such a model. Raises ValueError, naming flags, where there is none."""
     if config.hf_model_type is not None and config.hf_model_type not in FAMILIES:
-        raise ValueError(f"--hf-model-type {config.hf_model_type} is none of {', '.join(FAMILIES)}")
+        raise FlagError(f"--hf-model-type {config.hf_model_type} is none of {', '.join(FAMILIES)}")
     asked = (
         list(FAMILIES.values())
         if config.hf_model_type is None

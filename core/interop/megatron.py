@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoint import publish
 from ..checkpoint.manifest import CheckpointError, intersect, is_plain_name
-from ..config import ModelConfig, wrong_types
+from ..config import FlagError, ModelConfig, wrong_types
 from ..config.validate import model_problems
 from ..layout import Box
 from .hf_names import part_shapes
@@ -93,7 +93,7 @@ class MegatronDist:
         padded = self._size("embedding.word_embeddings.weight")[0]
         self.vocab_size = vocab_size or padded
         if not 0 < self.vocab_size <= padded:
-            raise CheckpointError(
+            raise FlagError(
                 f"--vocab-size {vocab_size} is more than the {padded} rows of the embedding in {self.folder}"
             )
         self._shapes = part_shapes(self.config, self.vocab_size)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..config import FlagError
 from . import reference
 
 # --attention-backend, Megatron's words. None: torch picks the fastest that fits.
@@ -201,11 +202,11 @@ class AttentionOps:
 
 
 def check_backend(backend: str, device: torch.device) -> None:
-    """Raises ValueError, naming the flag and the remedy, for a backend that there is not, or not on this device."""
+    """Raises FlagError, naming the flag and the remedy, for a backend that there is not, or not on this device."""
     if backend not in _BACKENDS:
-        raise ValueError(f"--attention-backend {backend} is not one of {', '.join(_BACKENDS)}")
+        raise FlagError(f"--attention-backend {backend} is not one of {', '.join(_BACKENDS)}")
     if backend == "fused" and device.type != "cuda":
-        raise ValueError(
+        raise FlagError(
             f"--attention-backend fused is cuDNN's and the device is {device.type}; use --attention-backend auto"
         )
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..config import FlagError
 from ..logs import get_logger
 from . import cpu, ops
 from .attention import check_backend
@@ -15,12 +16,12 @@ def select_ops(
 
     kernels: one of auto, torch, triton, native, and after commas OP=IMPLEMENTATION for single ops ("auto,rope=torch"). auto: native on
     a CPU, triton on a GPU, each where it can serve, else torch, and the log says why.
-    Raises ValueError, naming the flag and the remedy, where an implementation or backend asked for by name cannot serve.
+    Raises FlagError, naming the flag and the remedy, where an implementation or backend asked for by name cannot serve.
     """
     check_backend(attention_backend, device)
     general, *exceptions = kernels.split(",")
     if general not in ("auto", "torch", *_OBSTACLES):
-        raise ValueError(
+        raise FlagError(
             f"--kernels {kernels}: {general!r} is not one of auto, torch, {', '.join(_OBSTACLES)}"
         )
     overrides = tuple(_override(kernels, exception, device, dtype) for exception in exceptions)
@@ -31,7 +32,7 @@ def select_ops(
         overrides,
     )
     if ("block_step", "native") in overrides and chosen.implementations["block_step"] != "native":
-        raise ValueError(
+        raise FlagError(
             f"--kernels {kernels}: block_step=native is made of native {', '.join(STEP_IS_MADE_OF)} and --attention-backend auto; "
             "choose those, or leave block_step=native out"
         )
@@ -46,7 +47,7 @@ def _implementation(kernels: str, device: torch.device, dtype: torch.dtype) -> s
     if obstacle is None:
         return wanted
     if kernels != "auto":
-        raise ValueError(f"--kernels {kernels}: {obstacle}, or use --kernels auto")
+        raise FlagError(f"--kernels {kernels}: {obstacle}, or use --kernels auto")
     get_logger().info(f"kernels: PyTorch in place of {wanted}: {obstacle}")
     return "torch"
 
@@ -56,16 +57,16 @@ def _override(
 ) -> tuple[str, str]:
     op, equals, wanted = exception.partition("=")
     if not equals or op not in OPS:
-        raise ValueError(
+        raise FlagError(
             f"--kernels {kernels}: {exception!r} is not OP=IMPLEMENTATION with an op of {', '.join(OPS)}"
         )
     if wanted not in ("torch", *OPS[op]):
-        raise ValueError(
+        raise FlagError(
             f"--kernels {kernels}: {op} has torch, {', '.join(OPS[op])}, and not {wanted or 'nothing'}"
         )
     obstacle = None if wanted == "torch" else _OBSTACLES[wanted](device, dtype)
     if obstacle is not None:
-        raise ValueError(f"--kernels {kernels}: {obstacle}, or leave {exception} out")
+        raise FlagError(f"--kernels {kernels}: {obstacle}, or leave {exception} out")
     return op, wanted
 
 

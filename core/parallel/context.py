@@ -18,6 +18,7 @@ from math import gcd
 import torch
 
 from ..comm import all_to_all, start_all_gather, start_receive, start_reduce_scatter, start_send
+from ..config import FlagError
 from ..mesh import Axis
 from ..ops import AttentionRule, Ops
 
@@ -27,14 +28,14 @@ _PLAIN = AttentionRule()
 def token_positions(seq_length: int, cp: Axis, device: torch.device | None = None) -> torch.Tensor:
     """The places in the sequence of the tokens that this rank of `cp` holds, in its order: int64 [T/cp].
 
-    Raises ValueError where the sequence cannot be cut into two chunks a rank.
+    Raises FlagError where the sequence cannot be cut into two chunks a rank.
     """
     if cp.size == 1:
         return torch.arange(seq_length, device=device)
     if seq_length % (2 * cp.size):
         below = seq_length // (2 * cp.size) * 2 * cp.size
         near = ", ".join(str(length) for length in (below, below + 2 * cp.size) if length)
-        raise ValueError(
+        raise FlagError(
             f"--seq-length {seq_length} is not a multiple of 2 x --context-parallel-size {cp.size} = {2 * cp.size}; nearest that work: {near}"
         )
     chunks = torch.arange(seq_length, device=device).view(2 * cp.size, -1)
@@ -64,10 +65,10 @@ def attention(
     rule: what else is done to the scores. documents: int [B, T] of the whole sequence, equal on all ranks: a token sees only tokens of its
     own document. dropout: of the attention weights; its masks come from torch's generator and so depend on the layout, and are independent
     between ranks only if their generators are. Every rank of `cp` must call this, forward and backward.
-    Raises ValueError, naming flags and remedy, on what comm_type cannot do.
+    Raises FlagError, naming flags and remedy, on what comm_type cannot do.
     """
     if comm_type not in _WAYS:
-        raise ValueError(f"--cp-comm-type {comm_type} is not one of {', '.join(_WAYS)}")
+        raise FlagError(f"--cp-comm-type {comm_type} is not one of {', '.join(_WAYS)}")
     if cp.size == 1:
         return causal(q, k, v, ops, rule, documents, dropout)
     if q.shape[1] % 2 or k.shape[1] != q.shape[1]:
@@ -112,12 +113,12 @@ def _by_ring(
 ) -> torch.Tensor:
     other = "use --cp-comm-type allgather or a2a"
     if documents is not None:
-        raise ValueError(
+        raise FlagError(
             f"--cp-comm-type p2p with --reset-attention-mask: the ring's blocks are whole or causal, never cut by documents; {other}"
         )
     if dropout > 0.0:
         flags = f"--cp-comm-type p2p with --attention-dropout {dropout}"
-        raise ValueError(
+        raise FlagError(
             f"{flags}: the ring's backward cannot draw the masks of its forward again; {other}, or --attention-dropout 0"
         )
     return _Ring.apply(q, k, v, cp, ops, rule)
@@ -282,7 +283,7 @@ def _by_exchanged_heads(
     """
     n, heads, kv_heads = cp.size, q.shape[2], k.shape[2]
     if heads % n:
-        raise ValueError(
+        raise FlagError(
             f"--cp-comm-type a2a: {heads} attention heads on a tensor-parallel rank cannot be cut over --context-parallel-size {n}; "
             f"use a context-parallel size that divides {heads}, or --cp-comm-type p2p or allgather"
         )

@@ -1,6 +1,6 @@
-"""From the flags of a run to its placement of stages and its split of layers. Raises ValueError in the flags' own words."""
+"""From the flags of a run to its placement of stages and its split of layers. Raises FlagError in the flags' own words."""
 
-from ..config import ParallelConfig
+from ..config import FlagError, ParallelConfig
 from .plan import Placement
 from .split import StageSpec, parse_layout, split_layers
 
@@ -14,15 +14,15 @@ def placement_of(parallel: ParallelConfig, num_layers: int) -> Placement:
     if chunks is None:
         chunks = 2 if schedule == "zb-v" else 1
     if schedule == "zb-v" and chunks != 2:
-        raise ValueError(
+        raise FlagError(
             f"--pipeline-schedule zb-v has 2 model chunks on each process, not {chunks}; leave the number of virtual stages out"
         )
     if schedule == "interleaved" and chunks < 2:
-        raise ValueError(
+        raise FlagError(
             "--pipeline-schedule interleaved needs several model chunks: give --num-virtual-stages-per-pipeline-rank 2 or more"
         )
     if schedule not in ("interleaved", "zb-v") and chunks > 1:
-        raise ValueError(
+        raise FlagError(
             f"--pipeline-schedule {schedule} has one model chunk on each process, not {chunks}; use interleaved"
         )
     return Placement(schedule, pp, chunks)
@@ -50,22 +50,22 @@ def _chunks(parallel: ParallelConfig, num_layers: int) -> int | None:
         stages = len(parse_layout(parallel.pipeline_model_parallel_layout))
         if stages % pp:
             flag = f"--pipeline-model-parallel-layout {parallel.pipeline_model_parallel_layout}"
-            raise ValueError(
+            raise FlagError(
                 f"{flag} has {stages} stages, no multiple of --pipeline-model-parallel-size {pp}; add or join stages"
             )
         given = stages // pp if given is None else given
         if given * pp != stages:
-            raise ValueError(
+            raise FlagError(
                 f"--pipeline-model-parallel-layout has {stages} stages, --num-virtual-stages-per-pipeline-rank {given} x {pp} processes not"
             )
     if per_chunk is not None:
         if given is not None:
-            raise ValueError(
+            raise FlagError(
                 "--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank say the same; give one"
             )
         if num_layers % (pp * per_chunk):
             unit = f"--pipeline-model-parallel-size {pp} x --num-layers-per-virtual-pipeline-stage {per_chunk} = {pp * per_chunk}"
-            raise ValueError(
+            raise FlagError(
                 f"--num-layers {num_layers} is not a multiple of {unit}; change one of them"
             )
         given = num_layers // (pp * per_chunk)

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from itertools import accumulate
 
+from ..config import FlagError
 from .plan import Placement
 
 PP, LAYERS = "--pipeline-model-parallel-size", "--num-layers"
@@ -38,7 +39,7 @@ def split_layers(
 
     `first`, `last`: layers of the first and last pipeline rank, over all its chunks; the other ranks share the rest evenly.
     `account_for_...`: the embedding, the loss weigh as much as one layer. `layout`: every stage by hand, as in `parse_layout`.
-    Raises ValueError, with a remedy, where the numbers do not fit.
+    Raises FlagError, with a remedy, where the numbers do not fit.
     """
     uneven = [flag for flag, given in ((FIRST, first), (LAST, last)) if given is not None]
     accounts = [
@@ -47,11 +48,11 @@ def split_layers(
         if given
     ]
     if layout is not None and uneven + accounts:
-        raise ValueError(
+        raise FlagError(
             f"{LAYOUT} says all about the stages; leave out {' and '.join(uneven + accounts)}"
         )
     if uneven and accounts:
-        raise ValueError(
+        raise FlagError(
             f"{' and '.join(uneven)} cannot be had with {' and '.join(accounts)}; use {LAYOUT} for such a split"
         )
     if layout is not None:
@@ -71,17 +72,17 @@ def parse_layout(layout: str) -> list[str]:
     """A string of E (embedding), t (layer) and L (loss) for each stage, from Megatron-LM's notation.
 
     `|` stands between stages, `x*3` and `(...)*3` repeat, commas and spaces are for the eye:
-    "Et*2|(tt|)*2,L" is ["Ett", "tt", "tt", "L"]. Raises ValueError at other characters.
+    "Et*2|(tt|)*2,L" is ["Ett", "tt", "tt", "L"]. Raises FlagError at other characters.
     """
     text = re.sub(r"[,\s]", "", layout)
     for repeated in (r"\(([^()]*)\)\*(\d+)", r"([^()*])\*(\d+)"):
         text = re.sub(repeated, lambda found: found[1] * int(found[2]), text)
     if "m" in text:
-        raise ValueError(
+        raise FlagError(
             f"{LAYOUT} {layout} has m, a multi-token prediction layer, and there are none; leave it out"
         )
     if wrong := sorted(set(text) - set("EtL|")):
-        raise ValueError(
+        raise FlagError(
             f"{LAYOUT} {layout} has {' '.join(wrong)} where E, t, L, |, x*n or (...)*n is expected"
         )
     return text.split("|")
@@ -112,7 +113,7 @@ def _even_counts(num_layers: int, placement: Placement, embedding: bool, loss: b
             if extra
             else ""
         )
-        raise ValueError(
+        raise FlagError(
             f"{LAYERS} {num_layers}{counted} cannot be cut into {_stages(placement)}; {', or '.join(remedies)}"
         )
     counts = [(num_layers + extra) // num_stages] * num_stages
@@ -138,17 +139,17 @@ def _counts_with_uneven_ends(
     ranks, chunks = placement.num_ranks, placement.num_chunks
     given = {flag: count for flag, count in ((FIRST, first), (LAST, last)) if count is not None}
     if ranks == 1:
-        raise ValueError(f"{' and '.join(given)} cannot be had with {PP} 1; use 2 or more")
+        raise FlagError(f"{' and '.join(given)} cannot be had with {PP} 1; use 2 or more")
     for flag, count in given.items():
         if count < 1 or count % chunks:
             near = max(count // chunks, 1) * chunks
-            raise ValueError(
+            raise FlagError(
                 f"{flag} {count} cannot be cut into {chunks} model chunk{'s' * (chunks > 1)}; use {near} or {near + chunks}"
             )
     rest, others = num_layers - sum(given.values()), ranks - len(given)
     said = f"{LAYERS} {num_layers} less {' and '.join(f'{flag} {count}' for flag, count in given.items())} leaves {rest} layers"
     if others == 0 and rest != 0:
-        raise ValueError(f"{said} and no stage for them; the two must add up to {LAYERS}")
+        raise FlagError(f"{said} and no stage for them; the two must add up to {LAYERS}")
     if others > 0 and (rest < others * chunks or rest % (others * chunks)):
         flag, count = next(iter(given.items()))
         near = sorted(
@@ -159,7 +160,7 @@ def _counts_with_uneven_ends(
             if near
             else f"{LAYERS} {num_layers - rest + others * chunks}"
         )
-        raise ValueError(
+        raise FlagError(
             f"{said}, which cannot be cut into {others} x {chunks} stages; use {remedy}"
         )
     of_rank = [rest // others if others else 0] * ranks
@@ -175,7 +176,7 @@ def _counts_of_layout(num_layers: int, placement: Placement, layout: str) -> lis
     stages = parse_layout(layout)
     said = f"{LAYOUT} {layout}"
     if len(stages) != placement.num_stages:
-        raise ValueError(
+        raise FlagError(
             f"{said} has {len(stages)} stages for {_stages(placement)}; add or join some"
         )
     whole = "".join(stages)
@@ -185,11 +186,11 @@ def _counts_of_layout(num_layers: int, placement: Placement, layout: str) -> lis
         or not stages[0].startswith("E")
         or not stages[-1].endswith("L")
     ):
-        raise ValueError(
+        raise FlagError(
             f"{said} has {' | '.join(stages)}; the first stage begins with the only E, the last one ends with the only L"
         )
     if whole.count("t") != num_layers:
-        raise ValueError(
+        raise FlagError(
             f"{said} has {whole.count('t')} layers for {LAYERS} {num_layers}; make them equal"
         )
     return [stage.count("t") for stage in stages]
