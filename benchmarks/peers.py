@@ -16,6 +16,7 @@ from trivium.data.loader import Batch
 from trivium.interop.families import write_config
 from trivium.interop.hf_names import hf_places
 from trivium.interop.name_map import assemble, their_shapes
+from trivium.layout import layout_of
 from trivium.model.gpt import GPT
 from trivium.precision import working_dtype
 from trivium.train.build import build_trainer
@@ -49,7 +50,7 @@ def write_weights(config: Config, path: Path) -> None:
     pieces = [
         piece
         for parameter in model.parameters()
-        for piece in parameter.param_layout.pieces(parameter.data)
+        for piece in layout_of(parameter).pieces(parameter.data)
     ]
     torch.save({piece.name: piece.tensor.clone() for piece in pieces}, path)
 

@@ -6,10 +6,12 @@ still to be computed, and not at all where a parameter was not used. torch.compi
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import nn
+
+from .layout import LaidOut
 
 
 class Deferral:
@@ -50,7 +52,7 @@ class Owner(Protocol):
 
 
 class Sink:
-    """One parameter's way to its owner, attached to it as `.sink`. A parameter without one gets its gradient from autograd as `.grad`."""
+    """One parameter's way to its owner. A parameter without a sink gets its gradient from autograd as `.grad`."""
 
     def __init__(self, owner: Owner, slot: int):
         self.owner, self.slot = owner, slot
@@ -95,7 +97,19 @@ def use(parameter: nn.Parameter) -> torch.Tensor:
     return parameter if sink is None else _Use.apply(parameter, sink)
 
 
+class ManagedParameter(LaidOut, Protocol):
+    """What we add to a torch parameter: its layout, and once an optimizer owns its memory, its sink."""
+
+    sink: Sink
+
+
+def attach_sink(parameter: nn.Parameter, sink: Sink) -> None:
+    """Send the parameter's gradients to `sink` from now on."""
+    cast(ManagedParameter, parameter).sink = sink
+
+
 def sink_of(parameter: nn.Parameter) -> Sink | None:
+    """Return the parameter's sink, None where no optimizer owns its memory."""
     return getattr(parameter, "sink", None)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 
@@ -164,6 +164,22 @@ class Layout:
                     [b - a for a, b in box]
                 )
                 yield Piece(prefix + part.name, part.shape, box, held, part.primary)
+
+
+class LaidOut(Protocol):
+    """A tensor that says how it is cut. torch took the name `.layout` for strides."""
+
+    param_layout: Layout
+
+
+def attach_layout(parameter: torch.Tensor, layout: Layout) -> None:
+    """Make `layout` the layout of a parameter: done where the parameter is made, and nowhere else."""
+    cast(LaidOut, parameter).param_layout = layout
+
+
+def layout_of(parameter: torch.Tensor) -> Layout:
+    """Return the layout that a parameter was made with."""
+    return cast(LaidOut, parameter).param_layout
 
 
 def _boxes(start: int, stop: int, box: Box) -> Iterator[tuple[int, int, Box]]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .layout import Layout, Part
+from .layout import Layout, Part, attach_layout
 
 _ROWS_PER_DRAW = 1 << 20  # elements drawn at a time: keeps the temporaries in cache
 _MASK64 = (1 << 64) - 1
@@ -23,7 +23,7 @@ class Init:
 
 
 def new_parameter(layout: Layout, init: Init) -> nn.Parameter:
-    """An fp32 parameter on the CPU, carrying its layout as `.param_layout` (torch took `.layout` for strides); padding is zero.
+    """An fp32 parameter on the CPU, with its layout attached (see layout.layout_of); padding is zero.
 
     Each element depends on (seed, part name, global row, column) alone, so any cut of a part gives the same values.
     """
@@ -36,7 +36,7 @@ def new_parameter(layout: Layout, init: Init) -> nn.Parameter:
             else:
                 _fill_normal(view, part, init)
     parameter = nn.Parameter(tensor)
-    parameter.param_layout = layout
+    attach_layout(parameter, layout)
     return parameter
 
 

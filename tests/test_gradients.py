@@ -8,7 +8,7 @@ from torch import nn
 
 from trivium import comm
 from trivium.config import ModelConfig
-from trivium.gradients import Deferral, Sink, current, sink_of, use
+from trivium.gradients import Deferral, Sink, attach_sink, current, sink_of, use
 from trivium.layout import Layout
 from trivium.mesh import Axis, Mesh
 from trivium.model.gpt import GPT
@@ -27,7 +27,7 @@ class Memory:
         self.gradients = [torch.zeros(p.shape) for p in parameters]
         self.written = self.waits = 0
         for slot, parameter in enumerate(parameters):
-            parameter.sink = Sink(self, slot)
+            attach_sink(parameter, Sink(self, slot))
 
     def wait_for_weights(self) -> None:
         self.waits += 1

@@ -25,6 +25,7 @@ from trivium.interop.hf_model import HFModel
 from trivium.interop.megatron import MegatronDist
 from trivium.interop.nanogpt import NanoGPT
 from trivium.interop.pretrained import load_pretrained
+from trivium.layout import layout_of
 from trivium.mesh import Axis
 
 EXAMPLE = (
@@ -224,7 +225,7 @@ def _verify(hf: Path, ours: Path, options: Namespace) -> None:
         for layer in (peer.get_input_embeddings(), peer.get_output_embeddings())
     )
     for parameter in model.parameters():
-        for part in parameter.param_layout.parts:
+        for part in layout_of(parameter).parts:
             view = part.within(parameter)
             view.copy_(view.to(source.dtype(part.name)))
             their = {"embedding.word.weight": embedding, "head.weight": head}.get(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from ..config import ModelConfig
+from ..layout import layout_of
 from ..model.gpt import GPT
 from ..ops import Ops
 from .families import family_of
@@ -105,7 +106,7 @@ def part_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ..
     return {
         part.name: part.shape
         for parameter in model.parameters()
-        for part in parameter.param_layout.parts
+        for part in layout_of(parameter).parts
     }
 
 

@@ -10,7 +10,7 @@ from ..checkpoint.load import open_checkpoint
 from ..checkpoint.manifest import CheckpointError
 from ..config import DataConfig
 from ..config.flags import read_config
-from ..layout import Piece
+from ..layout import Piece, layout_of
 from ..mesh import Axis
 from ..model.gpt import GPT
 from .hf_model import HFModel, is_hf_folder, tokenizer_of
@@ -70,5 +70,5 @@ def _pieces(model: GPT) -> list[Piece]:
     return [
         piece
         for parameter in model.parameters()
-        for piece in parameter.param_layout.pieces(parameter.data)
+        for piece in layout_of(parameter).pieces(parameter.data)
     ]

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .. import comm
-from ..gradients import Deferral, Sink
-from ..layout import Part, Piece
+from ..gradients import Deferral, Sink, attach_sink
+from ..layout import Part, Piece, layout_of
 from ..mesh import Axis
 
 _NO_SHARDS, _NO_COPIES = Axis("shards"), Axis("copies")
@@ -75,7 +75,7 @@ class Shard(ABC):
         """Every part that reaches into this shard, and where it lies in it: elements [start, stop)."""
         length = self.masters.numel()
         for parameter, (slot, _) in zip(self.parameters, self.slots, strict=True):
-            for part in parameter.param_layout.parts:
+            for part in layout_of(parameter).parts:
                 first, last = (
                     min(max(slot + place - self.start, 0), length) for place in part.range
                 )
@@ -87,7 +87,7 @@ class Shard(ABC):
         for parameter, (start, stop) in zip(self.parameters, self.slots, strict=True):
             first, last = max(start, self.start), min(stop, self.start + shard.numel())
             if last > first:
-                yield from parameter.param_layout.pieces(
+                yield from layout_of(parameter).pieces(
                     shard[first - self.start : last - self.start], prefix, first - start
                 )
 
@@ -126,7 +126,7 @@ class Bucket(Shard):
         self.masters = comm.share(self.weights if dtype == torch.float32 else initial, shards)
         if dtype != torch.float32 and shards.size > 1:
             self.masters = self.masters.clone()
-        self.uses = sum(parameter.param_layout.uses for parameter in self.parameters)
+        self.uses = sum(layout_of(parameter).uses for parameter in self.parameters)
         self._sum = torch.zeros(self.size if reduction.keep_gradients else length, device=device)
         self._fresh: torch.Tensor | None = None  # ZeRO-2: gradients that are not yet reduced
         self._reducing: comm.Pending | None = None
@@ -136,7 +136,7 @@ class Bucket(Shard):
             zip(self.parameters, self.slots, strict=True)
         ):
             parameter.data = self.weights[start:stop].view(parameter.shape)
-            parameter.sink = Sink(self, slot)
+            attach_sink(parameter, Sink(self, slot))
 
     @property
     def gradients(self) -> torch.Tensor:
@@ -200,7 +200,7 @@ class Bucket(Shard):
         else:
             self._take_in()
         comm.all_reduce(self.gradients, self.reduction.copies)
-        comm.all_reduce(self.gradients, self.parameters[0].param_layout.twins)
+        comm.all_reduce(self.gradients, layout_of(self.parameters[0]).twins)
 
     def start_gather(self) -> None:
         self._gathering = comm.start_all_gather(self.weights, self.reduction.shards)
@@ -217,7 +217,7 @@ class Bucket(Shard):
             self._reducing = None
 
     def __str__(self) -> str:
-        return f"bucket of {self.parameters[0].param_layout.parts[0].name} and {len(self.parameters) - 1} more"
+        return f"bucket of {layout_of(self.parameters[0]).parts[0].name} and {len(self.parameters) - 1} more"
 
 
 def make_buckets(
@@ -231,7 +231,7 @@ def make_buckets(
     groups: list[list[nn.Parameter]] = []
     room = 0
     for parameter in dict.fromkeys(parameters):
-        if parameter.param_layout.twins.size > 1 or parameter.param_layout.uses > 1:
+        if layout_of(parameter).twins.size > 1 or layout_of(parameter).uses > 1:
             groups.append([parameter])
             room = 0
         elif room <= 0:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .. import comm
+from ..layout import attach_layout, layout_of
 from .buckets import Reduction, Shard
 
 
@@ -58,7 +59,7 @@ class ShardedParameter(Shard):
         pass
 
     def __str__(self) -> str:
-        return f"shard of {self.parameters[0].param_layout.parts[0].name}"
+        return f"shard of {layout_of(self.parameters[0]).parts[0].name}"
 
 
 def cut_parameters(
@@ -85,7 +86,7 @@ def cut_parameters(
     cut: list[ShardedParameter] = []
     for unit in (*units, model):
         layouts = {
-            name: parameter.param_layout
+            name: layout_of(parameter)
             for name, parameter in unit.named_parameters()
             if not isinstance(parameter, DTensor)
         }
@@ -97,7 +98,7 @@ def cut_parameters(
         )  # and by plain sums, the only ones that gloo has
         parameters = dict(unit.named_parameters())
         for name, layout in layouts.items():
-            parameters[name].param_layout = layout
+            attach_layout(parameters[name], layout)
             cut.append(ShardedParameter(parameters[name], unit, reduction))
     return cut
 

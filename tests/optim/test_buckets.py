@@ -9,7 +9,7 @@ from torch import nn
 from trivium import comm
 from trivium.config import OptimizerConfig
 from trivium.gradients import use
-from trivium.layout import Layout, Rows
+from trivium.layout import Layout, Rows, attach_layout, layout_of
 from trivium.mesh import Axis, Mesh
 from trivium.ops import Ops
 from trivium.optim.buckets import Bucket, Reduction, make_buckets
@@ -391,7 +391,7 @@ def test_a_tied_weight_has_a_bucket_of_its_own():
     """Its gradients come twice, or are summed over both ends of the pipeline, unlike its neighbours'."""
     for twins, uses in ((Axis("embedding"), 2), (Axis("embedding", 2, 1, (0, 1)), 1)):
         params = parameters()
-        params[2].param_layout = params[2].param_layout.tied(twins, uses)
+        attach_layout(params[2], layout_of(params[2]).tied(twins, uses))
         assert [
             sorted(names)
             for names in names_of(make_buckets(params, torch.float32, CPU, Reduction(), 10_000))

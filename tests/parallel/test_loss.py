@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trivium.gradients import Deferral, Sink
+from trivium.gradients import Deferral, Sink, attach_sink
 from trivium.mesh import Axis, Mesh
 from trivium.ops import Ops, cpu
 from trivium.parallel import loss
@@ -60,7 +60,7 @@ class Memory:
 
     def __init__(self, weight):
         self.gradient, self.written, self.deferral = torch.ones(weight.shape), 0, Deferral()
-        weight.sink = Sink(self, 0)
+        attach_sink(weight, Sink(self, 0))
 
     def wait_for_weights(self):
         pass

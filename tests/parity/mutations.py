@@ -56,8 +56,8 @@ MUTATIONS = {
     ),
     "tied gradients not added up": Mutation(
         buckets.Bucket.finish,
-        "param_layout.twins)",
-        "param_layout.twins) if False else None",
+        "layout_of(self.parameters[0]).twins)",
+        "layout_of(self.parameters[0]).twins) if False else None",
         Case(2, TWO),
     ),
     "shards not summed over instances": Mutation(
