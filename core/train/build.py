@@ -3,6 +3,7 @@
 import torch
 
 from ..config import Config, ConfigError
+from ..gradients import Deferral
 from ..mesh import Mesh
 from ..model.gpt import GPT
 from ..model.recompute import Recompute
@@ -13,7 +14,7 @@ from ..optim.optimizer import Optimizer
 from ..parallel.sharding import Sharding
 from ..pipeline.from_flags import placement_of, stage_specs
 from ..pipeline.plan import make_plan
-from ..pipeline.runtime import MessageSpec
+from ..pipeline.runtime import MessageSpec, Runner
 from ..precision import LossScaler, working_dtype
 from .inputs import PrepareBatch
 from .stages import Stages
@@ -82,17 +83,19 @@ def build_stages(
         device,
     )
     num_microbatches = batch.global_batch_size // (batch.micro_batch_size * mesh.dp.size)
-    plans = [
-        make_plan(
+    deferral = Deferral()
+
+    def runner(forward_only: bool) -> Runner:
+        plan = make_plan(
             placement.schedule,
             placement.num_ranks,
             num_microbatches,
             placement.num_chunks,
             forward_only=forward_only,
         )
-        for forward_only in (False, True)
-    ]
-    return Stages(chunks, mesh, message, *plans)
+        return Runner(plan, mesh.pp, message, deferral)
+
+    return Stages(chunks, mesh, training=runner(False), evaluation=runner(True))
 
 
 def build_optimizer(config: Config, mesh: Mesh, stages: Stages, ops: Ops) -> Optimizer:
@@ -100,7 +103,7 @@ def build_optimizer(config: Config, mesh: Mesh, stages: Stages, ops: Ops) -> Opt
     parallel, dtype, device = (
         config.parallel,
         working_dtype(config.precision),
-        stages.message.device,
+        stages.training.message.device,
     )
     strategy = parallel.data_parallel_sharding_strategy
     reduction = Reduction(
@@ -108,7 +111,7 @@ def build_optimizer(config: Config, mesh: Mesh, stages: Stages, ops: Ops) -> Opt
         mesh.copies,
         parallel.overlap_grad_reduce,
         strategy != "optim_grads",
-        stages.deferral,
+        stages.training.deferral,
     )
     if _cuts_parameters(config, mesh):
         if len(stages.chunks) > 1:

@@ -1,28 +1,24 @@
 """This rank's part of the model: the chunks it holds of the pipeline, and how their passes run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from ..gradients import Deferral
 from ..mesh import Mesh
 from ..model.gpt import GPT
 from ..parallel.sharding import Sharding
-from ..pipeline import runtime
-from ..pipeline.plan import Plan
+from ..pipeline.runtime import Runner, Stage
 
 
 @dataclass(frozen=True)
 class Stages:
-    """The chunks of this rank, in the order of their stages, with the plan that trains them and the one that evaluates them."""
+    """The chunks of this rank, in the order of their stages, and what trains and evaluates them."""
 
     chunks: Sequence[GPT]
     mesh: Mesh
-    message: runtime.MessageSpec
-    training: Plan
-    evaluation: Plan
-    deferral: Deferral = field(default_factory=Deferral)
+    training: Runner
+    evaluation: Runner
 
     @property
     def sharding(self) -> Sharding:
@@ -34,14 +30,14 @@ class Stages:
             dict.fromkeys(parameter for chunk in self.chunks for parameter in chunk.parameters())
         )
 
-    def train(self, stage: runtime.Stage) -> None:
+    def train(self, stage: Stage) -> None:
         """Forward and backward of the micro-batches of one update."""
         for chunk in self.chunks:
             chunk.train()
-        runtime.run(self.training, self.mesh.pp, self.message, stage, self.deferral)
+        self.training.run(stage)
 
-    def evaluate(self, stage: runtime.Stage) -> None:
+    def evaluate(self, stage: Stage) -> None:
         """Forward alone, of as many micro-batches."""
         for chunk in self.chunks:
             chunk.eval()
-        runtime.run(self.evaluation, self.mesh.pp, self.message, stage, self.deferral)
+        self.evaluation.run(stage)
