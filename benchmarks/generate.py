@@ -81,7 +81,7 @@ def build_engines(
 def trivium(config: Config, device: torch.device, dtype: torch.dtype, kernels: ops.Ops) -> Generate:
     model = (
         GPT(config.model, peers.vocabulary(config), ops=kernels, seed=config.batch.seed)
-        .place(device, dtype)
+        .to_device(device, dtype)
         .eval()
     )
 

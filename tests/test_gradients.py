@@ -263,11 +263,11 @@ def test_every_use_of_every_parameter_reaches_its_sink_as_often_as_its_layout_sa
     """And the sum is autograd's, bit for bit where there is one use; a tied weight's two are added by autograd in the working dtype."""
     tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
     models = [
-        GPT(config, 50, ops=Ops(), seed=3).place(torch.device("cpu"), dtype) for _ in range(2)
+        GPT(config, 50, ops=Ops(), seed=3).to_device(torch.device("cpu"), dtype) for _ in range(2)
     ]
     memory = Memory(*models[1].parameters())
     for model in models:
-        model.loss(tokens, tokens.roll(-1, 1), torch.ones(tokens.shape))[0].backward()
+        model(tokens, targets=(tokens.roll(-1, 1), torch.ones(tokens.shape)))[0].backward()
     assert memory.written == sum(p.param_layout.uses for p in memory.parameters)
     for plain, p, gradient in zip(
         models[0].parameters(), memory.parameters, memory.gradients, strict=True

@@ -92,7 +92,7 @@ def total_loss(model: GPT, tokens: np.ndarray, length: int, batch_size: int) -> 
         batch = torch.from_numpy(batch).to(total.device)
         tokens, labels = batch[:, :-1], batch[:, 1:]
         total += (
-            model.loss(tokens, labels, torch.ones(labels.shape, device=labels.device))[1]
+            model(tokens, targets=(labels, torch.ones(labels.shape, device=labels.device)))[1]
             .double()
             .sum()
         )

@@ -46,7 +46,7 @@ def load_pretrained(
         if is_hf_folder(path)
         else _from_checkpoint(path, run_ops, ckpt_step)
     )
-    return Pretrained(model.place(device, dtype).eval(), tokenizer)
+    return Pretrained(model.to_device(device, dtype).eval(), tokenizer)
 
 
 def _from_checkpoint(path: Path, run_ops: ops.Ops, ckpt_step: int | None) -> tuple[GPT, DataConfig]:

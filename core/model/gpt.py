@@ -1,7 +1,6 @@
 """The GPT: embedding, blocks, final norm and head, whole or one pipeline stage of it, the same code for every layout."""
 
 import math
-from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -12,125 +11,17 @@ from .. import rng
 from ..config import ModelConfig
 from ..gradients import use
 from ..layout import Layout, Role
-from ..ops import BlockShape, BlockStep, Ops
+from ..ops import Ops
 from ..parallel.embedding import VocabParallelEmbedding
 from ..parallel.linear import column_parallel
 from ..parallel.loss import head_loss
 from ..parallel.sharding import Sharding
-from .attention import Attention, KVCache
-from .mlp import MLP
-from .norm import NoNorm, Norm
+from .attention import KVCache
+from .block import Block
+from .norm import Norm
 from .recompute import Recompute
 from .rotary import Angles, Rotary
-
-
-@dataclass(frozen=True)
-class Passage:
-    """What a forward pass knows of its tokens beside the hidden states, the same in every stage.
-
-    positions: int64 [T/cp] of this rank's tokens, or [B, T/cp] where they start anew in each document. documents: int [B, T] of the
-    whole sequence, where attention stays inside a document. stream: None in evaluation. length: tokens of the whole sequence, T; those
-    of `positions` if not given.
-    """
-
-    positions: torch.Tensor
-    documents: torch.Tensor | None = None
-    stream: rng.DropoutStream | None = None
-    length: int | None = None
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), each branch under hidden dropout. x: [B, T, H], cut by tokens with sequence parallel.
-
-    With --norm-placement post x + norm(attention(x)), with both x + norm(attention(norm(x))); with --parallel-residual both branches
-    read the same x.
-    """
-
-    def __init__(
-        self,
-        layer: int,
-        config: ModelConfig,
-        sharding: Sharding,
-        ops: Ops,
-        seed: int | None,
-        recompute: Recompute,
-    ):
-        super().__init__()
-        name = self.name = f"layers.{layer}"
-        self.dropout = config.hidden_dropout
-        residual_std = config.init_method_std / math.sqrt(2 * config.num_layers)
-        norm = partial(
-            Norm,
-            size=config.hidden_size,
-            config=config,
-            sharding=sharding,
-            ops=ops,
-            seed=seed,
-            cut_input=sharding.sequence_parallel,
-        )
-        before, after = (
-            norm if config.norm_placement in (place, "both") else lambda name: NoNorm()
-            for place in ("pre", "post")
-        )
-        window = config.window(layer)
-        self.windowed, self.parallel_residual = window is not None, config.parallel_residual
-        self.attention_norm = before(f"{name}.attention_norm")
-        self.attention = Attention(
-            f"{name}.attention", config, sharding, ops, seed, residual_std, recompute, window
-        )
-        self.attention_post_norm = after(f"{name}.attention_post_norm")
-        self.mlp_norm = before(f"{name}.mlp_norm")
-        self.mlp = MLP(f"{name}.mlp", config, sharding, ops, seed, residual_std)
-        self.mlp_post_norm = after(f"{name}.mlp_post_norm")
-
-    def forward(
-        self, x: torch.Tensor, angles: Angles | None, passage: Passage, cache: KVCache | None = None
-    ) -> torch.Tensor:
-        branch = self.attention_post_norm(
-            self.attention(self.attention_norm(x), angles, passage.documents, cache)
-        )
-        branch = rng.dropout(branch, self.dropout, passage.stream, f"{self.name}.attention")
-        attended, normalized = (
-            (x + branch, self.mlp_norm(x))
-            if self.parallel_residual
-            else self.mlp_norm.add(x, branch)
-        )
-        branch = self.mlp_post_norm(self.mlp(normalized))
-        return attended + rng.dropout(branch, self.dropout, passage.stream, f"{self.name}.mlp")
-
-    def step(self, sequences: int) -> BlockStep | None:
-        """What does the same for one more token of each of some sequences in one call, where there is such a thing."""
-        attention, mlp, config = self.attention, self.mlp, self.attention.config
-        if attention.sharding.tp.size > 1 or config.apply_layernorm_1p:
-            return None
-        shape = BlockShape(
-            hidden=config.hidden_size,
-            ffn=config.ffn_hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_kv_heads,
-            size=config.head_size,
-            **asdict(attention.rule),
-            eps=config.norm_epsilon,
-            interleaved=config.rotary_interleaved,
-            norm_of_projection=config.qk_layernorm_width == "projection",
-            gated=config.gated,
-            parallel_residual=config.parallel_residual,
-            activation=config.activation,
-        )
-        attends = (
-            self.attention_norm,
-            attention.qkv,
-            attention.q_norm,
-            attention.k_norm,
-            attention.out,
-            self.attention_post_norm,
-        )
-        parts = (*attends, self.mlp_norm, mlp.up, mlp.down, self.mlp_post_norm)
-        return attention.ops.block_step(
-            shape,
-            [getattr(part, kind, None) for part in parts for kind in ("weight", "bias")],
-            sequences,
-        )
+from .tokens import TokenContext
 
 
 class GPT(nn.Module):
@@ -138,7 +29,7 @@ class GPT(nn.Module):
 
     A stage has the layers of the range `layers`, the embedding if it `embeds`, final norm, head and loss if it `predicts`. A head that is
     tied to the embedding of another stage on this rank is given as `tied_weight`. seed None leaves the weights to be loaded. Parameters
-    are fp32 on the CPU until an optimizer or `place` moves them.
+    are fp32 on the CPU until an optimizer or `to_device` moves them.
     """
 
     def __init__(
@@ -218,7 +109,7 @@ class GPT(nn.Module):
                 self.rotary if config.rotary_base_local is None else Rotary(config, local=True)
             )
 
-    def place(self, device: torch.device, dtype: torch.dtype) -> "GPT":
+    def to_device(self, device: torch.device, dtype: torch.dtype) -> "GPT":
         """Move to `device` with weights in `dtype`; the rotary frequencies stay fp32, in which positions are exact."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(device, dtype)
@@ -230,38 +121,40 @@ class GPT(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        passage: Passage | None = None,
+        context: TokenContext | None = None,
         caches: list[KVCache] | None = None,
         targets: tuple[torch.Tensor, torch.Tensor] | None = None,
         last_only: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, T/cp, V/tp], padding columns included, of a stage that predicts; else hidden states [B, T/cp, H], cut by sequence parallel.
 
-        x: tokens int64 [B, T/cp] for a stage that embeds; else the hidden states of the stage before. No passage: whole sequences from
-        position 0, without dropout. With caches, tokens continue what they hold. targets: labels and weights; what comes back is `loss`.
+        x: tokens int64 [B, T/cp] for a stage that embeds; else the hidden states of the stage before. No context: whole sequences from
+        position 0, without dropout. With caches, tokens continue what they hold. targets: labels and weights (see Targets); what comes back is then
+        the sum of weights * cross-entropy in nats, 0-d, and every label's, fp32 [B, T/cp]. The sum has a gradient, the losses have none;
+        with an optimizer, backward must start from the sum itself: see head_loss.
         last_only: logits [B, 1, V/tp] of the last token alone, where this rank holds the whole sequence.
         """
-        steps = caches and passage is None and x.shape[1] == 1 and not torch.is_grad_enabled()
-        if passage is None:
+        steps = caches and context is None and x.shape[1] == 1 and not torch.is_grad_enabled()
+        if context is None:
             start = caches[0].length if caches else 0
-            passage = Passage(
+            context = TokenContext(
                 torch.arange(start, start + x.shape[1], device=x.device), length=start + x.shape[1]
             )
         if self.embedding is not None:
-            x = self._embed(x, passage)
-        angles = self._angles(passage)
+            x = self._embed(x, context)
+        angles = self._angles(context)
         if caches:
             for block, cache in zip(self.layers, caches, strict=True):
                 turned = angles[block.windowed]
                 x = (
                     cache.take_step(x, turned)
                     if steps and cache.step is not None
-                    else block(x, turned, passage, cache)
+                    else block(x, turned, context, cache)
                 )
         else:
             x = self.recompute.layers(
                 [
-                    partial(block, angles=angles[block.windowed], passage=passage)
+                    partial(block, angles=angles[block.windowed], context=context)
                     for block in self.layers
                 ],
                 x,
@@ -281,22 +174,6 @@ class GPT(nn.Module):
             )
         logits = column_parallel(x, head, self.sharding, self.ops)
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def loss(
-        self,
-        x: torch.Tensor,
-        labels: torch.Tensor,
-        weights: torch.Tensor,
-        passage: Passage | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a stage that predicts: the sum of weights * cross-entropy of the labels, 0-d, and every label's, fp32 [B, T/cp], in nats.
-
-        labels int64 and weights fp32, [B, T/cp]. A label of weight 0 adds nothing, whatever its logits. The sum has a gradient, the losses
-        have none; with an optimizer, backward must start from the sum itself: see head_loss.
-        """
-        return self(
-            x, passage, targets=(labels, weights)
-        )  # through the module's own call, where ZeRO-3 gathers its parameters
 
     def rotates_otherwise(self, length: int, longer: int) -> bool:
         """Whether a sequence of `longer` tokens is rotated by other frequencies than one of `length`."""
@@ -320,22 +197,22 @@ class GPT(nn.Module):
             for layer in self.layers
         ]
 
-    def _angles(self, passage: Passage) -> tuple[Angles | None, Angles | None]:
+    def _angles(self, context: TokenContext) -> tuple[Angles | None, Angles | None]:
         """Of layers without a window, and of those with one."""
         if self.rotary is None:
             return None, None
-        length = passage.length or passage.positions.shape[-1]
-        everywhere = self.rotary(passage.positions, length)
+        length = context.whole_length
+        everywhere = self.rotary(context.positions, length)
         return everywhere, everywhere if self.local_rotary is self.rotary else self.local_rotary(
-            passage.positions, length
+            context.positions, length
         )
 
-    def _embed(self, tokens: torch.Tensor, passage: Passage) -> torch.Tensor:
+    def _embed(self, tokens: torch.Tensor, context: TokenContext) -> torch.Tensor:
         x = self.embedding(tokens)
         if self.config.scale_embeddings:
             x = (
                 x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype).item()
             )  # the root in the working dtype, as Gemma has it
         if self.positions is not None:
-            x = x + F.embedding(self.sharding.own_tokens(passage.positions), use(self.positions))
-        return rng.dropout(x, self.config.hidden_dropout, passage.stream, "embedding")
+            x = x + F.embedding(self.sharding.own_tokens(context.positions), use(self.positions))
+        return rng.dropout(x, self.config.hidden_dropout, context.stream, "embedding")

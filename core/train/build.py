@@ -74,7 +74,7 @@ def build_stages(
             for block in model.layers:
                 block.compile(dynamic=False)
         chunks.append(
-            model if _cuts_parameters(config, mesh) else model.place(device, torch.float32)
+            model if _cuts_parameters(config, mesh) else model.to_device(device, torch.float32)
         )
     tokens = batch.seq_length // mesh.cp.size // (mesh.tp.size if sharding.sequence_parallel else 1)
     message = MessageSpec(

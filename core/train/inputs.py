@@ -7,7 +7,7 @@ import torch
 from .. import rng
 from ..config import Config
 from ..data.loader import Batch
-from ..model.gpt import Passage
+from ..model.tokens import TokenContext
 from ..parallel.context import local_tokens, token_positions
 from ..parallel.sharding import Sharding
 
@@ -19,7 +19,7 @@ class Inputs:
     tokens: torch.Tensor
     labels: torch.Tensor
     mask: torch.Tensor
-    passage: Passage
+    context: TokenContext
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class PrepareBatch:
             documents = document_indices(tokens, self.eod)
         if config.data.reset_position_ids:
             positions = local_tokens(positions_in_documents(documents), cp)
-        passage = Passage(
+        context = TokenContext(
             positions,
             documents if config.data.reset_attention_mask else None,
             stream,
             tokens.shape[1],
         )
-        return Inputs(*(local_tokens(tensor, cp) for tensor in (tokens, labels, mask)), passage)
+        return Inputs(*(local_tokens(tensor, cp) for tensor in (tokens, labels, mask)), context)
 
 
 def document_indices(tokens: torch.Tensor, eod: int) -> torch.Tensor:

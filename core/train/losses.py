@@ -48,8 +48,8 @@ class LossPass:
             )
         x = inputs.tokens if x is None else x
         if not model.predicts:
-            return model(x, inputs.passage)
-        total, losses = model.loss(x, inputs.labels, inputs.mask * self.scale, inputs.passage)
+            return model(x, inputs.context)
+        total, losses = model(x, inputs.context, targets=(inputs.labels, inputs.mask * self.scale))
         if self.stages.mesh.tp.rank == 0:  # the others hold the same losses
             self.totals[0] += masked_sum(losses, inputs.mask)
             self.totals[1] += inputs.mask.sum()

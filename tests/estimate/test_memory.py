@@ -23,8 +23,9 @@ from trivium.estimate.memory import Chunk, layer_weights, state_of, weights_of
 from trivium.gradients import Deferral
 from trivium.launch import Process, plan_mesh
 from trivium.mesh import Mesh
-from trivium.model.gpt import GPT, Passage
+from trivium.model.gpt import GPT
 from trivium.model.recompute import Recompute
+from trivium.model.tokens import TokenContext
 from trivium.ops import reference
 from trivium.optim.buckets import Reduction, make_buckets
 from trivium.parallel import loss
@@ -339,16 +340,16 @@ class Pass:
             if config.data.reset_attention_mask
             else None
         )
-        passage = Passage(positions, documents, stream)
+        context = TokenContext(positions, documents, stream)
         x = (
             tokens
             if chunk.embeds
             else torch.randn(len(tokens), len(own), shape.hidden_size, dtype=dtype).requires_grad_()
         )
         if not chunk.predicts:
-            return Pass(config, model, partial(model, x, passage), cut)
+            return Pass(config, model, partial(model, x, context), cut)
         mask = torch.ones(tokens.shape)
-        return Pass(config, model, lambda: model.loss(x, tokens, mask, passage)[0], cut)
+        return Pass(config, model, lambda: model(x, context, targets=(tokens, mask))[0], cut)
 
 
 def kept_by(work: Pass) -> int:
@@ -643,14 +644,14 @@ def assert_live(config: Config, vocabulary: int, widens: bool, within: float, **
     buckets = build_optimizer(config, mesh, stages, ops.Ops()).buckets
     for bucket in buckets:
         bucket.begin(2)
-    tokens, passage, mask = (
+    tokens, context, mask = (
         torch.randint(0, VOCAB, (4, 64)),
-        Passage(torch.arange(64)),
+        TokenContext(torch.arange(64)),
         torch.ones(4, 64),
     )
     with Live([memory for bucket in buckets for memory in (bucket.weights, bucket._sum)]) as live:
         for _ in range(2):
-            stages.chunks[0].loss(tokens, tokens, mask, passage)[0].backward()
+            stages.chunks[0](tokens, context, targets=(tokens, mask))[0].backward()
     found = activations_of(
         config.model, vocabulary, Chunk(3), replace(cut_of(config, run_ops), **cut)
     )

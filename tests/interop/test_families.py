@@ -21,7 +21,8 @@ from trivium.interop.families import export_problems
 from trivium.interop.hf_model import HFModel
 from trivium.interop.name_map import assemble, their_shapes
 from trivium.mesh import Mesh
-from trivium.model.gpt import GPT, Passage
+from trivium.model.gpt import GPT
+from trivium.model.tokens import TokenContext
 from trivium.ops import Ops, cpu
 from trivium.parallel.context import local_tokens, token_positions
 from trivium.testing import run_ranks
@@ -52,7 +53,7 @@ def test_every_gradient_is_that_of_transformers(name, tmp_path):
     peer, tokens = write_peer(name, tmp_path), tokens_of()
     source = HFModel(tmp_path)
     model, labels = loaded(source), tokens.roll(-1, dims=1)
-    model.loss(tokens, labels, torch.full(labels.shape, 1 / labels.numel()))[0].backward()
+    model(tokens, targets=(labels, torch.full(labels.shape, 1 / labels.numel())))[0].backward()
     torch.nn.functional.cross_entropy(
         peer(tokens).logits.flatten(0, 1), labels.flatten()
     ).backward()
@@ -129,10 +130,10 @@ def logits_on_rank(
         for piece in parameter.param_layout.pieces(parameter.data)
     )
     positions, found = token_positions(LENGTH, mesh.cp), []
-    tokens, passage = local_tokens(tokens_of(), mesh.cp), Passage(positions, length=LENGTH)
+    tokens, context = local_tokens(tokens_of(), mesh.cp), TokenContext(positions, length=LENGTH)
 
     def stage(chunk: int, index: int, x: torch.Tensor | None) -> torch.Tensor:
-        x = stages.chunks[chunk](tokens if x is None else x, passage)
+        x = stages.chunks[chunk](tokens if x is None else x, context)
         if stages.chunks[chunk].predicts:
             found.append(x)
             return x.sum()

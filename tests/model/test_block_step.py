@@ -9,9 +9,11 @@ import torch
 from trivium.config import ModelConfig
 from trivium.decode.generate import Sampling, generate
 from trivium.mesh import Axis
-from trivium.model.gpt import GPT, Block, Passage
+from trivium.model.block import Block
+from trivium.model.gpt import GPT
 from trivium.model.recompute import Recompute
 from trivium.model.rotary import Rotary
+from trivium.model.tokens import TokenContext
 from trivium.ops import Ops, cpu
 from trivium.parallel.sharding import Sharding
 
@@ -62,7 +64,7 @@ def outputs(
     weight = block.attention.qkv.weight
     cache = (
         GPT(replace(config, num_layers=1), 8, ops=block.attention.ops, seed=1)
-        .place(x.device, weight.dtype)
+        .to_device(x.device, weight.dtype)
         .caches(len(x), PAST + NEW)[0]
     )
     cache.step = block.step(len(x)) if steps else None
@@ -77,7 +79,7 @@ def outputs(
         if steps and start:
             parts.append(cache.take_step(x[:, start:end], angles))
         else:
-            parts.append(block(x[:, start:end], angles, Passage(positions), cache))
+            parts.append(block(x[:, start:end], angles, TokenContext(positions), cache))
         start = end
     assert cache.length == PAST + NEW
     return torch.cat(parts[1:], dim=1), torch.stack((cache.keys, cache.values))
@@ -184,7 +186,7 @@ def test_a_step_sees_new_weights_and_does_not_write_past_the_cache():
         after = step(x, *angles, keys, values, 0)
         assert not torch.equal(before, after)
         assert (
-            after - block(x, angles, Passage(torch.arange(1)))
+            after - block(x, angles, TokenContext(torch.arange(1)))
         ).abs().max() <= 1e-5 * after.abs().max()
     with pytest.raises(ValueError, match="a cache of 1 places is full"):
         step(x, *angles, keys, values, 1)
@@ -238,7 +240,7 @@ def test_generation_takes_steps_and_a_gradient_goes_op_by_op(dtype, monkeypatch)
     monkeypatch.setattr(
         cpu.BlockStep, "__call__", lambda self, *args: (taken.append(1), honest(self, *args))[1]
     )
-    model = GPT(LLAMA, 50, ops=Ops("native"), seed=1).place(torch.device("cpu"), dtype)
+    model = GPT(LLAMA, 50, ops=Ops("native"), seed=1).to_device(torch.device("cpu"), dtype)
     prompt = torch.tensor([[1, 2, 3]])
     tokens = list(generate(model, prompt, 4, Sampling(temperature=0), torch.Generator()))
     assert len(tokens) == 4 and len(taken) == 3 * LLAMA.num_layers, "all but the prompt's own"

@@ -10,7 +10,8 @@ from trivium.config import ModelConfig
 from trivium.decode.generate import Sampling, choose, generate
 from trivium.interop import families
 from trivium.interop.hf_names import hf_places
-from trivium.model.gpt import GPT, Passage
+from trivium.model.gpt import GPT
+from trivium.model.tokens import TokenContext
 from trivium.ops import Ops
 
 transformers = pytest.importorskip("transformers")
@@ -80,7 +81,7 @@ def test_llama_equals_transformers_in_logits_and_every_gradient(change):
     expected = peer(tokens).logits
     logits = model(tokens)[..., :VOCAB]
     assert (logits - expected).norm() <= 2e-6 * expected.norm()
-    mean, losses = model.loss(tokens, labels, torch.full(labels.shape, 1 / labels.numel()))
+    mean, losses = model(tokens, targets=(labels, torch.full(labels.shape, 1 / labels.numel())))
     peer_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten())
     assert losses.mean().item() == pytest.approx(peer_loss.item(), rel=1e-6)
     mean.backward()
@@ -127,9 +128,8 @@ def test_padding_of_the_vocabulary_changes_nothing_and_gets_no_gradient():
     losses = []
     for multiple in (1, 128):
         model = model_of(replace(GPT2, make_vocab_size_divisible_by=multiple))
-        loss, _ = model.loss(
-            tokens, tokens.roll(-1, 1), torch.full(tokens.shape, 1 / tokens.numel())
-        )
+        weights = torch.full(tokens.shape, 1 / tokens.numel())
+        loss, _ = model(tokens, targets=(tokens.roll(-1, 1), weights))
         loss.backward()
         losses.append(loss.item())
         assert model.embedding.weight.grad[VOCAB:].abs().sum() == 0
@@ -172,16 +172,16 @@ def test_hidden_dropout_is_at_every_site_with_its_own_mask(site, monkeypatch):
     """Each site's mask taken out in turn changes the output."""
     model, tokens = model_of(replace(LLAMA, hidden_dropout=0.3)), tokens_of()
     positions = torch.arange(tokens.shape[1])
-    passage = Passage(positions, stream=rng.DropoutStream.of(1, 1, torch.arange(2), positions))
+    context = TokenContext(positions, stream=rng.DropoutStream.of(1, 1, torch.arange(2), positions))
     with torch.no_grad():
-        whole = model(tokens, passage)
+        whole = model(tokens, context)
         honest = rng.DropoutStream.keep
         monkeypatch.setattr(
             rng.DropoutStream,
             "keep",
             lambda self, shape, p, at: honest(self, shape, p, at) | (at == site),
         )
-        assert not torch.equal(model(tokens, passage), whole)
+        assert not torch.equal(model(tokens, context), whole)
 
 
 def test_greedy_generation_equals_transformers():

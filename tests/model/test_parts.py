@@ -8,8 +8,10 @@ import torch
 from trivium.config import ModelConfig
 from trivium.layout import Role
 from trivium.mesh import Axis
-from trivium.model.gpt import GPT, Block, Passage
+from trivium.model.block import Block
+from trivium.model.gpt import GPT
 from trivium.model.recompute import Recompute
+from trivium.model.tokens import TokenContext
 from trivium.ops import Ops
 from trivium.optim.buckets import Reduction, make_buckets
 from trivium.parallel.sharding import Sharding
@@ -28,17 +30,17 @@ GPT2 = ModelConfig(
 )  # fmt: skip
 MODELS = {"untied llama": UNTIED, "tied llama": TIED, "gpt2": GPT2}
 TOKENS = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-LABELS = TOKENS.roll(-1, dims=1)
+TARGETS = TOKENS.roll(-1, dims=1), torch.ones(TOKENS.shape)
 
 
 def model_of(config: ModelConfig, **part) -> GPT:
     return GPT(config, VOCAB, ops=Ops(), seed=3, **part)
 
 
-def passage_of(tokens: torch.Tensor | None = None) -> Passage:
+def context_of(tokens: torch.Tensor | None = None) -> TokenContext:
     """Of some of the tokens, by their places; of all of them by default."""
     positions = torch.arange(LENGTH) if tokens is None else tokens
-    return Passage(positions, stream=DropoutStream.of(1, 7, torch.tensor([4, 9]), positions))
+    return TokenContext(positions, stream=DropoutStream.of(1, 7, torch.tensor([4, 9]), positions))
 
 
 def gradients_of(*models: GPT) -> dict[str, torch.Tensor]:
@@ -63,10 +65,10 @@ def through_stages(stages: list[GPT]) -> torch.Tensor:
     """The losses; hidden states and their gradients pass from stage to stage by value, as messages do."""
     x, edges = TOKENS, []
     for stage in stages[:-1]:
-        y = stage(x, passage_of())
+        y = stage(x, context_of())
         x = y.detach().requires_grad_()
         edges.append((y, x))
-    total, losses = stages[-1].loss(x, LABELS, torch.ones(LABELS.shape), passage_of())
+    total, losses = stages[-1](x, context_of(), targets=TARGETS)
     total.backward()
     for y, x in reversed(edges):
         y.backward(x.grad)
@@ -98,7 +100,7 @@ def stages_of(config: ModelConfig, ends: tuple[int, ...], *, shared: bool) -> li
 def test_stages_are_the_whole_model_in_losses_and_every_gradient(config, ends, shared):
     """Also where a stage has no layer, or embedding or head alone. A tied weight gets the same two gradients, and a sum of two has one order."""
     whole, stages = model_of(config), stages_of(config, ends, shared=shared)
-    total, expected = whole.loss(TOKENS, LABELS, torch.ones(LABELS.shape), passage_of())
+    total, expected = whole(TOKENS, context_of(), targets=TARGETS)
     total.backward()
     assert torch.equal(through_stages(stages), expected.detach())
     reference, found = gradients_of(whole), gradients_of(*stages)
@@ -169,12 +171,12 @@ def test_dropout_and_positions_of_some_tokens_are_those_of_the_whole(config, cut
     """Of sequence parallel, of context parallel's zig-zag, of both: all but attention treats each token by itself."""
     tokens = torch.tensor(list(cut))
     embeds, block = model_of(config, layers=range(0), predicts=False), model_of(config).layers[1]
-    whole, part = embeds(TOKENS, passage_of()), embeds(TOKENS[:, tokens], passage_of(tokens))
+    whole, part = embeds(TOKENS, context_of()), embeds(TOKENS[:, tokens], context_of(tokens))
     assert torch.equal(part, whole[:, tokens]) and (whole == 0).any()
     block.attention = torch.nn.Module()
     block.attention.forward = lambda x, *args: x
     assert torch.equal(
-        block(part, None, passage_of(tokens)), block(whole, None, passage_of())[:, tokens]
+        block(part, None, context_of(tokens)), block(whole, None, context_of())[:, tokens]
     )
 
 
@@ -190,7 +192,7 @@ def trained(model: GPT) -> tuple[torch.Tensor, torch.Tensor, int]:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor
     ):
-        total, losses = model.loss(TOKENS, LABELS, torch.ones(LABELS.shape), passage_of())
+        total, losses = model(TOKENS, context_of(), targets=TARGETS)
     total.backward()
     for bucket in buckets:
         bucket.start_reduction()

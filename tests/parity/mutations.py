@@ -161,14 +161,14 @@ MUTATIONS = {
     ),
     "positions counted from zero on every cp rank": Mutation(
         inputs.PrepareBatch.__call__,
-        "Passage(positions",
-        "Passage(positions.argsort()",
+        "TokenContext(positions",
+        "TokenContext(positions.argsort()",
         Case(2, f"{CP} 2"),
     ),
     "labels of another slice": Mutation(
         inputs.PrepareBatch.__call__,
-        "(tokens, labels, mask)), passage",
-        "(tokens, labels.roll(1, 1), mask)), passage",
+        "(tokens, labels, mask)), context",
+        "(tokens, labels.roll(1, 1), mask)), context",
         Case(2, f"{CP} 2"),
     ),
     "predictions counted on every tp rank": Mutation(

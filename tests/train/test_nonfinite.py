@@ -22,28 +22,29 @@ def data(tmp_path_factory):
 
 def poisoned_run(mesh: Mesh, arguments: str, iteration: int, value: float, where: str) -> None:
     """A run in which one micro-batch of the last rank has losses, or one gradient element, of `value`."""
-    honest, honest_loss = LossPass.__call__, GPT.loss
+    honest, honest_forward = LossPass.__call__, GPT.forward
 
-    def poisoned(model, x, labels, weights, passage):
+    def poisoned(model, x, context, *, targets):
+        labels, weights = targets
         if where == "loss":
-            total, losses = honest_loss(model, x, labels, weights * value, passage)
+            total, losses = honest_forward(model, x, context, targets=(labels, weights * value))
             return total, losses * value
         if where == "gradient":
             weights = weights.clone()
             weights[0, 0] *= value  # of one token
-        total, losses = honest_loss(model, x, labels, weights, passage)
+        total, losses = honest_forward(model, x, context, targets=(labels, weights))
         return total, losses + value if where == "loss alone" else losses
 
     def call(self, chunk, index, x):
         here = self.iteration == iteration and index == 1 and mesh.rank == mesh.world_size - 1
-        GPT.loss = poisoned if here else honest_loss
+        GPT.forward = poisoned if here else honest_forward
         return honest(self, chunk, index, x)
 
     LossPass.__call__ = call
     try:
         pretrain_gpt.main(arguments.split(), Process(mesh.rank, mesh.world_size, mesh.rank))
     finally:
-        LossPass.__call__, GPT.loss = honest, honest_loss
+        LossPass.__call__, GPT.forward = honest, honest_forward
 
 
 ZERO1 = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"

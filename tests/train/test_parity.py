@@ -67,7 +67,7 @@ def test_the_loss_is_the_masked_mean_over_the_global_batch(data, tmp_path):
     ids = torch.from_numpy(np.stack([samples.tokens(k) for k in range(8)]))
     model = GPT(config.model, 97, ops=ops.Ops(), seed=1234)
     mask = ids[:, :-1] != 96
-    _, losses = model.loss(ids[:, :-1], ids[:, 1:], mask)
+    _, losses = model(ids[:, :-1], targets=(ids[:, 1:], mask))
     assert 0.9 < mask.float().mean() < 1
     assert rows_of(tmp_path / "m.jsonl")[0]["lm_loss"] == pytest.approx(
         (losses[mask].sum() / mask.sum()).item(), rel=1e-6

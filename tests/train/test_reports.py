@@ -177,7 +177,7 @@ def test_evaluation_is_the_masked_mean_of_the_first_samples_without_dropout(data
     config = resolve(flags.parse(arguments.split()).config, 1)
     model = GPT(config.model, 97, ops=ops.Ops(), seed=1234).eval()
     mask = ids[:, :-1] != 96
-    _, losses = model.loss(ids[:, :-1], ids[:, 1:], mask)
+    _, losses = model(ids[:, :-1], targets=(ids[:, 1:], mask))
     assert 0.9 < mask.float().mean() < 1
     assert rows_of(tmp_path / "m.jsonl", "valid")[0]["lm_loss"] == pytest.approx(
         (losses[mask].sum() / mask.sum()).item(), rel=1e-6

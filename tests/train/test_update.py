@@ -56,7 +56,7 @@ def test_the_update_uses_the_gradient_of_the_masked_mean_clipped_once(
     ids = torch.stack([torch.from_numpy(samples.tokens(k)) for k in range(8)])
     model = GPT(config.model, 97, ops=ops.Ops(), seed=1234)
     mask = (ids[:, :-1] != 96).float()
-    model.loss(ids[:, :-1], ids[:, 1:], mask / mask.sum())[0].backward()
+    model(ids[:, :-1], targets=(ids[:, 1:], mask / mask.sum()))[0].backward()
     truth = {
         piece.name: piece.tensor
         for p in model.parameters()
