@@ -24,11 +24,14 @@ AXIS_NAMES = (
     "cp",
     "dp",
     "pp",
+    "etp",
     "ep",
     "expert_dp",
     "dp_cp",
     "shards",
     "copies",
+    "expert_shards",
+    "expert_copies",
     "model",
     "embedding",
     "kv",
@@ -82,6 +85,41 @@ def test_every_axis_is_megatrons(rank_generator):
             )
 
 
+def test_the_expert_grid_with_a_tensor_size_of_its_own_is_megatrons(rank_generator):
+    """Any etp x ep x expert_dp that fills the ranks of a stage, whatever tp is."""
+    tried = 0
+    for world, tp, cp, pp in ((8, 2, 1, 1), (16, 2, 2, 2), (24, 1, 1, 2), (24, 2, 3, 1)):
+        for etp, ep in itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 6)):
+            stage = world // pp
+            if stage % (etp * ep):
+                continue
+            tried += 1
+            theirs = rank_generator(
+                tp=etp, ep=ep, dp=stage // (etp * ep), pp=pp, cp=1, order="tp-cp-ep-dp-pp"
+            )
+            sizes = {"tp": tp, "cp": cp, "pp": pp, "ep": ep, "etp": etp}
+            for ours, name in (("etp", "tp"), ("ep", "ep"), ("expert_dp", "dp"), ("pp", "pp")):
+                expected = {tuple(group) for group in theirs.get_ranks(name)}
+                assert lines(world, ours, **sizes) == expected, (sizes, ours)
+    assert tried > 30
+
+
+def test_expert_grid_worked_by_hand():
+    """8 ranks, tp 2 and dp 4 for dense weights; experts whole (etp 1), over 4 ranks, 2 copies."""
+    mesh = Mesh.plan(8, 5, tp=2, ep=4, etp=1)
+    assert (mesh.tp.ranks, mesh.dp.ranks) == ((4, 5), (1, 3, 5, 7))
+    assert (mesh.etp.ranks, mesh.ep.ranks, mesh.expert_dp.ranks) == ((5,), (4, 5, 6, 7), (1, 5))
+
+
+def test_expert_state_has_as_many_instances_as_dense_state():
+    """4 copies of a dense weight in 2 instances of 2 shards; 4 copies of an expert likewise."""
+    mesh = Mesh.plan(8, 5, tp=2, shards=2, ep=2, etp=1)
+    assert (mesh.shards.size, mesh.copies.size) == (2, 2)
+    assert (mesh.expert_shards.ranks, mesh.expert_copies.ranks) == ((5, 7), (1, 5))
+    mesh = Mesh.plan(8, 5, tp=2, ep=2, etp=1)
+    assert (mesh.expert_shards.ranks, mesh.expert_copies.ranks) == ((5,), (1, 3, 5, 7))
+
+
 def test_4096_ranks_worked_by_hand():
     """tp innermost, then cp, dp and pp: rank = tp + 8 (cp + 2 (dp + 32 pp)), experts over 16 of the 64 in cp x dp."""
     mesh = Mesh.plan(4096, 1 + 8 * (1 + 2 * (5 + 32 * 3)), tp=8, cp=2, ep=16, pp=8)
@@ -97,6 +135,7 @@ LARGE = [
     {"tp": 8, "cp": 2, "pp": 8, "shards": 16, "kv_copies": 8},
     {"tp": 4, "cp": 8, "pp": 4, "shards": 4, "kv_copies": 2},
     {"cp": 4, "pp": 32, "shards": 2},
+    {"tp": 8, "cp": 2, "ep": 32, "etp": 2, "pp": 8, "shards": 16},
 ]
 
 
@@ -178,6 +217,8 @@ def test_embedding_axis_joins_first_and_last_stage_only():
         (6, 0, {"tp": 4}, ("6", "4")),
         (12, 0, {"tp": 2, "pp": 2, "cp": 2}, ("12", "2", "8")),
         (8, 0, {"tp": 2, "ep": 3}, ("3", "4")),
+        (8, 0, {"tp": 2, "ep": 2, "etp": 3}, ("3", "2", "6", "8")),
+        (16, 0, {"tp": 2, "shards": 4, "ep": 8}, ("2", "1")),
         (8, 0, {"tp": 2, "cp": 2, "shards": 3}, ("3", "2", "4")),
         (8, 0, {"tp": 4, "kv_copies": 3}, ("3", "4")),
         (4, 4, {}, ("4", "4")),
@@ -214,6 +255,8 @@ def sums(mesh: Mesh) -> list[tuple[str, float, int]]:
         (4, {"tp": 2, "cp": 2, "ep": 2}),
         (4, {"cp": 2, "pp": 2}),
         (4, {"ep": 4}),
+        (4, {"tp": 2, "ep": 2, "etp": 1}),
+        (4, {"tp": 2, "ep": 2, "etp": 1, "shards": 2}),
         (4, {"shards": 2}),
         (4, {"cp": 2, "shards": 4}),
         (4, {"tp": 4, "kv_copies": 2}),
@@ -235,3 +278,14 @@ def group_sharing(mesh: Mesh) -> tuple[bool, bool]:
 
 def test_axes_of_the_same_ranks_share_a_group():
     assert run_ranks(4, group_sharing, tp=2) == [(True, True)] * 4
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"cp": 2, "shards": 4}, {"shards": 2}], ids=str)
+def test_without_expert_parallelism_experts_need_no_group_of_their_own(sizes):
+    """Each expert axis is the dense axis of the same ranks."""
+    for rank in range(8):
+        mesh = Mesh.plan(8, rank, **sizes)
+        assert mesh.etp.ranks == mesh.tp.ranks and mesh.ep.size == 1
+        assert mesh.expert_dp.ranks == mesh.dp_cp.ranks
+        assert mesh.expert_shards.ranks == mesh.shards.ranks
+        assert mesh.expert_copies.ranks == mesh.copies.ranks
