@@ -4,6 +4,8 @@ from .defaults import data_parallel_size, key_value_copies, optimizer_shards, re
 from .errors import ConfigError, FlagError
 from .fields import (
     LLAMA3_ROPE,
+    OPTIMIZER_STATE,
+    PIPELINE_SCHEDULES,
     ROPE_OPTIONS,
     ROPE_SCALINGS,
     SHARDING_STRATEGIES,
@@ -21,6 +23,8 @@ from .fields import (
 
 __all__ = [
     "LLAMA3_ROPE",
+    "OPTIMIZER_STATE",
+    "PIPELINE_SCHEDULES",
     "ROPE_OPTIONS",
     "ROPE_SCALINGS",
     "SHARDING_STRATEGIES",

@@ -15,6 +15,12 @@ from typing import Any, get_args
 from .errors import FlagError
 
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
+# What each optimizer keeps of every parameter beside its fp32 master, as checkpoints name it.
+OPTIMIZER_STATE = {
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum",),
+}
 NORM_PLACEMENTS = ("pre", "post", "both")
 # Llama 3.1's rule beside its factor.
 LLAMA3_ROPE = {
@@ -345,6 +351,13 @@ class ParallelConfig:
         ("auto", "flash", "fused", "unfused", "local"),
     )
 
+    def bucket_size(self, copies: int) -> int:
+        """Return about how many elements a gradient bucket has.
+
+        copies: processes that hold the same parameters, data x context parallel.
+        """
+        return self.ddp_bucket_size or max(40_000_000, 1_000_000 * copies)
+
 
 @dataclass(frozen=True)
 class BatchConfig:
@@ -375,7 +388,7 @@ class OptimizerConfig:
     optimizer: str = option(
         "adam",
         "adam and adamw are the same: Adam with decoupled weight decay.",
-        ("adam", "adamw", "sgd"),
+        tuple(OPTIMIZER_STATE),
     )
     lr: float = option(None, "Highest learning rate.")
     min_lr: float = option(0.0, "Lowest learning rate, also past the end of the decay.")

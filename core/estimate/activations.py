@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from math import gcd
 
 from ..config import Config, ModelConfig
+from ..config.sizes import LOGITS_AT_A_TIME, LOGITS_IN_CACHE
 from .memory import FP32, Chunk, itemsize, local_widths, norm_weights
-
-_LOGITS = {"cpu": 1 << 24, "gpu": 1 << 28}  # that the loss computes at a time
-_LOGITS_IN_CACHE = 1 << 17  # of those, that PyTorch's own loss handles at a time on a CPU
 
 
 @dataclass(frozen=True)
@@ -380,11 +378,11 @@ def _loss_working(model: ModelConfig, vocab_size: int, cut: Cut) -> int:
         cut.e != FP32 and not cut.widens,
     )
     e = FP32 if cut.widens else cut.e
-    logits = min(bt, max(1, _LOGITS[cut.device] // words)) * words
+    logits = min(bt, max(1, LOGITS_AT_A_TIME[cut.device] // words)) * words
     copied = (
         0
         if "cross_entropy" in cut.fused
-        else min(logits, _LOGITS_IN_CACHE)
+        else min(logits, LOGITS_IN_CACHE)
         if cut.device == "cpu"
         else logits
     )

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config import Config, ModelConfig
+from ..config import OPTIMIZER_STATE, Config, ModelConfig
+from ..config.sizes import BUCKET_ALIGNMENT
 
 FP32 = 4
-_ALIGNMENT = 64  # elements between the slots of a bucket
-_MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1}
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,10 @@ def state_of(weights: Sequence[Weight], config: Config, shards: int, copies: int
     they are the weights; moments 8 P / d (Rajbhandari et al. 2020, section 5: stages 1 and 2). optim_grads_params (stage 3) is `_fully_sharded`.
     """
     parallel, count, e = config.parallel, sum(weight.numel for weight in weights), itemsize(config)
-    moments = _MOMENTS[config.optimizer.optimizer]
+    moments = len(OPTIMIZER_STATE[config.optimizer.optimizer])
     if parallel.data_parallel_sharding_strategy == "optim_grads_params":
         return _fully_sharded(weights, count, e, shards, moments)
-    buckets = _buckets(
-        weights, parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * copies), shards
-    )
+    buckets = _buckets(weights, parallel.bucket_size(copies), shards)
     size = sum(buckets)
     keeps = parallel.data_parallel_sharding_strategy != "optim_grads"
     masters = FP32 * size // shards if e != FP32 else 0
@@ -151,14 +148,14 @@ def _buckets(weights: Sequence[Weight], size: int, shards: int) -> list[int]:
     """Elements of each bucket: neighbours up to about `size`, as optim.buckets fills them."""
     sums, room = [], 0
     for weight in weights:
-        slot = _aligned(weight.numel, _ALIGNMENT)
+        slot = _aligned(weight.numel, BUCKET_ALIGNMENT)
         if weight.alone or room <= 0:
             sums.append(slot)
             room = 0 if weight.alone else size - weight.numel
         else:
             sums[-1] += slot
             room -= weight.numel
-    return [_aligned(total, _ALIGNMENT * shards) for total in sums]
+    return [_aligned(total, BUCKET_ALIGNMENT * shards) for total in sums]
 
 
 def _fully_sharded(

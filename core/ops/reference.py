@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-# Elements of a flat buffer that one pass over all of AdamW's arrays handles: 64K x 6 arrays x 4 bytes = 1.5 MiB stays in a core's
-# cache, so that the dozen elementwise steps read memory once. On a device the chunk is the whole buffer: launches cost more there.
-_CPU_CHUNK = 1 << 16
+from ..config.sizes import ELEMENTS_IN_CACHE, LOGITS_IN_CACHE
+
 _LOWEST = torch.finfo(
     torch.float32
 ).min  # in place of the -inf of a query that sees nothing: -inf less -inf is NaN
@@ -146,7 +145,7 @@ def cross_entropy_gradient_(
 def _in_cache(logits: torch.Tensor) -> list[slice]:
     """Rows whose few elementwise passes stay in a CPU's cache; on a device all at once."""
     n, columns = logits.shape
-    step = max(1, 2 * _CPU_CHUNK // max(columns, 1)) if logits.device.type == "cpu" else max(n, 1)
+    step = max(1, LOGITS_IN_CACHE // max(columns, 1)) if logits.device.type == "cpu" else max(n, 1)
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
@@ -254,7 +253,7 @@ def adamw_(
     step_size = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t), grad_scale: 0-d fp32; skip: 0-d bool.
     lr_decay = 1 - lr * weight_decay. Loshchilov and Hutter 2019.
     """
-    chunk = _CPU_CHUNK if masters.device.type == "cpu" else max(1, masters.numel())
+    chunk = ELEMENTS_IN_CACHE if masters.device.type == "cpu" else max(1, masters.numel())
     for start in range(0, masters.numel(), chunk):
         p, m, v, g, w = (
             buffer[start : start + chunk]

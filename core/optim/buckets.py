@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from .. import comm
+from ..config.sizes import BUCKET_ALIGNMENT
 from ..gradients import Deferral, Sink, attach_sink
 from ..layout import Part, Piece, layout_of
 from ..mesh import Axis
 
 _NO_SHARDS, _NO_COPIES = Axis("shards"), Axis("copies")
-_ALIGNMENT = 64  # elements: a slot starts on a cache line in every dtype
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ class Bucket(Shard):
         end = decayed = 0
         for parameter in self.parameters:
             self.slots.append((end, end + parameter.numel()))
-            end += _aligned(parameter.numel(), _ALIGNMENT)
+            end += _aligned(parameter.numel(), BUCKET_ALIGNMENT)
             decayed = end if parameter.dim() > 1 else decayed
         shards = reduction.shards
-        self.size = _aligned(end, _ALIGNMENT * shards.size)
+        self.size = _aligned(end, BUCKET_ALIGNMENT * shards.size)
         length = self.size // shards.size
         self.start = shards.rank * length  # of this rank's shard
         self.decayed = min(max(decayed - self.start, 0), length)

@@ -4,18 +4,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..config import OptimizerConfig
+from ..config import OPTIMIZER_STATE, OptimizerConfig
 from ..layout import Piece
 from ..ops import Ops
 from ..state import StateItem
 from .buckets import Shard
 from .reduce import reduce_gradients
-
-MOMENTS = {
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-    "sgd": ("momentum",),
-}
 
 
 class Optimizer:
@@ -42,7 +36,7 @@ class Optimizer:
             overlap_gather,
         )
         self.moments = [
-            {name: torch.zeros_like(bucket.masters) for name in MOMENTS[config.optimizer]}
+            {name: torch.zeros_like(bucket.masters) for name in OPTIMIZER_STATE[config.optimizer]}
             for bucket in buckets
         ]
         self.steps = torch.zeros((), dtype=torch.int64, device=device)

@@ -6,13 +6,10 @@ import torch
 from torch import nn
 
 from .. import comm
+from ..config.sizes import LOGITS_AT_A_TIME
 from ..gradients import Sink, add_product, current, sink_of
 from ..ops import Ops
 from .sharding import Sharding
-
-# Logits computed at a time. On a CPU 64 MB in fp32: enough rows for the products to run at full speed, few enough to be touched again soon.
-_AT_A_TIME = {"cpu": 1 << 24}
-_AT_A_TIME_ON_A_DEVICE = 1 << 28
 
 
 def head_loss(
@@ -120,9 +117,8 @@ def _gradient_memory(weight: torch.Tensor, sink: Sink | None, learns: bool):
 def _logits_of(flat: torch.Tensor, table: torch.Tensor):
     """The rows of each chunk and their logits, in memory that the next chunk overwrites."""
     tokens, columns = flat.shape[0], table.shape[0]
-    step = min(
-        max(1, _AT_A_TIME.get(flat.device.type, _AT_A_TIME_ON_A_DEVICE) // columns), max(tokens, 1)
-    )
+    at_a_time = LOGITS_AT_A_TIME["cpu" if flat.device.type == "cpu" else "gpu"]
+    step = min(max(1, at_a_time // columns), max(tokens, 1))
     memory = flat.new_empty(step, columns)
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))

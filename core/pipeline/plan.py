@@ -5,7 +5,7 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from math import inf
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
+from ..config import PIPELINE_SCHEDULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +160,9 @@ def make_plan(
 def _check(
     schedule: str, num_ranks: int, num_microbatches: int, num_chunks: int, costs: Costs
 ) -> None:
-    if schedule not in SCHEDULES:
+    if schedule not in PIPELINE_SCHEDULES:
         raise ValueError(
-            f"there is no pipeline schedule {schedule!r}; there are {', '.join(SCHEDULES)}"
+            f"there is no pipeline schedule {schedule!r}; there are {', '.join(PIPELINE_SCHEDULES)}"
         )
     for name, count in (
         ("ranks", num_ranks),

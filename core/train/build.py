@@ -128,8 +128,9 @@ def build_optimizer(config: Config, mesh: Mesh, stages: Stages, ops: Ops) -> Opt
             ops,
             device,
         )
-    size = parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * mesh.dp_cp.size)
-    buckets = make_buckets(stages.parameters(), dtype, device, reduction, size)
+    buckets = make_buckets(
+        stages.parameters(), dtype, device, reduction, parallel.bucket_size(mesh.dp_cp.size)
+    )
     return Optimizer(
         buckets, config.optimizer, ops, device, overlap_gather=parallel.overlap_param_gather
     )

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from trivium import ops, rng
 from trivium.config import Config, flags, key_value_copies, resolve
 from trivium.config.presets import PRESETS
+from trivium.config.sizes import LOGITS_AT_A_TIME
 from trivium.config.validate import validate
-from trivium.estimate import activations
 from trivium.estimate.activations import Cut, activations_of, layer_saved
 from trivium.estimate.flops import total_parameters
 from trivium.estimate.memory import Chunk, layer_weights, state_of, weights_of
@@ -28,7 +28,6 @@ from trivium.model.recompute import Recompute
 from trivium.model.tokens import TokenContext
 from trivium.ops import reference
 from trivium.optim.buckets import Reduction, make_buckets
-from trivium.parallel import loss
 from trivium.parallel.context import token_positions
 from trivium.parallel.sharding import Sharding
 from trivium.pipeline.from_flags import placement_of, stage_specs
@@ -606,8 +605,7 @@ def test_no_more_is_live_than_saved_and_working_memory(
     monkeypatch, precision, widens, how, vocabulary, logits
 ):
     """The peak of two micro-batches, every temporary counted. Widest where one recomputed layer is most of it: its parts are freed as others come."""
-    monkeypatch.setitem(loss._AT_A_TIME, "cpu", logits)
-    monkeypatch.setitem(activations._LOGITS, "cpu", logits)
+    monkeypatch.setitem(LOGITS_AT_A_TIME, "cpu", logits)
     assert_live(config_of(LLAMA + precision + how + WIDE, 1), vocabulary, widens, within=0.05)
 
 
@@ -615,8 +613,8 @@ def test_no_more_is_live_than_saved_and_working_memory(
 @pytest.mark.parametrize("precision", ["", "--bf16 "], ids=["fp32", "bf16"])
 def test_the_loss_on_a_gpu_holds_copies_of_its_logits(monkeypatch, precision, how):
     """As it computes there: in PyTorch, all rows at a time, which outweighs all else."""
-    monkeypatch.setattr(loss, "_AT_A_TIME", {})
-    monkeypatch.setattr(reference, "_CPU_CHUNK", 1 << 28)
+    monkeypatch.setitem(LOGITS_AT_A_TIME, "cpu", LOGITS_AT_A_TIME["gpu"])
+    monkeypatch.setattr(reference, "LOGITS_IN_CACHE", 1 << 28)
     assert_live(
         config_of(f"{LLAMA}--kernels torch {precision}{how}{WIDE}", 1),
         3000,
@@ -624,14 +622,6 @@ def test_the_loss_on_a_gpu_holds_copies_of_its_logits(monkeypatch, precision, ho
         0.005,
         device="gpu",
     )
-
-
-def test_the_loss_computes_so_many_logits_at_a_time():
-    assert {
-        "cpu": loss._AT_A_TIME["cpu"],
-        "gpu": loss._AT_A_TIME_ON_A_DEVICE,
-    } == activations._LOGITS
-    assert activations._LOGITS_IN_CACHE == 2 * reference._CPU_CHUNK
 
 
 def assert_live(config: Config, vocabulary: int, widens: bool, within: float, **cut) -> None:

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from trivium.ops import OPS, Ops, cpu, ops, reference, select_ops
+from trivium.config.sizes import ELEMENTS_IN_CACHE
+from trivium.ops import OPS, Ops, cpu, ops, select_ops
 
 # Rounding unit of each dtype: half the distance from 1 to the next number.
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -249,7 +250,7 @@ def adam_state(size, dtype):
 
 # Each step has a dozen roundings of values no larger than the weight or the update, in another order than torch's: 16 units a step.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [1, 1000, reference._CPU_CHUNK + 17], ids=str)
+@pytest.mark.parametrize("size", [1, 1000, ELEMENTS_IN_CACHE + 17], ids=str)
 @pytest.mark.parametrize("step_dtype", [torch.float32, torch.int64], ids=str)
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_adamw_matches_torch(kernels, size, dtype, step_dtype):

@@ -1,8 +1,11 @@
 """The head and its loss in chunks against the plain sum of cross-entropies, in float64: losses, and the gradients of the input and the weight."""
 
+from unittest import mock
+
 import pytest
 import torch
 
+from trivium.config.sizes import LOGITS_AT_A_TIME
 from trivium.gradients import Deferral, Sink, attach_sink
 from trivium.mesh import Axis, Mesh
 from trivium.ops import Ops, cpu
@@ -76,7 +79,7 @@ class Memory:
     params=[1 << 24, 3 * PADDED, 1], ids=["one chunk", "chunks of three tokens", "token by token"]
 )
 def at_a_time(request, monkeypatch):
-    monkeypatch.setattr(loss, "_AT_A_TIME", {"cpu": request.param})
+    monkeypatch.setitem(LOGITS_AT_A_TIME, "cpu", request.param)
 
 
 @KERNELS
@@ -158,11 +161,9 @@ def test_bf16_rounds_the_logits_gradient_once(kernels, widens, at_a_time):
 
 
 def on_rank(mesh: Mesh, at_a_time: int, kernels: str, sequence_parallel: bool):
-    before, loss._AT_A_TIME = loss._AT_A_TIME, {"cpu": at_a_time}
-    try:
+    # The process serves other tests too, so the number is put back.
+    with mock.patch.dict(LOGITS_AT_A_TIME, cpu=at_a_time):
         return of_this_rank(mesh, kernels, sequence_parallel)
-    finally:
-        loss._AT_A_TIME = before  # the process serves other tests too
 
 
 def of_this_rank(mesh: Mesh, kernels: str, sequence_parallel: bool):
