@@ -10,7 +10,7 @@ import torch
 import benchmarks.peers as peers
 from benchmarks.parallel import run_layout, summary
 from benchmarks.train import GPT, LLAMA, measure
-from benchmarks.turns import Candidate
+from benchmarks.side_by_side import Candidate
 from trivium.estimate.flops import total_parameters
 
 # name: processes, flags. Each has the micro-batch that suits it: a pipeline needs several.

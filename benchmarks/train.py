@@ -12,7 +12,7 @@ import torch
 
 import benchmarks.peers as peers
 from benchmarks.limits import CUBE, PEAK_SECONDS, Peaks, matrix_peaks
-from benchmarks.turns import Candidate, Turns, take_turns
+from benchmarks.side_by_side import Candidate, Turns, take_turns
 from trivium.config import Config
 from trivium.estimate.flops import flops_per_token
 

@@ -21,7 +21,7 @@ import benchmarks.parallel as bench
 import benchmarks.peers as peers
 import benchmarks.scaling as scaling
 import benchmarks.train as train
-from benchmarks.turns import Candidate, Failure, Memory, Turns, Update
+from benchmarks.side_by_side import Candidate, Failure, Memory, Turns, Update
 from trivium import launch, ops
 from trivium.config import flags, resolve
 from trivium.train.build import build_trainer
@@ -206,7 +206,7 @@ def test_who_computes_less_is_flagged_and_who_is_not_there_is_named(capsys):
 def test_a_candidate_too_slow_for_the_batch_gets_fewer_sequences_and_the_losses_of_those(
     monkeypatch, capsys
 ):
-    monkeypatch.setattr("benchmarks.turns.BUDGET", 1e-9)
+    monkeypatch.setattr("benchmarks.side_by_side.BUDGET", 1e-9)
     candidates = [
         Candidate("PyTorch fp32", peers.plain, TINY_LINES["gpt"]),
         Candidate("Trivium fp32", peers.trivium, TINY_LINES["gpt"]),
