@@ -206,10 +206,10 @@ def empty(folder: Path) -> Path:
 def measure(candidates: dict[str, Callable[[], Timed]], rounds: int) -> dict[str, Row]:
     """Return the median seconds of each candidate, over rounds in which each has its turn."""
     found: dict[str, list[Timed]] = {name: [] for name in candidates}
-    for number in range(rounds + 1):
+    for turn in range(rounds + 1):
         for name, candidate in candidates.items():
             times = candidate()
-            if number:  # the first one finds memory and folders new
+            if turn:  # the first one finds memory and folders new
                 found[name].append(times)
     rows: dict[str, Row] = {}
     for name, times in found.items():
