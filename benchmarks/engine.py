@@ -64,7 +64,7 @@ class Updates:
         device: torch.device,
         batches: Iterator[Batch] | None = None,
     ):
-        kernels = ops.choose("auto", device, working_dtype(config.precision))
+        kernels = ops.select_ops("auto", device, working_dtype(config.precision))
         end_of_document = config.data.vocab_size
         self.trainer = build_trainer(
             config, mesh, device, kernels, vocabulary(config), end_of_document

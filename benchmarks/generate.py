@@ -80,10 +80,10 @@ def build_engines(
 
     Where one native call runs a whole block, Trivium runs a second time without it.
     """
-    kernels = ops.choose("auto", device, dtype)
+    kernels = ops.select_ops("auto", device, dtype)
     engines = {"Trivium": trivium(config, device, dtype, kernels)}
     if kernels.implementations["block_step"] == "native":
-        op_by_op = ops.choose("auto,block_step=torch", device, dtype)
+        op_by_op = ops.select_ops("auto,block_step=torch", device, dtype)
         engines["Trivium, op by op"] = trivium(config, device, dtype, op_by_op)
     if not with_peers:
         return engines, {}

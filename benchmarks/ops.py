@@ -86,12 +86,12 @@ def ops_suite(options: argparse.Namespace) -> dict[str, Any]:
 def choose_format(device: torch.device, dtype: torch.dtype, limits: dict[str, float]) -> Format:
     """Return the implementations of a dtype on a device."""
     word = str(dtype).removeprefix("torch.")
-    ours = ops.choose("auto", device, dtype)
-    product = limits["float32 GFLOP/s" if ours.widens else f"{word} GFLOP/s"]
+    ours = ops.select_ops("auto", device, dtype)
+    product = limits["float32 GFLOP/s" if ours.fp32_matmul else f"{word} GFLOP/s"]
     return Format(
         word,
         device,
-        ops.choose("torch", device, dtype),
+        ops.select_ops("torch", device, dtype),
         ours,
         "native" if device.type == "cpu" else "triton",
         limits["copy GB/s"],

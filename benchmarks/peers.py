@@ -28,7 +28,7 @@ TRANSFORMERS = "transformers.models.llama.modeling_llama"
 
 def write_weights(config: Config, path: Path) -> None:
     """Write Trivium's initial weights by their names; they depend on the model and --seed alone."""
-    cpu_ops = ops.choose("torch", torch.device("cpu"), torch.float32)
+    cpu_ops = ops.select_ops("torch", torch.device("cpu"), torch.float32)
     model = GPT(config.model, vocabulary(config), ops=cpu_ops, seed=config.batch.seed)
     weights: Weights = {}
     for parameter in model.parameters():

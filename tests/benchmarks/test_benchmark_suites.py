@@ -86,7 +86,7 @@ def test_both_engines_generate_the_same_tokens(monkeypatch):
     engines, absent = generation.build_engines(config, CPU, torch.float32, with_peers=True)
     found = generation.compare(engines, torch.arange(12).view(2, 6), rounds=1)
     expected = ["Trivium", "transformers"]
-    if ops.choose("auto", CPU, torch.float32).implementations["block_step"] == "native":
+    if ops.select_ops("auto", CPU, torch.float32).implementations["block_step"] == "native":
         expected.insert(1, "Trivium, op by op")
     assert not absent and list(found) == expected
     assert all(row["same_tokens"] and row["tokens_per_second"] > 0 for row in found.values())
