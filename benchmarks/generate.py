@@ -97,7 +97,7 @@ def build_engines(
 def trivium(config: Config, device: torch.device, dtype: torch.dtype, kernels: ops.Ops) -> Generate:
     """Build Trivium's generation."""
     model = GPT(config.model, vocabulary(config), ops=kernels, seed=config.batch.seed)
-    model = model.place(device, dtype).eval()
+    model = model.to_device(device, dtype).eval()
 
     def new_tokens(prompt: torch.Tensor) -> torch.Tensor:
         tokens = list(generate(model, prompt, NEW, GREEDY, torch.Generator()))

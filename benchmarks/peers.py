@@ -16,6 +16,7 @@ from trivium.config import Config
 from trivium.interop.families import write_config
 from trivium.interop.hf_names import hf_places
 from trivium.interop.name_map import assemble, their_shapes
+from trivium.layout import layout_of
 from trivium.model.gpt import GPT
 from trivium.precision import working_dtype
 
@@ -32,7 +33,7 @@ def write_weights(config: Config, path: Path) -> None:
     model = GPT(config.model, vocabulary(config), ops=cpu_ops, seed=config.batch.seed)
     weights: Weights = {}
     for parameter in model.parameters():
-        for piece in parameter.param_layout.pieces(parameter.data):
+        for piece in layout_of(parameter).pieces(parameter.data):
             weights[piece.name] = piece.tensor.clone()
     torch.save(weights, path)
 
