@@ -31,9 +31,9 @@ from trivium.precision import working_dtype
 from trivium.train.build import build_trainer
 from trivium.train.load_modes import with_cooldown
 from trivium.train.loop import Data, run
-from trivium.train.progress import Progress
 from trivium.train.report import Reporter
 from trivium.train.resume import RunState, load_problems
+from trivium.train.schedule import Progress
 
 # Seconds, more than rank 0 may be behind on a busy machine: a launcher ends all ranks as soon as one has left, and so ends this wait too.
 LAST_TO_LEAVE = 60.0

@@ -11,7 +11,7 @@ from trivium.data.loader import Batch
 from trivium.mesh import Mesh
 from trivium.precision import working_dtype
 from trivium.train.build import build_trainer
-from trivium.train.progress import Progress
+from trivium.train.schedule import Progress
 
 
 def vocabulary(config: Config) -> int:

@@ -3,7 +3,6 @@
 import torch
 
 from ..config import Config, ConfigError
-from ..gradients import Deferral
 from ..mesh import Mesh
 from ..model.gpt import GPT
 from ..model.recompute import Recompute
@@ -13,132 +12,102 @@ from ..optim.fully_sharded import cut_parameters
 from ..optim.optimizer import Optimizer
 from ..parallel.sharding import Sharding
 from ..pipeline.from_flags import placement_of, stage_specs
-from ..pipeline.plan import make_plan
-from ..pipeline.runtime import MessageSpec, Runner
 from ..precision import LossScaler, working_dtype
-from .inputs import PrepareBatch
-from .stages import Stages
+from .passes import Passes, PrepareBatch
+from .schedule import BatchSchedule, Progress
 from .step import Trainer
 
 
 def build_trainer(
     config: Config, mesh: Mesh, device: torch.device, ops: Ops, vocab_size: int, eod: int
 ) -> Trainer:
-    """Everything a step needs, with initial weights. eod: the token that ends a document."""
-    if device.type == "cpu":
-        keep_freed_memory()  # a step frees and asks for the same large temporaries again and again
-    stages = build_stages(config, vocab_size, mesh, ops, device)
-    optimizer = build_optimizer(config, mesh, stages, ops)
-    return Trainer(
-        config,
-        mesh,
-        device,
-        stages,
-        PrepareBatch(config, stages.sharding, device, eod),
-        optimizer,
-        LossScaler(config.precision, device),
-    )
+    """Build everything that a step needs, with initial weights.
 
-
-def build_stages(
-    config: Config, vocab_size: int, mesh: Mesh, ops: Ops, device: torch.device
-) -> Stages:
-    """The model chunks of this rank with fp32 weights on `device`, and the plans for the micro-batches of an update.
-
-    Parameters that are to be cut over data parallel stay on the CPU: the device need not have room for all of them.
+    vocab_size: ids of the tokenizer, the end of document included.
+    eod: the id that ends a document.
     """
-    parallel, batch = config.parallel, config.batch
-    sharding, recompute = Sharding.of(mesh, parallel), Recompute.of(parallel)
-    placement, specs = (
-        placement_of(parallel, config.model.num_layers),
-        stage_specs(parallel, config.model.num_layers),
-    )
+    if device.type == "cpu":
+        keep_freed_memory()  # a step frees and asks for the same large temporaries all the time
+    schedule = BatchSchedule(config.batch, mesh.dp.size)
+    passes = build_passes(config, vocab_size, mesh, ops, device, eod)
+    for forward_only in (False, True):  # a plan takes a while to make: not in the first step
+        passes.runner(schedule.batch_at(Progress()), forward_only=forward_only)
+    optimizer = build_optimizer(config, mesh, passes, ops)
+    scaler = LossScaler(config.precision, device)
+    return Trainer(config, mesh, device, schedule, passes, optimizer, scaler)
+
+
+def build_passes(
+    config: Config, vocab_size: int, mesh: Mesh, ops: Ops, device: torch.device, eod: int
+) -> Passes:
+    """Build the model chunks of this rank, with fp32 weights on `device`, and what runs them.
+
+    Parameters that will be cut over data parallel stay on the CPU: the device may not have room
+    for all of them.
+    """
+    parallel, num_layers = config.parallel, config.model.num_layers
+    sharding = Sharding.of(mesh, parallel)
+    recompute = Recompute.of(parallel)
+    placement = placement_of(parallel, num_layers)
+    specs = stage_specs(parallel, num_layers)
     chunks: list[GPT] = []
     for chunk in range(placement.num_chunks):
         spec = specs[placement.stage(mesh.pp.rank, chunk)]
+        tied_weight = None
+        if config.model.tied and chunks and chunks[0].embeds:
+            tied_weight = chunks[0].embedding.weight
         model = GPT(
             config.model,
             vocab_size,
             ops=ops,
-            seed=batch.seed,
+            seed=config.batch.seed,
             sharding=sharding,
             layers=spec.layers,
             embeds=spec.embeds,
             predicts=spec.predicts,
-            tied_weight=chunks[0].embedding.weight
-            if config.model.tied and chunks and chunks[0].embeds
-            else None,
+            tied_weight=tied_weight,
             recompute=recompute,
         )
         if parallel.compile:
             for block in model.layers:
                 block.compile(dynamic=False)
-        chunks.append(
-            model if _cuts_parameters(config, mesh) else model.to_device(device, torch.float32)
-        )
-    tokens = batch.seq_length // mesh.cp.size // (mesh.tp.size if sharding.sequence_parallel else 1)
-    message = MessageSpec(
-        (batch.micro_batch_size, tokens, config.model.hidden_size),
-        working_dtype(config.precision),
-        device,
-    )
-    num_microbatches = batch.global_batch_size // (batch.micro_batch_size * mesh.dp.size)
-    deferral = Deferral()
-
-    def runner(forward_only: bool) -> Runner:
-        plan = make_plan(
-            placement.schedule,
-            placement.num_ranks,
-            num_microbatches,
-            placement.num_chunks,
-            forward_only=forward_only,
-        )
-        return Runner(plan, mesh.pp, message, deferral)
-
-    return Stages(chunks, mesh, training=runner(False), evaluation=runner(True))
+        if not _cuts_parameters(config, mesh):
+            model.to_device(device, torch.float32)
+        chunks.append(model)
+    prepare = PrepareBatch(config, sharding, device, eod)
+    return Passes(config, mesh, device, chunks, placement, prepare)
 
 
-def build_optimizer(config: Config, mesh: Mesh, stages: Stages, ops: Ops) -> Optimizer:
-    """The optimizer over the stages' parameters: views of flat buckets in the working dtype from now on, or cut over data parallel."""
-    parallel, dtype, device = (
-        config.parallel,
-        working_dtype(config.precision),
-        stages.training.message.device,
-    )
-    strategy = parallel.data_parallel_sharding_strategy
+def build_optimizer(config: Config, mesh: Mesh, passes: Passes, ops: Ops) -> Optimizer:
+    """Build the optimizer over the parameters of `passes`.
+
+    From now on these are views of flat buckets in the working dtype, or cut over data parallel.
+    """
+    parallel, device = config.parallel, passes.device
+    dtype = working_dtype(config.precision)
     reduction = Reduction(
         mesh.shards,
         mesh.copies,
         parallel.overlap_grad_reduce,
-        strategy != "optim_grads",
-        stages.training.deferral,
+        parallel.data_parallel_sharding_strategy != "optim_grads",
+        passes.deferral,
     )
     if _cuts_parameters(config, mesh):
-        if len(stages.chunks) > 1:
+        if len(passes.chunks) > 1:
             flag = "--data-parallel-sharding-strategy optim_grads_params"
-            raise ConfigError(
-                [
-                    f"{flag} has one model chunk on each process, not {len(stages.chunks)}; use optim_grads"
-                ]
-            )
-        model = stages.chunks[0]
-        return Optimizer(
-            cut_parameters(model, model.layers, dtype, device, reduction),
-            config.optimizer,
-            ops,
-            device,
-        )
-    buckets = make_buckets(
-        stages.parameters(), dtype, device, reduction, parallel.bucket_size(mesh.dp_cp.size)
-    )
-    return Optimizer(
-        buckets, config.optimizer, ops, device, overlap_gather=parallel.overlap_param_gather
-    )
+            count = len(passes.chunks)
+            problem = f"{flag} has one model chunk on each process, not {count}; use optim_grads"
+            raise ConfigError([problem])
+        model = passes.chunks[0]
+        shards = cut_parameters(model, model.layers, dtype, device, reduction)
+        return Optimizer(shards, config.optimizer, ops, device)
+    size = parallel.bucket_size(mesh.dp_cp.size)
+    buckets = make_buckets(passes.parameters(), dtype, device, reduction, size)
+    overlap = parallel.overlap_param_gather
+    return Optimizer(buckets, config.optimizer, ops, device, overlap_gather=overlap)
 
 
 def _cuts_parameters(config: Config, mesh: Mesh) -> bool:
-    """Whether this rank holds a share of each parameter alone (ZeRO-3)."""
-    return (
-        config.parallel.data_parallel_sharding_strategy == "optim_grads_params"
-        and mesh.shards.size > 1
-    )
+    """Return whether this rank holds only a share of each parameter (ZeRO-3)."""
+    strategy = config.parallel.data_parallel_sharding_strategy
+    return strategy == "optim_grads_params" and mesh.shards.size > 1

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from .. import logs
 from ..data.loader import MicroBatches
-from .evaluate import mean_loss
-from .progress import Progress
 from .report import Reporter
 from .resume import RunState
+from .schedule import Progress
 from .step import Trainer
 from .stop import StopWish
 
@@ -85,7 +84,9 @@ def _evaluate(
         return None
     # Closed here: worker processes that are left to the garbage collector hold it up for five seconds.
     with closing(batches()) as source:
-        loss = mean_loss(trainer.stages, trainer.prepare, source, trainer.config.logging.eval_iters)
+        loss = trainer.passes.mean_loss(
+            source, trainer.schedule.evaluation, trainer.config.logging.eval_iters
+        )
     reporter.evaluation(progress.iteration, split, loss)
     reporter.restart_clock()
     return loss

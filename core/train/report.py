@@ -92,8 +92,7 @@ class Reporter:
         return stop
 
     def _row(self, result: StepResult, seconds: float) -> Row:
-        batch = self.config.batch
-        rate = batch.global_batch_size * batch.seq_length / seconds
+        rate = result.batch.tokens / seconds
         count = result.num_predictions.item()
         per_device = rate / self.mesh.world_size
         return Row(
@@ -103,7 +102,7 @@ class Reporter:
             lm_loss=result.loss_sum.item() / count if count else math.nan,
             grad_norm=result.grad_norm.item(),
             learning_rate=result.learning_rate,
-            global_batch_size=batch.global_batch_size,
+            global_batch_size=result.batch.samples,
             iteration_ms=seconds * 1000,
             tokens_per_second=rate,
             tflops_per_device=per_device * self._flops / 1e12,

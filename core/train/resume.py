@@ -18,7 +18,7 @@ from ..interop.families import differences
 from ..interop.hf_model import HFModel, is_hf_folder
 from ..layout import Piece
 from .load_modes import MODES, Restored, load_mode, parse_config, restored_by, table, to_go_on_with
-from .progress import Progress
+from .schedule import Progress
 from .step import Trainer
 
 # What a run may change about its model without making another one of it. Learned positions are a tensor: their shape is checked.
@@ -116,7 +116,7 @@ class RunState:
             "random": {
                 "seed": trainer.config.batch.seed
             },  # all there is: every draw is a function of the seed, the iteration and the sample
-            "vocab_size": trainer.stages.chunks[0].vocab_size,
+            "vocab_size": trainer.passes.vocab_size,
             "fingerprints": self.fingerprints,
             "validation_loss": validation_loss
             if validation_loss is not None and math.isfinite(validation_loss)

@@ -1,4 +1,7 @@
-"""One update: forward and backward over the micro-batches, reduction, norm, clip, skip, weights. The host waits for nothing in here."""
+"""One update: forward and backward, reduction, norm, clip, skip, new weights.
+
+The host waits for nothing in here: everything that a step finds out stays on the device.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,83 +16,89 @@ from ..optim.clip import clip_factor, squared_norm
 from ..optim.optimizer import Optimizer
 from ..optim.schedule import learning_rate
 from ..precision import LossScaler
-from .inputs import PrepareBatch
-from .losses import LossPass
-from .progress import Progress
-from .stages import Stages
+from .passes import Passes
+from .schedule import BatchSchedule, GlobalBatch, Progress
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update did, as tensors on the device (0-d) beside what the host knows."""
+    """What one update did: 0-d tensors on the device, beside what the host knows.
 
-    progress: Progress  # with this update
+    progress: with this update.
+    batch: the global batch that it was made of.
+    loss_sum: masked token losses, summed over the global batch.
+    num_predictions: sum of the mask over the global batch.
+    grad_norm: before clipping.
+    skipped: true if the update changed nothing, because a number in it was not finite.
+    stop: above 0 if any rank asked to stop.
+    """
+
+    progress: Progress
+    batch: GlobalBatch
     learning_rate: float
-    loss_sum: torch.Tensor  # masked token losses, summed over the global batch
-    num_predictions: torch.Tensor  # sum of the mask over the global batch
-    grad_norm: torch.Tensor  # before clipping
+    loss_sum: torch.Tensor
+    num_predictions: torch.Tensor
+    grad_norm: torch.Tensor
     skipped: torch.Tensor
     loss_scale: torch.Tensor
-    stop: torch.Tensor  # above 0 if any rank asked to stop
+    stop: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """What a step needs, put together once."""
+    """Everything that a step needs, put together once."""
 
     config: Config
     mesh: Mesh
     device: torch.device
-    stages: Stages
-    prepare: PrepareBatch
+    schedule: BatchSchedule
+    passes: Passes
     optimizer: Optimizer
     scaler: LossScaler
 
     def step(self, progress: Progress, batches: Iterator[Batch], stop: bool) -> StepResult:
-        """The update after `progress` on the next micro-batches; `stop` is this rank's wish to end the run.
+        """Do the update that follows `progress`.
 
-        The loss that is differentiated is the sum over the global batch divided by the sum of its mask. The mask's sum N is
-        known only after the last micro-batch, so backward divides by the constant GBS x T, and GBS x T / N joins the clip factor.
+        batches: gives this rank's micro-batches next.
+        stop: this rank asks to end the run after this update.
+
+        The loss that is differentiated is the sum of the token losses of the global batch, divided
+        by the sum N of its mask. N is known only after the last micro-batch; so backward divides
+        by the number of tokens, and tokens / N joins the clip factor.
         """
-        config, optimizer = self.config, self.optimizer
-        progress = progress.after_step(config.batch)
-        tokens = config.batch.global_batch_size * config.batch.seq_length
-        optimizer.begin(self.stages.training.num_microbatches)
-        losses = LossPass(
-            self.stages,
-            self.prepare,
-            batches,
-            iteration=progress.iteration,
-            scale=self.scaler.scale / tokens,
-        )
-        self.stages.train(losses)
+        optimizer, scaler = self.optimizer, self.scaler
+        batch = self.schedule.batch_at(progress)
+        progress = progress.after(batch)
+        tokens = batch.tokens
+        optimizer.begin(batch.num_microbatches)
+        totals = self.passes.train(batches, batch, progress.iteration, scaler.scale / tokens)
         optimizer.reduce()
 
-        # All that every rank must know alike, in one reduction over all of them: skip and clip are then the same everywhere.
-        wish = torch.tensor(float(stop), dtype=torch.float64).to(self.device, non_blocking=True)
-        known = comm.all_reduce(
-            torch.stack(
-                [*losses.totals, wish, squared_norm(optimizer.buckets, self.device, optimizer.ops)]
-            ),
-            self.mesh.world,
-        )
-        loss_sum, num_predictions, stop_wishes, squared = known.unbind()
-        to_true = tokens / (num_predictions * self.scaler.scale)
+        # Everything that all ranks must know alike goes into one reduction over all of them: so
+        # they skip, clip and stop together.
+        asked = torch.tensor(float(stop), dtype=torch.float64)
+        asked = asked.to(self.device, non_blocking=True)
+        own_square = squared_norm(optimizer.buckets, self.device, optimizer.ops)
+        known = comm.all_reduce(torch.stack([*totals, asked, own_square]), self.mesh.world)
+        loss_sum, num_predictions, stop_requests, squared = known.unbind()
+
+        to_true = tokens / (num_predictions * scaler.scale)
         norm = (squared.sqrt() * to_true).float()
         finite = torch.isfinite(norm) & torch.isfinite(loss_sum) & (num_predictions > 0)
-        lr = learning_rate(config.optimizer, progress.iteration - 1)
-        optimizer.update(
-            lr, to_true.float() * clip_factor(norm, config.optimizer.clip_grad), ~finite
-        )
+        skip = ~finite
+        lr = learning_rate(self.config.optimizer, progress.iteration - 1)
+        factor = to_true.float() * clip_factor(norm, self.config.optimizer.clip_grad)
+        optimizer.update(lr, factor, skip)
         result = StepResult(
             progress,
+            batch,
             lr,
             loss_sum,
             num_predictions,
             norm,
-            ~finite,
-            self.scaler.scale.clone(),
-            stop_wishes,
+            skip,
+            scaler.scale.clone(),
+            stop_requests,
         )
-        self.scaler.update(~finite, num_predictions == 0)
+        scaler.update(skip, num_predictions == 0)
         return result

@@ -33,7 +33,7 @@ from trivium.parallel.sharding import Sharding
 from trivium.pipeline.from_flags import placement_of, stage_specs
 from trivium.precision import working_dtype
 from trivium.testing import run_ranks
-from trivium.train.build import build_optimizer, build_stages
+from trivium.train.build import build_optimizer, build_passes
 
 CPU, VOCAB, WHOLE = torch.device("cpu"), 100, Chunk(3)
 RUN = (
@@ -183,8 +183,8 @@ def test_state_is_what_is_allocated(world_size, layout, model):
         }
     ):
         mesh = plan_mesh(config, Process(rank, world_size))
-        stages = build_stages(config, VOCAB, mesh, ops.Ops(), CPU)
-        optimizer = build_optimizer(config, mesh, stages, ops.Ops())
+        passes = build_passes(config, VOCAB, mesh, ops.Ops(), CPU, eod=VOCAB - 1)
+        optimizer = build_optimizer(config, mesh, passes, ops.Ops())
         weights = {bucket.weights.untyped_storage().data_ptr() for bucket in optimizer.buckets}
         own = [
             bucket.masters
@@ -192,7 +192,7 @@ def test_state_is_what_is_allocated(world_size, layout, model):
             if bucket.masters.untyped_storage().data_ptr() not in weights
         ]
         real = (
-            sum(parameter.numel() for parameter in stages.parameters()),
+            sum(parameter.numel() for parameter in passes.parameters()),
             size_of(bucket.weights for bucket in optimizer.buckets),
             size_of(bucket._sum for bucket in optimizer.buckets),
             size_of(own),
@@ -630,8 +630,8 @@ def assert_live(config: Config, vocabulary: int, widens: bool, within: float, **
         ops.select_ops(config.parallel.kernels, CPU, working_dtype(config.precision)),
         fp32_matmul=widens,
     )
-    stages = build_stages(config, vocabulary, mesh, run_ops, CPU)
-    buckets = build_optimizer(config, mesh, stages, ops.Ops()).buckets
+    passes = build_passes(config, vocabulary, mesh, run_ops, CPU, eod=VOCAB - 1)
+    buckets = build_optimizer(config, mesh, passes, ops.Ops()).buckets
     for bucket in buckets:
         bucket.begin(2)
     tokens, context, mask = (
@@ -641,7 +641,7 @@ def assert_live(config: Config, vocabulary: int, widens: bool, within: float, **
     )
     with Live([memory for bucket in buckets for memory in (bucket.weights, bucket._sum)]) as live:
         for _ in range(2):
-            stages.chunks[0](tokens, context, targets=(tokens, mask))[0].backward()
+            passes.chunks[0](tokens, context, targets=(tokens, mask))[0].backward()
     found = activations_of(
         config.model, vocabulary, Chunk(3), replace(cut_of(config, run_ops), **cut)
     )

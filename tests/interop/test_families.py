@@ -26,7 +26,8 @@ from trivium.model.tokens import TokenContext
 from trivium.ops import Ops, cpu
 from trivium.parallel.context import local_tokens, token_positions
 from trivium.testing import run_ranks
-from trivium.train.build import build_stages
+from trivium.train.build import build_passes
+from trivium.train.schedule import BatchSchedule
 
 
 def loaded(source: HFModel, kernels: str = "torch") -> GPT:
@@ -123,24 +124,28 @@ def logits_on_rank(
     source, config = HFModel(folder), flags.parse(f"{RUN} {layout} --device cpu".split()).config
     config = resolve(replace(config, model=source.config), mesh.world_size)
     assert not validate(config, mesh.world_size)
-    stages = build_stages(config, source.vocab_size, mesh, Ops(), torch.device("cpu"))
+    cpu, eod = torch.device("cpu"), source.vocab_size - 1
+    passes = build_passes(config, source.vocab_size, mesh, Ops(), cpu, eod)
     source.read_into(
         piece
-        for parameter in stages.parameters()
+        for parameter in passes.parameters()
         for piece in parameter.param_layout.pieces(parameter.data)
     )
     positions, found = token_positions(LENGTH, mesh.cp), []
     tokens, context = local_tokens(tokens_of(), mesh.cp), TokenContext(positions, length=LENGTH)
 
     def stage(chunk: int, index: int, x: torch.Tensor | None) -> torch.Tensor:
-        x = stages.chunks[chunk](tokens if x is None else x, context)
-        if stages.chunks[chunk].predicts:
+        x = passes.chunks[chunk](tokens if x is None else x, context)
+        if passes.chunks[chunk].predicts:
             found.append(x)
             return x.sum()
         return x
 
+    one_batch = BatchSchedule(config.batch, mesh.dp.size).evaluation
     with torch.no_grad():
-        stages.evaluate(stage)
+        for chunk in passes.chunks:
+            chunk.eval()
+        passes.runner(one_batch, forward_only=True).run(stage)
     return (mesh.tp.rank, found[0], positions) if found else None
 
 

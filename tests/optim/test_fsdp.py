@@ -22,7 +22,7 @@ from trivium.optim.fully_sharded import ShardedParameter, cut_parameters
 from trivium.optim.optimizer import Optimizer
 from trivium.rng import Init, new_parameter
 from trivium.testing import run_ranks
-from trivium.train.build import build_optimizer, build_stages
+from trivium.train.build import build_optimizer, build_passes
 
 CPU, ONE = torch.device("cpu"), Axis("tp")
 VOCABULARY, WIDTH = 11, 6  # over 4 ranks 6 rows are 2, 2, 2 and none
@@ -276,7 +276,9 @@ opened = partial(open_checkpoint, ckpt_step=None, device=CPU)
 
 def save_again(mesh: Mesh, arguments: str, source: Path, target: Path) -> None:
     config = resolve(flags.parse(arguments.split()).config, mesh.world_size)
-    optimizer = build_optimizer(config, mesh, build_stages(config, 97, mesh, Ops(), CPU), Ops())
+    optimizer = build_optimizer(
+        config, mesh, build_passes(config, 97, mesh, Ops(), CPU, eod=96), Ops()
+    )
     assert all(isinstance(shard, ShardedParameter) for shard in optimizer.buckets)
     checkpoint = opened(source, world=mesh.world)
     checkpoint.read_into([*optimizer.weight_pieces(), *optimizer.moment_pieces()])

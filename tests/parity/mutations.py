@@ -19,7 +19,7 @@ from trivium.optim import buckets, clip, fully_sharded, optimizer, reduce
 from trivium.parallel import context, embedding, linear, loss
 from trivium.parallel.sharding import Sharding
 from trivium.pipeline import runtime
-from trivium.train import inputs, losses, step
+from trivium.train import passes, step
 
 
 @dataclass(frozen=True)
@@ -160,19 +160,19 @@ MUTATIONS = {
         Case(2, f"{CP} 2"),
     ),
     "positions counted from zero on every cp rank": Mutation(
-        inputs.PrepareBatch.__call__,
+        passes.PrepareBatch.__call__,
         "TokenContext(positions",
         "TokenContext(positions.argsort()",
         Case(2, f"{CP} 2"),
     ),
     "labels of another slice": Mutation(
-        inputs.PrepareBatch.__call__,
-        "(tokens, labels, mask)), context",
-        "(tokens, labels.roll(1, 1), mask)), context",
+        passes.PrepareBatch.__call__,
+        "local_tokens(labels, cp)",
+        "local_tokens(labels.roll(1, 1), cp)",
         Case(2, f"{CP} 2"),
     ),
     "predictions counted on every tp rank": Mutation(
-        losses.LossPass.__call__, "tp.rank == 0", "tp.rank >= 0", Case(2, f"{TP} 2")
+        passes.Passes.__init__, "tp.rank == 0", "tp.rank >= 0", Case(2, f"{TP} 2")
     ),
     "mean of the ranks' means": Mutation(
         step.Trainer.step,
@@ -232,15 +232,15 @@ MUTATIONS = {
         reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2 {SP}", "olmo")
     ),
     "documents of the slice instead of the sequence": Mutation(
-        inputs.document_indices,
+        passes.document_indices,
         "ends.cumsum(dim=1) - ends",
         "ends.cumsum(dim=1) * 0",
         Case(2, f"{CP} 2 --cp-comm-type allgather", "documents"),
     ),
     "chunks of a rank in the wrong order": Mutation(
-        losses.LossPass.__call__,
-        "self.stages.chunks[chunk], self",
-        "self.stages.chunks[chunk % 2 and 3 - chunk or chunk], self",
+        passes.Passes.run_chunk,
+        "model = self.chunks[chunk]",
+        "model = self.chunks[chunk % 2 and 3 - chunk or chunk]",
         Case(1, f"{CHUNKS} 3"),
     ),
     "tied weight used once is counted twice": Mutation(

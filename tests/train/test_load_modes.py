@@ -15,8 +15,8 @@ from trivium.launch import Process
 from trivium.logs import get_logger
 from trivium.optim.schedule import learning_rate
 from trivium.train.load_modes import MODES
-from trivium.train.progress import Progress
 from trivium.train.resume import RunState
+from trivium.train.schedule import Progress
 
 RUN = f"{SMALL}{LLAMA}{NO_DROPOUT} --eval-interval 4 --eval-iters 1 --split 80,20,0 --fp16 --initial-loss-scale 65536 --loss-scale-window 5"
 SAVED = 8

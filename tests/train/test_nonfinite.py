@@ -10,7 +10,7 @@ from trivium.launch import Process
 from trivium.mesh import Mesh
 from trivium.model.gpt import GPT
 from trivium.testing import run_ranks
-from trivium.train.losses import LossPass
+from trivium.train.passes import Passes
 
 RUN = SMALL + LLAMA + NO_DROPOUT + " --eval-iters 0 --split 100,0,0"
 
@@ -22,7 +22,7 @@ def data(tmp_path_factory):
 
 def poisoned_run(mesh: Mesh, arguments: str, iteration: int, value: float, where: str) -> None:
     """A run in which one micro-batch of the last rank has losses, or one gradient element, of `value`."""
-    honest, honest_forward = LossPass.__call__, GPT.forward
+    honest, honest_forward = Passes.run_chunk, GPT.forward
 
     def poisoned(model, x, context, *, targets):
         labels, weights = targets
@@ -35,16 +35,16 @@ def poisoned_run(mesh: Mesh, arguments: str, iteration: int, value: float, where
         total, losses = honest_forward(model, x, context, targets=(labels, weights))
         return total, losses + value if where == "loss alone" else losses
 
-    def call(self, chunk, index, x):
-        here = self.iteration == iteration and index == 1 and mesh.rank == mesh.world_size - 1
+    def call(self, state, chunk, index, x):
+        here = state.iteration == iteration and index == 1 and mesh.rank == mesh.world_size - 1
         GPT.forward = poisoned if here else honest_forward
-        return honest(self, chunk, index, x)
+        return honest(self, state, chunk, index, x)
 
-    LossPass.__call__ = call
+    Passes.run_chunk = call
     try:
         pretrain_gpt.main(arguments.split(), Process(mesh.rank, mesh.world_size, mesh.rank))
     finally:
-        LossPass.__call__, GPT.forward = honest, honest_forward
+        Passes.run_chunk, GPT.forward = honest, honest_forward
 
 
 ZERO1 = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"

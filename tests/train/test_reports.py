@@ -15,7 +15,7 @@ from trivium import ops
 from trivium.config import flags, resolve
 from trivium.data.dataset import build_datasets
 from trivium.model.gpt import GPT
-from trivium.train import loop
+from trivium.train.passes import Passes
 
 RUN = SMALL + LLAMA + NO_DROPOUT + " --eval-interval 10 --eval-iters 2 --split 80,10,10"
 MEGATRON_LINE = re.compile(
@@ -96,13 +96,13 @@ def check_tensorboard(folder, rows):
 
 def test_an_evaluation_ends_its_worker_processes(data, monkeypatch):
     """Left to the garbage collector they pile up until it comes by, and then hold the run up for five seconds each."""
-    counts, honest = [], loop.mean_loss
+    counts, honest = [], Passes.mean_loss
 
     def mean_loss(*arguments):
         counts.append(len(multiprocessing.active_children()))
         return honest(*arguments)
 
-    monkeypatch.setattr(loop, "mean_loss", mean_loss)
+    monkeypatch.setattr(Passes, "mean_loss", mean_loss)
     gc.disable()
     try:
         train(f"{RUN} --data-path {data} --train-iters 6 --eval-interval 2 --num-workers 1")
