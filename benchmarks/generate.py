@@ -23,7 +23,8 @@ from benchmarks.models import LLAMA
 from benchmarks.table import Column, Row, Table, number, ratio
 from trivium import launch, ops
 from trivium.config import Config
-from trivium.decode.generate import Sampling, generate
+from trivium.decode.generate import generate
+from trivium.decode.sampling import Sampling
 from trivium.model.gpt import GPT
 
 BATCHES = (1, 16)

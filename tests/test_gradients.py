@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from layers import column_parallel, row_parallel
 from torch import nn
 
 from trivium import comm
@@ -13,7 +14,6 @@ from trivium.layout import Layout
 from trivium.mesh import Axis, Mesh
 from trivium.model.gpt import GPT
 from trivium.ops import Ops
-from trivium.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from trivium.parallel.sharding import Sharding
 from trivium.rng import Init, new_parameter
 from trivium.testing import run_ranks
@@ -125,8 +125,8 @@ LAYERS_INPUT = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(5))
 
 
 def layers_over(sharding: Sharding, dtype: torch.dtype) -> list[nn.Module]:
-    up = ColumnParallelLinear(12, {"a": 16, "b": 8}, sharding, Ops(), bias=True, init=Init(1, 0.3))
-    down = RowParallelLinear("d", 24, 12, sharding, Ops(), bias=True, init=Init(1, 0.3))
+    up = column_parallel(12, {"a": 16, "b": 8}, sharding, Init(1, 0.3), bias=True)
+    down = row_parallel("d", 24, 12, sharding, Init(1, 0.3))
     return [layer.to(dtype) for layer in (up, down)]
 
 
@@ -191,7 +191,7 @@ def test_deferred_products_are_bitwise_the_plain_gradient(n, sequence_parallel, 
 def gathers(mesh: Mesh) -> list[int]:
     """How often tokens were gathered by the end of a backward pass that held its products, and after those."""
     sharding = Sharding(tp=mesh.tp, sequence_parallel=True)
-    layer = ColumnParallelLinear(12, {"a": 16}, sharding, Ops(), bias=False, init=Init(1, 0.3))
+    layer = column_parallel(12, {"a": 16}, sharding, Init(1, 0.3), bias=False)
     memory, honest, begun = Memory(layer.weight), comm.start_gather_tokens, []
     x = LAYERS_INPUT.tensor_split(mesh.tp.size, dim=1)[mesh.tp.rank].clone().requires_grad_()
     y, counts = layer(x), []
@@ -289,7 +289,7 @@ def test_a_use_waits_for_the_weights_before_it_reads_them():
     memory = Memory(weight)
     memory.wait_for_weights = lambda: weight.data.fill_(7.0)
     assert torch.equal(use(weight), torch.full((3, 2), 7.0))
-    layer = ColumnParallelLinear(2, {"a": 3}, Sharding(), Ops(), bias=False, init=Init(1, 0.5))
+    layer = column_parallel(2, {"a": 3}, Sharding(), Init(1, 0.5), bias=False)
     memory = Memory(layer.weight)
     memory.wait_for_weights = lambda: layer.weight.data.fill_(7.0)
     assert torch.equal(layer(torch.ones(1, 1, 2)), torch.full((1, 1, 3), 14.0))

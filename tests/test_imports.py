@@ -55,8 +55,9 @@ MAY_IMPORT = {
     "checkpoint": {"layout", "mesh", "comm"},
     "parallel": FOUNDATION,
     "model": FOUNDATION | {"parallel"},
+    "model.shape": {"config", "role"},
     "estimate": {"pipeline"},
-    "decode": {"model"},
+    "decode": {"model", "ops", "parallel"},
     "interop": FOUNDATION | {"data", "checkpoint", "model"},
     "train": FOUNDATION
     | {
@@ -88,6 +89,7 @@ STRICT = {
 }
 WITHOUT_TORCH = {
     "role",
+    "model.shape",
     "logs",
     "config",
     "config.flags",

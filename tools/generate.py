@@ -7,7 +7,8 @@ from _cli import BadArgument, Parser, count, positive, run
 from _model import add_model_flags, load_model, load_tokenizer
 
 from trivium.data.tokenizer import Tokenizer
-from trivium.decode.generate import Sampling, generate
+from trivium.decode.generate import generate
+from trivium.decode.sampling import Sampling
 from trivium.model.gpt import GPT
 
 EXAMPLE = 'python tools/generate.py --load RUN --prompt "def main" --max-new-tokens 100 --temperature 0.8 --top-k 50 --seed 1'

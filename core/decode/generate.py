@@ -1,20 +1,55 @@
-"""Sampling from a model with a key-value cache."""
+"""Generation: a model continues a prompt, token by token."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from ..model.gpt import GPT
+from .cache import KVCache
+from .sampling import Sampling, sample
+
+_LAST = slice(-1, None)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn: temperature 0 takes the likeliest; top_k 0 and top_p 1 cut nothing."""
+class Decoder:
+    """A model that is fed a few tokens at a time, and remembers those before.
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    Arguments:
+        model: a whole model in one process
+        batch: number of sequences
+        capacity: tokens that each sequence may come to
+    """
+
+    def __init__(self, model: GPT, batch: int, capacity: int):
+        self.model, self.batch, self.capacity = model, batch, capacity
+        self.cache = self._empty_cache()
+        self.sequence: torch.Tensor | None = None  # int64 [B, T], all tokens so far
+
+    def logits(self, tokens: torch.Tensor, predicted: slice | None = _LAST) -> torch.Tensor:
+        """Feed tokens int64 [B, T] that continue the sequences; return logits [B, 1, V].
+
+        predicted: the tokens of this call whose logits are returned; the last one by default, all
+        if None.
+        """
+        before, self.sequence = self.sequence, _joined(self.sequence, tokens)
+        if before is not None and self._turns_otherwise(before.shape[1]):
+            # The keys so far were rotated for a shorter sequence: all tokens once more.
+            self.cache, tokens = self._empty_cache(), self.sequence
+        count = tokens.shape[1]
+        context = self.cache.context(count, tokens.device)
+        logits = self.model(tokens, context, predicted=predicted)
+        self.cache.advance(count)
+        return logits
+
+    def _empty_cache(self) -> KVCache:
+        return KVCache(self.model.layers, self.batch, self.capacity)
+
+    def _turns_otherwise(self, length: int) -> bool:
+        """Return whether a sequence of `length` tokens was rotated by other frequencies."""
+        rotary = self.model.rotary
+        if rotary is None:
+            return False
+        return rotary.is_long(self.sequence.shape[1]) != rotary.is_long(length)
 
 
 @torch.inference_mode()
@@ -25,46 +60,20 @@ def generate(
     sampling: Sampling,
     generator: torch.Generator,
 ) -> Iterator[torch.Tensor]:
-    """Yield the new tokens int64 [B], one position at a time, that continue prompt int64 [B, T]; the caller stops when it has enough.
+    """Yield the tokens int64 [B], one position at a time, that continue prompt int64 [B, T].
 
-    The generator lives on the CPU, so that a seed means the same on every device.
+    The caller stops when it has enough. The generator lives on the CPU, so that a seed means the
+    same on every device.
     """
     model.eval()
-    capacity = prompt.shape[1] + max_new_tokens
-    caches = model.caches(prompt.shape[0], capacity)
-    sequence = tokens = prompt
+    batch, length = prompt.shape
+    decoder, tokens = Decoder(model, batch, length + max_new_tokens), prompt
     for _ in range(max_new_tokens):
-        if caches[0].length and model.rotates_otherwise(caches[0].length, sequence.shape[1]):
-            caches, tokens = (
-                model.caches(prompt.shape[0], capacity),
-                sequence,
-            )  # the keys so far were rotated for a shorter sequence
-        logits = model(tokens, caches=caches, last_only=True)[:, -1, : model.vocab_size].float()
-        chosen = choose(logits, sampling, generator)
+        logits = decoder.logits(tokens)[:, -1, : model.vocab_size].float()
+        chosen = sample(logits, sampling, generator)
         yield chosen
         tokens = chosen.unsqueeze(1)
-        sequence = torch.cat((sequence, tokens), dim=1)
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """One token per row of logits [B, V]."""
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        lowest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
-    if sampling.top_p < 1:
-        logits = _nucleus(logits, sampling.top_p)
-    noise = torch.rand(logits.shape, generator=generator).to(logits.device)
-    return (logits - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))).argmax(
-        dim=-1
-    )  # Gumbel: argmax of this is a draw from softmax
-
-
-def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Keep the likeliest tokens that together reach `top_p`; the first is always kept (Holtzman et al. 2020)."""
-    ordered, order = logits.sort(dim=-1, descending=True)
-    before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-    ordered = ordered.masked_fill(before >= top_p, -torch.inf)
-    return torch.empty_like(logits).scatter_(1, order, ordered)
+def _joined(before: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    return tokens if before is None else torch.cat((before, tokens), dim=1)

@@ -1,117 +1,66 @@
 """One layer of the model: attention and feed-forward layer, each a branch off the residual stream."""
 
-import math
-from dataclasses import asdict
-from functools import partial
-
 import torch
 from torch import nn
 
 from .. import rng
-from ..config import ModelConfig
-from ..ops import BlockShape, BlockStep, Ops
+from ..ops import Ops
 from ..parallel.sharding import Sharding
-from .attention import Attention, KVCache
+from .attention import Attention
 from .mlp import MLP
-from .norm import NoNorm, Norm
+from .norm import norm_at
 from .recompute import Recompute
 from .rotary import Angles
+from .shape import LayerShape
 from .tokens import TokenContext
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), each branch under hidden dropout. x: [B, T, H], cut by tokens with sequence parallel.
+    """x + attention(norm(x)), then x + mlp(norm(x)), each branch under hidden dropout.
 
-    With --norm-placement post x + norm(attention(x)), with both x + norm(attention(norm(x))); with --parallel-residual both branches
-    read the same x.
+    x: [B, T, H], or [B, T/tp, H] under sequence parallel. With --norm-placement post a block is
+    x + norm(attention(x)), with both x + norm(attention(norm(x))), and so on for the mlp; with
+    --parallel-residual both branches read the same x.
     """
 
     def __init__(
         self,
-        layer: int,
-        config: ModelConfig,
+        shape: LayerShape,
         sharding: Sharding,
         ops: Ops,
         seed: int | None,
         recompute: Recompute,
     ):
         super().__init__()
-        name = self.name = f"layers.{layer}"
-        self.dropout = config.hidden_dropout
-        residual_std = config.init_method_std / math.sqrt(2 * config.num_layers)
-        norm = partial(
-            Norm,
-            size=config.hidden_size,
-            config=config,
-            sharding=sharding,
-            ops=ops,
-            seed=seed,
-            cut_input=sharding.sequence_parallel,
-        )
-        before, after = (
-            norm if config.norm_placement in (place, "both") else lambda name: NoNorm()
-            for place in ("pre", "post")
-        )
-        window = config.window(layer)
-        self.windowed, self.parallel_residual = window is not None, config.parallel_residual
-        self.attention_norm = before(f"{name}.attention_norm")
-        self.attention = Attention(
-            f"{name}.attention", config, sharding, ops, seed, residual_std, recompute, window
-        )
-        self.attention_post_norm = after(f"{name}.attention_post_norm")
-        self.mlp_norm = before(f"{name}.mlp_norm")
-        self.mlp = MLP(f"{name}.mlp", config, sharding, ops, seed, residual_std)
-        self.mlp_post_norm = after(f"{name}.mlp_post_norm")
+        self.shape = shape
+        self.name, self.layer = shape.name, shape.layer
+        self.dropout = shape.dropout
+        self.windowed = shape.attention.window is not None
+        self.parallel_residual = shape.parallel_residual
+        self.attention_norm = norm_at(shape.attention_norm, sharding, ops, seed)
+        self.attention = Attention(shape.layer, shape.attention, sharding, ops, seed, recompute)
+        self.attention_post_norm = norm_at(shape.attention_post_norm, sharding, ops, seed)
+        self.mlp_norm = norm_at(shape.mlp_norm, sharding, ops, seed)
+        self.mlp = MLP(shape.mlp, sharding, ops, seed)
+        self.mlp_post_norm = norm_at(shape.mlp_post_norm, sharding, ops, seed)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        angles: Angles | None,
-        context: TokenContext,
-        cache: KVCache | None = None,
+        self, x: torch.Tensor, angles: Angles | None, context: TokenContext
     ) -> torch.Tensor:
-        branch = self.attention_post_norm(
-            self.attention(self.attention_norm(x), angles, context.documents, cache)
-        )
-        branch = rng.dropout(branch, self.dropout, context.stream, f"{self.name}.attention")
-        attended, normalized = (
-            (x + branch, self.mlp_norm(x))
-            if self.parallel_residual
-            else self.mlp_norm.add(x, branch)
-        )
+        if context.past is not None:
+            whole = context.past.step(self.layer, x, angles)
+            if whole is not None:
+                return whole
+        drops = self.dropout > 0.0 and context.stream is not None
+        branch = self.attention(self.attention_norm(x), angles, context)
+        branch = self.attention_post_norm(branch)
+        if drops:
+            branch = rng.dropout(branch, self.dropout, context.stream, f"{self.name}.attention")
+        if self.parallel_residual:
+            attended, normalized = x + branch, self.mlp_norm(x)
+        else:
+            attended, normalized = self.mlp_norm.add(x, branch)
         branch = self.mlp_post_norm(self.mlp(normalized))
-        return attended + rng.dropout(branch, self.dropout, context.stream, f"{self.name}.mlp")
-
-    def step(self, sequences: int) -> BlockStep | None:
-        """What does the same for one more token of each of some sequences in one call, where there is such a thing."""
-        attention, mlp, config = self.attention, self.mlp, self.attention.config
-        if attention.sharding.tp.size > 1 or config.apply_layernorm_1p:
-            return None
-        shape = BlockShape(
-            hidden=config.hidden_size,
-            ffn=config.ffn_hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_kv_heads,
-            size=config.head_size,
-            **asdict(attention.rule),
-            eps=config.norm_epsilon,
-            interleaved=config.rotary_interleaved,
-            norm_of_projection=config.qk_layernorm_width == "projection",
-            gated=config.gated,
-            parallel_residual=config.parallel_residual,
-            activation=config.activation,
-        )
-        attends = (
-            self.attention_norm,
-            attention.qkv,
-            attention.q_norm,
-            attention.k_norm,
-            attention.out,
-            self.attention_post_norm,
-        )
-        parts = (*attends, self.mlp_norm, mlp.up, mlp.down, self.mlp_post_norm)
-        return attention.ops.block_step(
-            shape,
-            [getattr(part, kind, None) for part in parts for kind in ("weight", "bias")],
-            sequences,
-        )
+        if drops:
+            branch = rng.dropout(branch, self.dropout, context.stream, f"{self.name}.mlp")
+        return attended + branch

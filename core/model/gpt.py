@@ -1,4 +1,4 @@
-"""The GPT: embedding, blocks, final norm and head, whole or one pipeline stage of it, the same code for every layout."""
+"""The GPT: embedding, blocks, final norm and head, whole or one pipeline stage of it."""
 
 import math
 from functools import partial
@@ -10,26 +10,34 @@ from torch import nn
 from .. import rng
 from ..config import ModelConfig
 from ..gradients import use
-from ..layout import Layout, Role
 from ..ops import Ops
 from ..parallel.embedding import VocabParallelEmbedding
 from ..parallel.linear import column_parallel
 from ..parallel.loss import head_loss
 from ..parallel.sharding import Sharding
-from .attention import KVCache
 from .block import Block
 from .norm import Norm
-from .recompute import Recompute
+from .recompute import Layer, Recompute
 from .rotary import Angles, Rotary
+from .shape import EndsShape, ends_shape, layer_shape
 from .tokens import TokenContext
+from .weights import layout_for, new_parameter
 
 
 class GPT(nn.Module):
-    """A decoder over a vocabulary of `vocab_size` ids (end of document included; padding is added and masked here), or a stage of one.
+    """A decoder over a vocabulary of `vocab_size` ids, or one pipeline stage of it.
 
-    A stage has the layers of the range `layers`, the embedding if it `embeds`, final norm, head and loss if it `predicts`. A head that is
-    tied to the embedding of another stage on this rank is given as `tied_weight`. seed None leaves the weights to be loaded. Parameters
-    are fp32 on the CPU until an optimizer or `to_device` moves them.
+    The ids include that of the end of document; padding of the vocabulary is added and masked
+    here. Parameters are fp32 on the CPU until an optimizer or `to_device` moves them.
+
+    Arguments:
+        seed: of the initial weights; None where they are to be loaded
+        sharding: how the stage is cut over ranks; a whole model in one process if not given
+        layers: numbers of the stage's layers; all if not given
+        embeds: the stage has the embedding
+        predicts: the stage has final norm, head and loss
+        tied_weight: the embedding of another stage on this rank, where the head is tied to it
+        recompute: activations that are computed again in backward
     """
 
     def __init__(
@@ -47,70 +55,43 @@ class GPT(nn.Module):
         recompute: Recompute | None = None,
     ):
         super().__init__()
-        self.config, self.vocab_size, self.embeds, self.predicts = (
-            config,
-            vocab_size,
-            embeds,
-            predicts,
-        )
-        self.sharding, self.ops = sharding or Sharding(), ops
-        sharding = self.sharding
+        self.config, self.vocab_size = config, vocab_size
+        self.embeds, self.predicts = embeds, predicts
+        self.sharding = sharding = sharding or Sharding()
+        self.ops = ops
         self.recompute = recompute = recompute or Recompute()
-        tp, sequence_parallel, init = (
-            sharding.tp,
-            sharding.sequence_parallel,
-            rng.Init(seed, config.init_method_std),
-        )
-        padded = config.padded_vocabulary(vocab_size, tp.size)
-        words = Layout.vocabulary_cut(
-            "embedding.word.weight", vocab_size, padded, config.hidden_size, tp
-        )
-        if config.tied:
-            words = words.tied(sharding.embedding, uses=2 if sharding.embedding.size == 1 else 1)
-        self.embedding = VocabParallelEmbedding(words, sharding, init) if embeds else None
-        self.positions = None
-        if embeds and config.position_embedding_type == "learned_absolute":
-            shape = (config.max_position_embeddings, config.hidden_size)
-            layout = Layout.whole(
-                "embedding.position.weight",
-                shape,
-                tp,
-                partial=sequence_parallel,
-                role=Role.EMBEDDING,
-            )
-            self.positions = rng.new_parameter(layout, init)
-        layers = range(config.num_layers) if layers is None else layers
+        self.recomputes_layers = recompute.full
+        self.softcap = config.final_logit_softcapping
+        self.dropout = config.hidden_dropout
+        # The root of H in the working dtype, as Gemma has it: see `_embed`.
+        self.embedding_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else None
+
+        ends = ends_shape(config, vocab_size)
+        self.embedding: VocabParallelEmbedding | None = None
+        self.positions: nn.Parameter | None = None
+        if embeds:
+            self._add_embedding(ends, seed)
         self.layers = nn.ModuleList(
-            Block(layer, config, sharding, ops, seed, recompute) for layer in layers
+            Block(layer_shape(config, layer), sharding, ops, seed, recompute)
+            for layer in (range(config.num_layers) if layers is None else layers)
         )
-        self.final_norm = self.head = None
+        self.final_norm: Norm | None = None
+        self.head: nn.Parameter | None = None
         if predicts:
-            self.final_norm = Norm(
-                "final_norm",
-                config.hidden_size,
-                config,
-                sharding,
-                ops,
-                seed,
-                cut_input=sequence_parallel,
-            )
-            if not config.tied:
-                words = Layout.vocabulary_cut(
-                    "head.weight", vocab_size, padded, config.hidden_size, tp, role=Role.HEAD
-                )
-            if not (config.tied and embeds):
-                self.head = (
-                    tied_weight if tied_weight is not None else rng.new_parameter(words, init)
-                )
-        self.rotary = self.local_rotary = None  # of layers without and with a window
+            self._add_head(ends, seed, tied_weight)
+        # Of layers without a window, and of those with one: they may turn by another base.
+        self.rotary: Rotary | None = None
+        self.local_rotary: Rotary | None = None
         if config.position_embedding_type == "rope":
-            self.rotary = Rotary(config)
-            self.local_rotary = (
-                self.rotary if config.rotary_base_local is None else Rotary(config, local=True)
-            )
+            self.rotary = self.local_rotary = Rotary(config)
+            if config.rotary_base_local is not None:
+                self.local_rotary = Rotary(config, local=True)
 
     def to_device(self, device: torch.device, dtype: torch.dtype) -> "GPT":
-        """Move to `device` with weights in `dtype`; the rotary frequencies stay fp32, in which positions are exact."""
+        """Move to `device` with weights in `dtype`.
+
+        The rotary frequencies stay fp32, in which positions are exact.
+        """
         for parameter in self.parameters():
             parameter.data = parameter.data.to(device, dtype)
         for rotary in (self.rotary, self.local_rotary):
@@ -122,97 +103,105 @@ class GPT(nn.Module):
         self,
         x: torch.Tensor,
         context: TokenContext | None = None,
-        caches: list[KVCache] | None = None,
+        *,
         targets: tuple[torch.Tensor, torch.Tensor] | None = None,
-        last_only: bool = False,
+        predicted: slice | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, T/cp, V/tp], padding columns included, of a stage that predicts; else hidden states [B, T/cp, H], cut by sequence parallel.
+        """Pass tokens or hidden states through the stage.
 
-        x: tokens int64 [B, T/cp] for a stage that embeds; else the hidden states of the stage before. No context: whole sequences from
-        position 0, without dropout. With caches, tokens continue what they hold. targets: labels and weights (see Targets); what comes back is then
-        the sum of weights * cross-entropy in nats, 0-d, and every label's, fp32 [B, T/cp]. The sum has a gradient, the losses have none;
-        with an optimizer, backward must start from the sum itself: see head_loss.
-        last_only: logits [B, 1, V/tp] of the last token alone, where this rank holds the whole sequence.
+        Arguments:
+            x: tokens int64 [B, T/cp] for a stage that embeds, else the hidden states
+                [B, T/cp, H] of the stage before, cut by tokens under sequence parallel
+            context: whole sequences from position 0 without dropout, if not given
+            targets: labels int64 and weights fp32, both [B, T/cp] (see Targets)
+            predicted: the tokens whose logits are wanted; all if not given
+
+        Returns:
+            of a stage that does not predict: hidden states, as x
+            without targets: logits [B, T/cp, V/tp], padding columns included
+            with targets: the sum of weights * cross-entropy in nats, 0-d, and each label's
+                cross-entropy, fp32 [B, T/cp], without a gradient. With an optimizer, backward
+                must start from the sum itself: see head_loss.
         """
-        steps = caches and context is None and x.shape[1] == 1 and not torch.is_grad_enabled()
         if context is None:
-            start = caches[0].length if caches else 0
-            context = TokenContext(
-                torch.arange(start, start + x.shape[1], device=x.device), length=start + x.shape[1]
-            )
+            context = TokenContext(torch.arange(x.shape[1], device=x.device))
         if self.embedding is not None:
             x = self._embed(x, context)
         angles = self._angles(context)
-        if caches:
-            for block, cache in zip(self.layers, caches, strict=True):
-                turned = angles[block.windowed]
-                x = (
-                    cache.take_step(x, turned)
-                    if steps and cache.step is not None
-                    else block(x, turned, context, cache)
-                )
+        if self.recomputes_layers and torch.is_grad_enabled():
+            x = self.recompute.layers(self._bound_layers(angles, context), x)
         else:
-            x = self.recompute.layers(
-                [
-                    partial(block, angles=angles[block.windowed], context=context)
-                    for block in self.layers
-                ],
-                x,
-            )
+            for block in self.layers:
+                x = block(x, angles[block.windowed], context)
         if not self.predicts:
             return x
-        if last_only:
-            x = x[:, -1:]
-        x, head, cap = (
-            self.final_norm(x),
-            self.embedding.weight if self.head is None else self.head,
-            self.config.final_logit_softcapping,
-        )
+        x = self.final_norm(x if predicted is None else x[:, predicted])
+        head = self.embedding.weight if self.head is None else self.head
         if targets is not None:
+            labels, weights = targets
             return head_loss(
-                x, head, *targets, self.vocab_size, self.sharding, self.ops, softcap=cap
+                x,
+                head,
+                labels,
+                weights,
+                self.vocab_size,
+                self.sharding,
+                self.ops,
+                softcap=self.softcap,
             )
         logits = column_parallel(x, head, self.sharding, self.ops)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def rotates_otherwise(self, length: int, longer: int) -> bool:
-        """Whether a sequence of `longer` tokens is rotated by other frequencies than one of `length`."""
-        return self.rotary is not None and self.rotary.is_long(longer) != self.rotary.is_long(
-            length
-        )
+    def _add_embedding(self, ends: EndsShape, seed: int | None) -> None:
+        self.embedding = VocabParallelEmbedding(self._words(ends, seed), self.sharding)
+        if ends.positions is not None:
+            self.positions = new_parameter(ends.positions, self.sharding, seed)
 
-    def caches(self, batch: int, capacity: int) -> list[KVCache]:
-        """An empty key-value cache per layer."""
-        weight, heads = self.embedding.weight, self.config.num_kv_heads
-        return [
-            KVCache(
-                batch,
-                capacity,
-                heads,
-                self.config.head_size,
-                weight.dtype,
-                weight.device,
-                layer.step(batch),
-            )
-            for layer in self.layers
-        ]
+    def _add_head(
+        self, ends: EndsShape, seed: int | None, tied_weight: nn.Parameter | None
+    ) -> None:
+        self.final_norm = Norm(ends.final_norm, self.sharding, self.ops, seed)
+        if ends.head is not None:
+            self.head = new_parameter(ends.head, self.sharding, seed)
+        elif tied_weight is not None:
+            self.head = tied_weight
+        elif self.embedding is None:
+            self.head = self._words(ends, seed)
 
-    def _angles(self, context: TokenContext) -> tuple[Angles | None, Angles | None]:
-        """Of layers without a window, and of those with one."""
-        if self.rotary is None:
-            return None, None
-        length = context.whole_length
-        everywhere = self.rotary(context.positions, length)
-        return everywhere, everywhere if self.local_rotary is self.rotary else self.local_rotary(
-            context.positions, length
-        )
+    def _words(self, ends: EndsShape, seed: int | None) -> nn.Parameter:
+        """Make the embedding's weight, which a tied head multiplies by as well."""
+        layout = layout_for(ends.words, self.sharding)
+        if ends.head is None:
+            twins = self.sharding.embedding
+            layout = layout.tied(twins, uses=2 if twins.size == 1 else 1)
+        return rng.new_parameter(layout, rng.Init(seed, ends.words.std))
 
     def _embed(self, tokens: torch.Tensor, context: TokenContext) -> torch.Tensor:
         x = self.embedding(tokens)
-        if self.config.scale_embeddings:
-            x = (
-                x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype).item()
-            )  # the root in the working dtype, as Gemma has it
+        if self.embedding_scale is not None:
+            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype).item()
         if self.positions is not None:
-            x = x + F.embedding(self.sharding.own_tokens(context.positions), use(self.positions))
-        return rng.dropout(x, self.config.hidden_dropout, context.stream, "embedding")
+            places = self.sharding.own_tokens(context.positions)
+            x = x + F.embedding(places, use(self.positions))
+        if self.dropout > 0.0 and context.stream is not None:
+            x = rng.dropout(x, self.dropout, context.stream, "embedding")
+        return x
+
+    def _angles(self, context: TokenContext) -> tuple[Angles | None, Angles | None]:
+        """Return the angles of layers without a window, and of those with one."""
+        if self.rotary is None:
+            return None, None
+        positions, length = context.positions, context.length
+        length = positions.shape[-1] if length is None else length
+        everywhere = self.rotary(positions, length)
+        if self.local_rotary is self.rotary:
+            return everywhere, everywhere
+        return everywhere, self.local_rotary(positions, length)
+
+    def _bound_layers(
+        self, angles: tuple[Angles | None, Angles | None], context: TokenContext
+    ) -> list[Layer]:
+        """Return the blocks as functions of the hidden states alone."""
+        return [
+            partial(block, angles=angles[block.windowed], context=context) for block in self.layers
+        ]

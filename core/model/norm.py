@@ -1,47 +1,33 @@
-"""The norms: of hidden states, of each head, and of a projection whose heads are cut over the tensor axis."""
-
-from functools import partial
+"""The norms: of hidden states, of each head, and of a projection whose heads are cut over tp."""
 
 import torch
 from torch import nn
 
-from .. import comm, rng
-from ..config import ModelConfig
+from .. import comm
 from ..gradients import use
-from ..layout import Layout, Role, Rows
 from ..ops import Ops
 from ..parallel.sharding import Sharding
+from .shape import NormShape
+from .weights import new_bias, new_parameter
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dim [..., H], as --normalization says; whole on every rank of the tensor axis.
+    """RMSNorm, or LayerNorm where the shape has a bias, over the last dim of x [..., H].
 
-    Of its gradient each rank of tp sees a share where `cut_input` says that x is cut over tp (by tokens or by heads).
+    Weight and bias are whole on every rank of tensor parallel.
     """
 
-    def __init__(
-        self,
-        name: str,
-        size: int,
-        config: ModelConfig,
-        sharding: Sharding,
-        ops: Ops,
-        seed: int | None,
-        *,
-        cut_input: bool,
-    ):
+    def __init__(self, shape: NormShape, sharding: Sharding, ops: Ops, seed: int | None):
         super().__init__()
-        self.ops, self.epsilon, self.from_one = ops, config.norm_epsilon, config.apply_layernorm_1p
-        layout = partial(Layout.whole, shape=(size,), tp=sharding.tp, partial=cut_input)
-        init = rng.Init(seed, fill=0.0 if self.from_one else 1.0)
-        self.weight = rng.new_parameter(layout(f"{name}.weight", role=Role.NORM), init)
-        self.bias = None
-        if config.normalization == "LayerNorm":
-            bias = layout(f"{name}.bias", role=Role.BIAS)
-            self.bias = rng.new_parameter(bias, rng.Init(seed))
+        self.ops = ops
+        self.epsilon = shape.epsilon
+        self.from_one = shape.from_one
+        self.weight = new_parameter(shape.weight, sharding, seed)
+        self.bias = new_bias(shape.bias, sharding, seed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = use(self.weight), None if self.bias is None else use(self.bias)
+        weight = use(self.weight)
+        bias = None if self.bias is None else use(self.bias)
         if not self.from_one:
             return self._normalized(x, weight, bias)
         # In fp32 to the end: 1 + w has lost the last digits of w in 16 bits.
@@ -49,7 +35,7 @@ class Norm(nn.Module):
         return self._normalized(x.to(wide), 1 + weight.to(wide), bias).to(x.dtype)
 
     def add(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + branch, and its norm, in one pass where it can be."""
+        """Return x + branch and its norm, in one pass where the ops have one."""
         if self.from_one:
             total = x + branch
             return total, self(total)
@@ -67,36 +53,46 @@ class Norm(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """Where a layer has no norm at this place."""
+    """The identity, where a layer has no norm at this place."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
     def add(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + branch twice: as the sum and as its norm."""
         total = x + branch
         return total, total
 
 
 class ProjectionNorm(nn.Module):
-    """RMSNorm over all heads of a projection at once, x [B, T, A, D] of the heads on this rank: its mean square is a sum over tp.
+    """RMSNorm over all heads of a projection at once, x [B, T, A/tp, D] of the heads on this rank.
 
-    rows: A D in all, and which ranks hold the same ones. The weight is cut as the projection is. OLMo et al. 2024, section 3.3.
+    The mean square is a sum over tp; the weight is cut as the projection is. `numel` is A D, and
+    `copies` the ranks that hold the same heads. OLMo et al. 2024, section 3.3.
     """
 
-    def __init__(
-        self, name: str, rows: Rows, config: ModelConfig, sharding: Sharding, seed: int | None
-    ):
+    def __init__(self, shape: NormShape, sharding: Sharding, seed: int | None):
         super().__init__()
-        self.rows, self.tp, self.epsilon = rows, sharding.tp, config.norm_epsilon
-        layout = Layout.rows_cut({f"{name}.weight": rows}, (), sharding.tp, role=Role.NORM)
-        self.weight = rng.new_parameter(layout, rng.Init(seed, fill=1.0))
+        self.tp = sharding.tp
+        self.epsilon = shape.epsilon
+        self.numel = shape.weight.numel
+        shares_heads = shape.weight.parts[0].shared_heads is not None
+        self.copies = sharding.kv.size if shares_heads else 1
+        self.weight = new_parameter(shape.weight, sharding, seed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Each rank's output depends on the sum, so its gradient is summed as well. Heads that several ranks hold count once.
-        squares = comm.copy_to(
-            comm.reduce_from(wide.square().sum((-2, -1), keepdim=True), self.tp), self.tp
-        )
-        mean = squares / (self.rows.count * self.rows.copies.size)
+        squares = wide.square().sum((-2, -1), keepdim=True)
+        # Each rank's output depends on the sum, so the gradient of the sum is summed as well.
+        squares = comm.copy_to(comm.reduce_from(squares, self.tp), self.tp)
+        # Heads that several ranks hold are in the sum once for each of them.
+        mean = squares / (self.numel * self.copies)
         weight = use(self.weight).view(x.shape[-2:]).to(x.dtype)
         return weight * (wide * torch.rsqrt(mean + self.epsilon)).to(x.dtype)
+
+
+def norm_at(
+    shape: NormShape | None, sharding: Sharding, ops: Ops, seed: int | None
+) -> Norm | NoNorm:
+    """Make the norm of hidden states that the shape describes, or the identity."""
+    return NoNorm() if shape is None else Norm(shape, sharding, ops, seed)

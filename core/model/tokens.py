@@ -1,16 +1,32 @@
 """What a forward pass knows of its tokens beside the hidden states."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from ..rng import DropoutStream
+from .rotary import Angles
+
+
+class Past(Protocol):
+    """The tokens before those of a forward pass, as a decoder holds them.
+
+    The model knows nothing of caches. Where a TokenContext has a Past, every block first offers it
+    the whole step, and every attention hands it queries, keys and values instead of mixing them.
+    `layer` is the number of the layer in the whole model.
+    """
+
+    def step(self, layer: int, x: torch.Tensor, angles: Angles | None) -> torch.Tensor | None:
+        """Return the block's output for x [B, T, H]; None where the block is to compute it."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Take in k and v [B, T, K, D]; return what q [B, T, A, D] sees of all tokens so far."""
 
 
 @dataclass(frozen=True)
 class TokenContext:
-    """The tokens of one forward pass, the same in every pipeline stage. Letters: see model/shape.py.
+    """The tokens of one forward pass, the same in every pipeline stage. Letters: model/shape.py.
 
     Fields:
         positions: place of each token of this rank in its sequence, int64 [T/cp], or [B, T/cp]
@@ -19,17 +35,14 @@ class TokenContext:
             attention stays inside a document; None where it does not
         stream: masks of hidden dropout; None in evaluation
         length: tokens of the whole sequence, T; the number of `positions` if not given
+        past: the tokens before these, in generation; None in training
     """
 
     positions: torch.Tensor
     documents: torch.Tensor | None = None
     stream: DropoutStream | None = None
     length: int | None = None
-
-    @property
-    def whole_length(self) -> int:
-        """Return T, on all ranks together."""
-        return self.positions.shape[-1] if self.length is None else self.length
+    past: Past | None = None
 
 
 class Targets(NamedTuple):

@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import comm, rng
+from .. import comm
 from ..gradients import use
-from ..layout import Layout
 from .sharding import Sharding
 
 
@@ -17,10 +16,9 @@ class VocabParallelEmbedding(nn.Module):
     zero and never looked up.
     """
 
-    def __init__(self, layout: Layout, sharding: Sharding, init: rng.Init):
+    def __init__(self, weight: nn.Parameter, sharding: Sharding):
         super().__init__()
-        self.sharding = sharding
-        self.weight = rng.new_parameter(layout, init)
+        self.weight, self.sharding = weight, sharding
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         weight, tp = use(self.weight), self.sharding.tp

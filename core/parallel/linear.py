@@ -10,10 +10,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from .. import comm, rng
+from .. import comm
 from ..autograd import apply
 from ..gradients import Sink, current, sink_of, use
-from ..layout import Layout, Role, Rows
 from ..ops import Ops
 from .sharding import Sharding
 
@@ -22,29 +21,16 @@ class ColumnParallelLinear(nn.Module):
     """y = x W^T + b, with W cut by rows: each rank of `tp` computes its own slice of the output features.
 
     x: [B, T, H] on every rank, or [B, T/tp, H] with sequence parallel.   y: [B, T, O/tp], the slices of the parts one after another.
-    `parts` maps the name of each projection in the fused weight to its rows (q, k, v of one GEMM); each is cut by itself.
+    Several projections may be fused in one weight (q, k and v of one product), each cut by itself: see Layout.rows_cut.
     Shoeybi et al. 2019, section 3; sequence parallel: Korthikanti et al. 2022, section 4.2.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        parts: dict[str, int | Rows],
-        sharding: Sharding,
-        ops: Ops,
-        *,
-        bias: bool,
-        init: rng.Init,
+        self, weight: nn.Parameter, bias: nn.Parameter | None, sharding: Sharding, ops: Ops
     ):
         super().__init__()
+        self.weight, self.bias = weight, bias
         self.sharding, self.ops = sharding, ops
-        self.weight = rng.new_parameter(
-            Layout.rows_cut(_named(parts, "weight"), (in_features,), sharding.tp), init
-        )
-        self.bias = None
-        if bias:
-            layout = Layout.rows_cut(_named(parts, "bias"), (), sharding.tp, role=Role.BIAS)
-            self.bias = rng.new_parameter(layout, rng.Init(init.seed))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = column_parallel(x, self.weight, self.sharding, self.ops)
@@ -59,31 +45,11 @@ class RowParallelLinear(nn.Module):
     """
 
     def __init__(
-        self,
-        name: str,
-        in_features: int,
-        out_features: int,
-        sharding: Sharding,
-        ops: Ops,
-        *,
-        bias: bool,
-        init: rng.Init,
+        self, weight: nn.Parameter, bias: nn.Parameter | None, sharding: Sharding, ops: Ops
     ):
         super().__init__()
+        self.weight, self.bias = weight, bias
         self.sharding, self.ops = sharding, ops
-        self.weight = rng.new_parameter(
-            Layout.columns_cut(f"{name}.weight", out_features, in_features, sharding.tp), init
-        )
-        self.bias = None
-        if bias:
-            layout = Layout.whole(
-                f"{name}.bias",
-                (out_features,),
-                sharding.tp,
-                partial=sharding.sequence_parallel,
-                role=Role.BIAS,
-            )
-            self.bias = rng.new_parameter(layout, rng.Init(init.seed))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = row_parallel(x, self.weight, self.sharding, self.ops)
@@ -178,7 +144,3 @@ def _weight_gradient(
         lambda: sink.add_product(dy.flatten(0, -2), ops.operand(x()).flatten(0, -2))
     )
     return None
-
-
-def _named(parts: dict[str, int | Rows], kind: str) -> dict[str, int | Rows]:
-    return {f"{name}.{kind}": rows for name, rows in parts.items()}

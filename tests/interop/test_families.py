@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from trivium.checkpoint.manifest import CheckpointError
 from trivium.config import flags, resolve
 from trivium.config.validate import validate
-from trivium.decode.generate import Sampling, generate
+from trivium.decode.generate import Decoder, generate
+from trivium.decode.sampling import Sampling
 from trivium.interop.export import export_weights
 from trivium.interop.families import export_problems
 from trivium.interop.hf_model import HFModel
@@ -208,13 +209,11 @@ def test_a_cache_gives_what_the_whole_sequence_gives(name, kernels, tmp_path):
     """Several tokens at a time and single ones, which native takes in one call a block: all but Gemma's."""
     write_peer(name, tmp_path)
     model, tokens = loaded(HFModel(tmp_path), kernels), tokens_of()
-    whole, caches = model(tokens), model.caches(2, LENGTH)
-    assert all(
-        (cache.step is not None) == (kernels == "native" and "gemma" not in name)
-        for cache in caches
-    )
+    whole, decoder = model(tokens), Decoder(model, 2, LENGTH)
+    in_one_call = kernels == "native" and "gemma" not in name
+    assert all((step is not None) == in_one_call for step in decoder.cache.steps)
     ends = [0, 11, 12, 13, 20, *range(21, LENGTH + 1)]
-    parts = [model(tokens[:, a:b], caches=caches) for a, b in pairwise(ends)]
+    parts = [decoder.logits(tokens[:, a:b], predicted=None) for a, b in pairwise(ends)]
     assert (torch.cat(parts, dim=1) - whole).abs().max() <= 1e-5 * max(1.0, whole.abs().max())
 
 

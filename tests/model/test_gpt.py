@@ -4,56 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models import GPT2, LLAMA, VOCAB, llama_of, model_of, pieces_of, tokens_of
 
 from trivium import rng
-from trivium.config import ModelConfig
-from trivium.decode.generate import Sampling, choose, generate
-from trivium.interop import families
 from trivium.interop.hf_names import hf_places
-from trivium.model.gpt import GPT
 from trivium.model.tokens import TokenContext
-from trivium.ops import Ops
 
 transformers = pytest.importorskip("transformers")
-
-LLAMA = ModelConfig(
-    num_layers=3, hidden_size=48, ffn_hidden_size=96, num_attention_heads=6, kv_channels=8, group_query_attention=True, num_query_groups=2,
-    max_position_embeddings=16384, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, disable_bias_linear=True,
-    untie_embeddings_and_output_weights=True, attention_dropout=0.0, hidden_dropout=0.0, init_method_std=0.1,
-)  # fmt: skip
-GPT2 = ModelConfig(
-    num_layers=3, hidden_size=48, ffn_hidden_size=192, num_attention_heads=6, kv_channels=8, max_position_embeddings=40,
-    attention_dropout=0.0, hidden_dropout=0.0, init_method_std=0.1,
-)  # fmt: skip
-VOCAB = 101
-
-
-def model_of(config: ModelConfig) -> GPT:
-    return GPT(config, VOCAB, ops=Ops(), seed=3)
-
-
-def tokens_of(batch: int = 2, length: int = 32) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(0))
-
-
-def pieces_of(model: GPT, of=lambda p: p.data) -> dict[str, torch.Tensor]:
-    return {
-        piece.name: piece.tensor
-        for p in model.parameters()
-        for piece in p.param_layout.pieces(of(p))
-    }
-
-
-def llama_of(model: GPT, **options):
-    """transformers' model with the same weights."""
-    values = families.write_config(model.config, VOCAB, {})
-    peer = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**values), **options)
-    places = hf_places(model.config, VOCAB)
-    peer.load_state_dict(
-        {places[name].name: tensor for name, tensor in pieces_of(model).items()},
-        strict=not model.config.tied,
-    )
-    return peer
 
 
 @pytest.mark.parametrize(
@@ -137,21 +94,6 @@ def test_padding_of_the_vocabulary_changes_nothing_and_gets_no_gradient():
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [LLAMA, GPT2, replace(LLAMA, qk_layernorm=True, rotary_percent=0.5, rotary_interleaved=True)],
-)
-def test_cache_gives_the_logits_of_the_whole_sequence(config):
-    model, tokens = model_of(config).eval(), tokens_of(length=20)
-    with torch.no_grad():
-        whole, caches = model(tokens), model.caches(2, 20)
-        parts = [model(tokens[:, :7], caches=caches), model(tokens[:, 7:12], caches=caches)]
-        parts += [model(tokens[:, i : i + 1], caches=caches) for i in range(12, 20)]
-        last = model(tokens, last_only=True)
-    assert (torch.cat(parts, dim=1) - whole).abs().max() <= 1e-5 * whole.abs().max()
-    assert last.shape[1] == 1 and (last - whole[:, -1:]).abs().max() <= 1e-5 * whole.abs().max()
-
-
 def test_initial_weights_have_the_spread_they_should():
     """Megatron's: init_method_std, and that over sqrt(2 layers) for what writes into the residual stream. 2,304 draws or more: 5 sigma is 7.4%."""
     weights = pieces_of(model_of(LLAMA))
@@ -182,38 +124,3 @@ def test_hidden_dropout_is_at_every_site_with_its_own_mask(site, monkeypatch):
             lambda self, shape, p, at: honest(self, shape, p, at) | (at == site),
         )
         assert not torch.equal(model(tokens, context), whole)
-
-
-def test_greedy_generation_equals_transformers():
-    model = model_of(LLAMA).eval()
-    peer = llama_of(model).eval()
-    prompt = tokens_of(1, 5)
-    ours = torch.stack(
-        list(generate(model, prompt, 20, Sampling(temperature=0), torch.Generator())), dim=1
-    )
-    theirs = peer.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)[:, 5:]
-    assert ours.tolist() == theirs.tolist()
-
-
-def test_sampling_follows_the_distribution_and_its_cuts():
-    """20,000 draws: frequencies within five standard deviations."""
-    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    logits, generator = probabilities.log().expand(20_000, 4), torch.Generator().manual_seed(1)
-
-    def frequencies(sampling: Sampling) -> torch.Tensor:
-        return torch.bincount(choose(logits, sampling, generator), minlength=4) / 20_000
-
-    def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-        return bool(
-            (
-                (found - expected).abs() <= 5 * (expected * (1 - expected) / 20_000).sqrt() + 1e-9
-            ).all()
-        )
-
-    assert close(frequencies(Sampling()), probabilities)
-    assert close(frequencies(Sampling(top_k=2)), torch.tensor([0.625, 0.375, 0, 0]))
-    assert close(frequencies(Sampling(top_p=0.6)), torch.tensor([0.625, 0.375, 0, 0]))
-    assert close(
-        frequencies(Sampling(temperature=0.5)), probabilities**2 / (probabilities**2).sum()
-    )
-    assert frequencies(Sampling(temperature=0))[0] == 1

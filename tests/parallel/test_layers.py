@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from layers import column_parallel, row_parallel
 
 from trivium.layout import Layout, Rows
 from trivium.mesh import Mesh
 from trivium.ops import Ops
 from trivium.parallel.embedding import VocabParallelEmbedding
-from trivium.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from trivium.parallel.loss import head_loss
 from trivium.parallel.sharding import Sharding
-from trivium.rng import Init
+from trivium.rng import Init, new_parameter
 from trivium.testing import run_ranks
 
 H, F, V, PADDED = 12, 24, 21, 24
@@ -23,11 +23,10 @@ def forward_and_gradients(sharding: Sharding) -> dict[str, torch.Tensor]:
         torch.randint(0, V, (2, 12), generator=generator),
         torch.randint(0, V, (24,), generator=generator),
     )
-    embedding = VocabParallelEmbedding(
-        Layout.vocabulary_cut("e", V, PADDED, H, tp), sharding, Init(1, 0.5)
-    )
-    up = ColumnParallelLinear(H, {"a": F, "b": F}, sharding, Ops(), bias=True, init=Init(1, 0.3))
-    down = RowParallelLinear("d", F, H, sharding, Ops(), bias=True, init=Init(1, 0.3))
+    words = new_parameter(Layout.vocabulary_cut("e", V, PADDED, H, tp), Init(1, 0.5))
+    embedding = VocabParallelEmbedding(words, sharding)
+    up = column_parallel(H, {"a": F, "b": F}, sharding, Init(1, 0.3), bias=True)
+    down = row_parallel("d", F, H, sharding, Init(1, 0.3))
     x = embedding(tokens)
     assert x.shape == (2, 12 // tp.size if sharding.sequence_parallel else 12, H)
     a, b = up(x).chunk(2, dim=-1)
@@ -70,9 +69,8 @@ def of_copied_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q cut over all of tp beside a k of which several ranks hold the same rows: this rank's k, and its shares of the gradients of x and k."""
     sharding = Sharding(tp=mesh.tp, kv=mesh.kv, sequence_parallel=sequence_parallel)
-    layer = ColumnParallelLinear(
-        H, {"q": 8, "k": Rows(4, mesh.kv)}, sharding, Ops(), bias=False, init=Init(1, 0.3)
-    )
+    parts = {"q": 8, "k": Rows(4, mesh.kv)}
+    layer = column_parallel(H, parts, sharding, Init(1, 0.3), bias=False)
     x = torch.randn(1, 4, H, generator=torch.Generator().manual_seed(2))
     x = x.tensor_split(mesh.tp.size, dim=1)[mesh.tp.rank] if sequence_parallel else x
     x = x.clone().requires_grad_()
@@ -89,9 +87,7 @@ def of_copied_rows(
 def test_rows_that_several_ranks_hold_are_the_same_and_their_gradients_add_up(sequence_parallel):
     """4 ranks, 2 of them for each half of k. fp32, sums of at most 12 terms in another order: 1e-6."""
     ranks = run_ranks(4, of_copied_rows, sequence_parallel, tp=4, kv_copies=2)
-    layer = ColumnParallelLinear(
-        H, {"q": 8, "k": 4}, Sharding(), Ops(), bias=False, init=Init(1, 0.3)
-    )
+    layer = column_parallel(H, {"q": 8, "k": 4}, Sharding(), Init(1, 0.3), bias=False)
     x = torch.randn(1, 4, H, generator=torch.Generator().manual_seed(2)).requires_grad_()
     q, k = layer(x).split((8, 4), dim=-1)
     (q.sum() + 3 * k[..., :2].sum() + 7 * k[..., 2:].sum()).backward()  # 1 + 2 and 3 + 4

@@ -212,8 +212,8 @@ MUTATIONS = {
     ),
     "projection normalized over the heads of one rank": Mutation(
         norm.ProjectionNorm.forward,
-        "comm.reduce_from(wide.square().sum((-2, -1), keepdim=True), self.tp)",
-        "self.tp.size * wide.square().sum((-2, -1), keepdim=True)",
+        "comm.reduce_from(squares, self.tp)",
+        "self.tp.size * squares",
         Case(2, f"{TP} 2", "olmo"),
     ),
     "gradient of the norm over all heads stays on its rank": Mutation(
@@ -224,8 +224,8 @@ MUTATIONS = {
     ),
     "heads that several ranks hold counted on each": Mutation(
         norm.ProjectionNorm.forward,
-        "self.rows.count * self.rows.copies.size",
-        "self.rows.count",
+        "self.numel * self.copies",
+        "self.numel",
         Case(4, f"{TP} 4", "olmo"),
     ),
     "norms after the branches not summed over tp": Mutation(

@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from trivium.config import ModelConfig
-from trivium.decode.generate import Sampling, generate
+from trivium.decode.cache import KVCache
+from trivium.decode.generate import Decoder, generate
+from trivium.decode.native import native_step
+from trivium.decode.sampling import Sampling
 from trivium.mesh import Axis
 from trivium.model.block import Block
 from trivium.model.gpt import GPT
 from trivium.model.recompute import Recompute
 from trivium.model.rotary import Rotary
+from trivium.model.shape import layer_shape
 from trivium.model.tokens import TokenContext
 from trivium.ops import Ops, cpu
 from trivium.parallel.sharding import Sharding
@@ -47,7 +51,8 @@ def block_of(
     config: ModelConfig, dtype: torch.dtype, ops: Ops, sharding: Sharding | None = None
 ) -> Block:
     """With norms and biases that would hide no swap; values as bf16 holds them."""
-    block = Block(0, config, sharding or Sharding(), ops, 1, Recompute()).eval()
+    shape = layer_shape(config, 0)
+    block = Block(shape, sharding or Sharding(), ops, 1, Recompute()).eval()
     noise = torch.Generator().manual_seed(1)
     for p in block.parameters():
         if p.dim() == 1:
@@ -61,28 +66,19 @@ def outputs(
     block: Block, config: ModelConfig, x: torch.Tensor, steps: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the last NEW tokens of x, one at a time, and what the cache holds then."""
-    weight = block.attention.qkv.weight
-    cache = (
-        GPT(replace(config, num_layers=1), 8, ops=block.attention.ops, seed=1)
-        .to_device(x.device, weight.dtype)
-        .caches(len(x), PAST + NEW)[0]
-    )
-    cache.step = block.step(len(x)) if steps else None
-    rotary, parts, start = (
-        Rotary(config) if config.position_embedding_type == "rope" else None,
-        [],
-        0,
-    )
+    cache = KVCache([block], len(x), PAST + NEW)
+    if not steps:
+        cache.steps = [None]
+    rotary = Rotary(config) if config.position_embedding_type == "rope" else None
+    parts, start = [], 0
     for end in range(PAST, PAST + NEW + 1):
-        positions = torch.arange(start, end)
-        angles = rotary and rotary(positions, end)
-        if steps and start:
-            parts.append(cache.take_step(x[:, start:end], angles))
-        else:
-            parts.append(block(x[:, start:end], angles, TokenContext(positions), cache))
+        context = cache.context(end - start, x.device)
+        angles = rotary and rotary(context.positions, end)
+        parts.append(block(x[:, start:end], angles, context))
+        cache.advance(end - start)
         start = end
     assert cache.length == PAST + NEW
-    return torch.cat(parts[1:], dim=1), torch.stack((cache.keys, cache.values))
+    return torch.cat(parts[1:], dim=1), torch.stack((cache.keys[0], cache.values[0]))
 
 
 def inputs(config: ModelConfig, sequences: int, dtype: torch.dtype) -> torch.Tensor:
@@ -101,7 +97,8 @@ def test_a_step_in_fp32_is_that_of_float64(name, sequences):
         block_of(config, torch.float32, Ops("native")),
         block_of(config, torch.float64, Ops()),
     )
-    assert block.step(sequences) is not None and exact.step(sequences) is None
+    assert native_step(block, sequences) is not None
+    assert native_step(exact, sequences) is None
     for found, expected in zip(
         outputs(block, config, inputs(config, sequences, torch.float32), True),
         outputs(exact, config, inputs(config, sequences, torch.float64), False),
@@ -177,7 +174,7 @@ def test_the_number_of_threads_changes_no_bit():
 
 def test_a_step_sees_new_weights_and_does_not_write_past_the_cache():
     block = block_of(LLAMA, torch.float32, Ops("native"))
-    step, x = block.step(1), inputs(LLAMA, 1, torch.float32)[:, :1]
+    step, x = native_step(block, 1), inputs(LLAMA, 1, torch.float32)[:, :1]
     angles, (keys, values) = Rotary(LLAMA)(torch.arange(1), 1), torch.zeros(2, 1, 1, 2, 10)
     with torch.no_grad():
         before = step(x, *angles, keys, values, 0)
@@ -231,7 +228,7 @@ def test_where_there_is_no_step(reason):
         block.mlp_norm.weight.data = block.mlp_norm.weight.data.bfloat16()
     if reason == "gaps":
         block.mlp.up.weight.data = block.mlp.up.weight.data.t().contiguous().t()
-    assert block.step(33 if reason == "sequences" else 32) is None
+    assert native_step(block, 33 if reason == "sequences" else 32) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -244,8 +241,7 @@ def test_generation_takes_steps_and_a_gradient_goes_op_by_op(dtype, monkeypatch)
     prompt = torch.tensor([[1, 2, 3]])
     tokens = list(generate(model, prompt, 4, Sampling(temperature=0), torch.Generator()))
     assert len(tokens) == 4 and len(taken) == 3 * LLAMA.num_layers, "all but the prompt's own"
-    caches = model.caches(1, 2)
-    model(prompt[:, :1], caches=caches).float().sum().backward()
+    Decoder(model, 1, 2).logits(prompt[:, :1]).float().sum().backward()
     assert len(taken) == 3 * LLAMA.num_layers and model.layers[0].mlp.up.weight.grad.abs().sum() > 0
 
 
