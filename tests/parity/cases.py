@@ -1,4 +1,4 @@
-"""The table of layouts that are held against one process."""
+"""List the layouts that are compared with one process: the parity table."""
 
 import re
 from dataclasses import dataclass
@@ -6,18 +6,51 @@ from math import prod
 
 from runs import CHUNKS, CP, INSTANCES, PP, SCHEDULE, SP, STRATEGY, TP, ZERO1
 
-FIRST, LAYOUT = "--decoder-first-pipeline-num-layers", "--pipeline-model-parallel-layout"
+FIRST = "--decoder-first-pipeline-num-layers"
+LAYOUT = "--pipeline-model-parallel-layout"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 3000"
-TWO, FOUR = f"{PP} 2 {FIRST} 2", f"{PP} 4 {LAYOUT} Ett|tt|tt|tL"  # of 3 and of 7 layers
-V2, V4 = (
-    f"{PP} 2 {LAYOUT} Et|t|t|L",
-    f"{PP} 4 {LAYOUT} Et|t|t|t|t|t|t|L",
-)  # two chunks on each rank, the last one the head alone
+# Stages of 3 and of 7 layers.
+TWO = f"{PP} 2 {FIRST} 2"
+FOUR = f"{PP} 4 {LAYOUT} Ett|tt|tt|tL"
+# Two chunks on each rank, the last one of them the head alone.
+V2 = f"{PP} 2 {LAYOUT} Et|t|t|L"
+V4 = f"{PP} 4 {LAYOUT} Et|t|t|t|t|t|t|L"
+SIZES = re.compile(r"(?:tensor-model|pipeline-model|context)-parallel-size (\d)")
+
+# What the table in docs/parallelism.md writes for flags, the longer ones first.
+SHORT = {
+    V4: "pp 4x2",
+    V2: "pp 2x2",
+    FOUR: "pp 4",
+    TWO: "pp 2",
+    OVERLAP: "overlap",
+    f"{STRATEGY} optim_grads_params": "zero-3",
+    f"{STRATEGY} optim_grads": "zero-2",
+    ZERO1: "zero-1",
+    f"{INSTANCES} 2": "2 instances",
+    f"{CHUNKS} 3": "3 chunks",
+    f"{TP} ": "tp ",
+    f"{CP} ": "cp ",
+    SP: "sp",
+    f"{SCHEDULE} ": "",
+    "--cp-comm-type ": "",
+    "--ddp-bucket-size ": "bucket ",
+    "--recompute-granularity ": "recompute ",
+    "--recompute-method ": "",
+    "--recompute-num-layers 2": "every 2",
+    "--compile": "compile",
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """flags on `ranks` processes; the rest is data parallel. `core`: part of `make test`."""
+    """One layout and the model that runs under it.
+
+    ranks: number of processes; those that the flags do not use are data parallel
+    flags: the layout
+    model: a key of harness.MODELS
+    core: part of `make test`
+    """
 
     ranks: int
     flags: str
@@ -26,27 +59,30 @@ class Case:
 
     @property
     def arguments(self) -> str:
-        """The flags; where tensor or context ranks share all the work, two samples in each of four micro-batches: half as many messages."""
-        copies = self.ranks // prod(
-            int(size)
-            for size in re.findall(
-                r"(?:tensor-model|pipeline-model|context)-parallel-size (\d)", self.flags
-            )
-        )
-        return (
-            f"{self.flags} --micro-batch-size 2"
-            if copies == 1 and (TP in self.flags or CP in self.flags)
-            else self.flags
-        )
+        """Return the flags of the run.
+
+        Where tensor or context ranks share all the work, each of four micro-batches has two
+        samples: half as many messages.
+        """
+        data_parallel = self.ranks // prod(int(size) for size in SIZES.findall(self.flags))
+        if data_parallel == 1 and (TP in self.flags or CP in self.flags):
+            return f"{self.flags} --micro-batch-size 2"
+        return self.flags
+
+    @property
+    def short(self) -> str:
+        """Return the layout in the words of the table in docs/parallelism.md."""
+        text = self.flags
+        for flags, word in SHORT.items():
+            text = text.replace(flags, word)
+        return text or "-"
 
     def __str__(self) -> str:
-        words = (
-            self.flags.replace("-model-parallel-size", "")
-            .replace("-parallel-size", "")
-            .replace("--", "")
-            .split()
-        )
-        return f"{self.model}-{self.ranks}-{'-'.join(words)}".replace("|", "!")
+        text = self.flags
+        for dropped in ("-model-parallel-size", "-parallel-size", "--"):
+            text = text.replace(dropped, "")
+        words = "-".join(text.split())
+        return f"{self.model}-{self.ranks}-{words}".replace("|", "!")
 
 
 CASES = [
@@ -75,7 +111,8 @@ CASES = [
     Case(2, f"{STRATEGY} optim_grads_params", core=True),
     Case(4, f"{STRATEGY} optim_grads_params"),
     Case(4, f"{STRATEGY} optim_grads_params {INSTANCES} 2"),
-    Case(4, f"{STRATEGY} optim_grads_params", "narrow"),  # some ranks hold no row of some parameter
+    # some ranks hold no row of some parameter
+    Case(4, f"{STRATEGY} optim_grads_params", "narrow"),
     Case(2, f"{TP} 2"),
     Case(2, f"{TP} 2", "gpt"),
     Case(2, f"{TP} 2", "untied"),
