@@ -1,4 +1,4 @@
-"""What every test finds in place: Triton's interpreter where there is no GPU, and ranks that end with the run."""
+"""Use Triton's interpreter where there is no GPU, and one thread in every test."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Runs of pretrain_gpt.py for tests: in this process, or on gloo ranks of the pool, on made-up or small real data."""
+"""Run pretrain_gpt.py and the tools in tests: in this process, or on gloo ranks of the pool."""
 
 import io
 import json
@@ -21,25 +21,25 @@ from trivium.testing import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 20 "
-    "--lr 5e-3 "
-    "--tokenizer-type NullTokenizer --vocab-size 96 --num-workers 0 --device cpu --make-vocab-size-divisible-by 16 --log-interval 5 "
-    "--lr-warmup-iters 3"
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32"
+    " --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 5e-3"
+    " --tokenizer-type NullTokenizer --vocab-size 96 --make-vocab-size-divisible-by 16"
+    " --num-workers 0 --device cpu --log-interval 5 --lr-warmup-iters 3"
 )
-LLAMA = " --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --group-query-attention --num-query-groups 2"
-LLAMA += " --untie-embeddings-and-output-weights"
-TP, PP, CP = (
-    "--tensor-model-parallel-size",
-    "--pipeline-model-parallel-size",
-    "--context-parallel-size",
+LLAMA = (
+    " --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear"
+    " --group-query-attention --num-query-groups 2 --untie-embeddings-and-output-weights"
 )
-SP, ZERO1, STRATEGY = (
-    "--sequence-parallel",
-    "--use-distributed-optimizer",
-    "--data-parallel-sharding-strategy",
-)
-INSTANCES, SCHEDULE = "--num-distributed-optimizer-instances", "--pipeline-schedule"
-CHUNKS, RECOMPUTE = "--num-virtual-stages-per-pipeline-rank", "--recompute-granularity"
+TP = "--tensor-model-parallel-size"
+PP = "--pipeline-model-parallel-size"
+CP = "--context-parallel-size"
+SP = "--sequence-parallel"
+ZERO1 = "--use-distributed-optimizer"
+STRATEGY = "--data-parallel-sharding-strategy"
+INSTANCES = "--num-distributed-optimizer-instances"
+SCHEDULE = "--pipeline-schedule"
+CHUNKS = "--num-virtual-stages-per-pipeline-rank"
+RECOMPUTE = "--recompute-granularity"
 NO_DROPOUT = " --attention-dropout 0 --hidden-dropout 0"
 EXACT = (
     "iteration",
@@ -53,30 +53,30 @@ EXACT = (
 
 
 def write_data(prefix: Path, documents: int = 60, seed: int = 0, vocab_size: int = 96) -> Path:
-    """Documents of 1 to 90 learnable tokens (a walk with a stride), each ended by the id `vocab_size`."""
+    """Write documents of 1 to 90 learnable tokens: a walk with a stride, and then the end token.
+
+    The end token is `vocab_size`. Returns the prefix.
+    """
     random = np.random.RandomState(seed)
     with IndexedDatasetWriter(str(prefix), np.uint16) as writer:
         for _ in range(documents):
-            length, start, stride = (
-                random.randint(1, 90),
-                random.randint(vocab_size),
-                random.randint(1, 4),
-            )
-            writer.add_document(
-                np.append((start + stride * np.arange(length)) % vocab_size, vocab_size)
-            )
+            length = random.randint(1, 90)
+            start = random.randint(vocab_size)
+            stride = random.randint(1, 4)
+            walk = (start + stride * np.arange(length)) % vocab_size
+            writer.add_document(np.append(walk, vocab_size))
     return prefix
 
 
 def write_ends(prefix: Path) -> None:
-    """Documents of the end token alone: with --eod-mask-loss nothing is left to predict."""
+    """Write documents of the end token alone: with --eod-mask-loss nothing is left to predict."""
     with IndexedDatasetWriter(str(prefix), np.uint16) as writer:
         for _ in range(50):
             writer.add_document(np.full(40, 96))
 
 
 def train(arguments: str, ranks: int = 1) -> None:
-    """One run with --eval-iters and data given by `arguments`."""
+    """Run pretrain_gpt.py on so many ranks; `arguments` give --eval-iters and data too."""
     if ranks == 1:
         pretrain_gpt.main(arguments.split(), Process())
     else:
@@ -84,11 +84,13 @@ def train(arguments: str, ranks: int = 1) -> None:
 
 
 def tool(name: str, *arguments) -> subprocess.CompletedProcess:
-    """tools/NAME.py as a command, but in this process: torch takes seconds to import."""
-    command, out, error = [f"{name}.py", *map(str, arguments)], io.StringIO(), io.StringIO()
-    path = mock.patch.object(sys, "path", [str(ROOT / "tools"), *sys.path])
+    """Run tools/NAME.py as a command, but in this process: torch takes seconds to import."""
+    command = [f"{name}.py", *map(str, arguments)]
+    out = io.StringIO()
+    error = io.StringIO()
+    status = 0
     with (
-        path,
+        mock.patch.object(sys, "path", [str(ROOT / "tools"), *sys.path]),
         mock.patch.object(sys, "argv", command),
         redirect_stdout(out),
         redirect_stderr(error),
@@ -96,20 +98,19 @@ def tool(name: str, *arguments) -> subprocess.CompletedProcess:
         try:
             runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
         except SystemExit as end:
-            return subprocess.CompletedProcess(
-                command, end.code or 0, out.getvalue(), error.getvalue()
-            )
-    return subprocess.CompletedProcess(command, 0, out.getvalue(), error.getvalue())
+            status = end.code or 0
+    return subprocess.CompletedProcess(command, status, out.getvalue(), error.getvalue())
 
 
 def free_port() -> str:
+    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
 def start_step(arguments: str, stderr: int = subprocess.PIPE) -> list[subprocess.Popen]:
-    """Two processes as srun starts them, without torchrun: the variables are all there is. Their stdout is a pipe."""
+    """Start two processes as srun does, with its variables alone; their stdout is a pipe."""
     command = [sys.executable, ROOT / "pretrain_gpt.py", *arguments.split()]
     step = {
         "SLURM_STEP_NUM_TASKS": "2",
@@ -130,10 +131,11 @@ def _train_on_rank(mesh: Mesh, arguments: str) -> None:
 
 
 def rows_of(path: Path, split: str | None = None) -> list[dict]:
+    """Read the rows of metrics.jsonl that belong to a split; training rows have none."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [row for row in rows if row.get("split") == split]
 
 
 def exact(rows: list[dict]) -> list[tuple]:
-    """What must be equal bit for bit after a resume."""
+    """Return the values that must be equal bit for bit after a resume."""
     return [tuple(row[key] for key in EXACT) for row in rows]

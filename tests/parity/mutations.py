@@ -1,6 +1,7 @@
-"""Ways to break the engine, each as silent as those that users fear: a test of the tests.
+"""Break the engine on purpose, to prove that the parity table notices.
 
-A mutation is a change of the text of one function, applied inside the ranks of a run; the layout named with it must turn red.
+A mutation changes the text of one function inside the ranks of a run; the layout named with it must
+turn red. Each is a bug that other engines have had, and that no error message would tell.
 """
 
 import ast
@@ -24,7 +25,7 @@ from trivium.train import passes, step
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old`, which stands in the source of `function` once, becomes `new`."""
+    """A change of a function's source: `old`, which occurs in it once, becomes `new`."""
 
     function: Callable
     old: str
@@ -254,7 +255,7 @@ MUTATIONS = {
 
 @contextmanager
 def applied(name: str | None) -> Iterator[None]:
-    """Within, the engine is broken in the way `name` says; None leaves it whole."""
+    """Break the engine in the way `name` says, until the end of the block; None changes nothing."""
     if name is None:
         yield
         return
@@ -281,8 +282,7 @@ def mutated(mutation: Mutation) -> Callable:
     times = source.count(mutation.old)
     assert times == 1, f"{mutation.old!r} stands {times} times in {function.__qualname__}"
     made: dict[str, Callable] = {}
-    changed = compile(
-        source.replace(mutation.old, mutation.new), inspect.getsourcefile(function), "exec"
-    )
+    text = source.replace(mutation.old, mutation.new)
+    changed = compile(text, inspect.getsourcefile(function), "exec")
     exec(changed, function.__globals__, made)
     return made[function.__name__]

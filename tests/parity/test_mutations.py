@@ -1,4 +1,4 @@
-"""The table can fail: each way of breaking the engine turns it red."""
+"""The parity table can fail: each way of breaking the engine turns it red."""
 
 import pytest
 
