@@ -14,7 +14,7 @@ from trivium.config import Config, resolve
 from trivium.config.presets import PRESETS, published_vocabulary
 from trivium.interop.families import write_config
 from trivium.interop.hf_folder import Outgoing, write_folder
-from trivium.interop.hf_names import hf_places
+from trivium.interop.hf_names import hf_correspondences
 from trivium.interop.name_map import their_shapes
 
 CONVERTED = "llama3.2-1b"
@@ -116,7 +116,7 @@ def write_random(folder: Path) -> None:
     """
     model = resolve(Config.of(PRESETS[CONVERTED] | {"seq_length": 1024}), 1).model
     vocab_size = published_vocabulary(CONVERTED)
-    shapes = their_shapes(hf_places(model, vocab_size))
+    shapes = their_shapes(hf_correspondences(model, vocab_size))
     tensors = [random_tensor(name, shape) for name, shape in shapes.items()]
     ids = {"bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "bfloat16"}
     description = write_config(model, vocab_size, ids)

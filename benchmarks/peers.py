@@ -14,7 +14,7 @@ from benchmarks.engine import Updates, fixed_batch, vocabulary
 from trivium import launch, ops
 from trivium.config import Config
 from trivium.interop.families import write_config
-from trivium.interop.hf_names import hf_places
+from trivium.interop.hf_names import hf_correspondences
 from trivium.interop.name_map import assemble, their_shapes
 from trivium.layout import layout_of
 from trivium.model.gpt import GPT
@@ -68,7 +68,7 @@ def llama(config: Config, ours: Weights) -> nn.Module:
     shape = LlamaConfig.from_dict(write_config(config.model, vocabulary(config), no_ids))
     shape._attn_implementation = "sdpa"
     model = LlamaForCausalLM(shape)
-    places = hf_places(config.model, vocabulary(config))
+    places = hf_correspondences(config.model, vocabulary(config))
     theirs = {name: assemble(name, places, ours.__getitem__) for name in their_shapes(places)}
     model.load_state_dict(theirs, strict=not config.model.tied)
     return model

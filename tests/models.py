@@ -5,7 +5,7 @@ import torch
 
 from trivium.config import ModelConfig
 from trivium.interop import families
-from trivium.interop.hf_names import hf_places
+from trivium.interop.hf_names import hf_correspondences
 from trivium.model.gpt import GPT
 from trivium.ops import Ops
 
@@ -43,7 +43,7 @@ def llama_of(model: GPT, **options):
     """transformers' model with the same weights."""
     values = families.write_config(model.config, VOCAB, {})
     peer = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**values), **options)
-    places = hf_places(model.config, VOCAB)
+    places = hf_correspondences(model.config, VOCAB)
     peer.load_state_dict(
         {places[name].name: tensor for name, tensor in pieces_of(model).items()},
         strict=not model.config.tied,

@@ -229,7 +229,7 @@ def _verify(hf: Path, ours: Path, options: Namespace) -> None:
             view = part.within(parameter)
             view.copy_(view.to(source.dtype(part.name)))
             their = {"embedding.word.weight": embedding, "head.weight": head}.get(
-                part.name, source.places[part.name].name
+                part.name, source.correspondences[part.name].name
             )
             weight = peer.get_parameter(their)
             weight.copy_(weight.to(checkpoint.dtype(part.name)))

@@ -3,6 +3,7 @@
 from .defaults import data_parallel_size, key_value_copies, optimizer_shards, resolve
 from .errors import ConfigError, FlagError
 from .fields import (
+    ACTIVATIONS,
     LLAMA3_ROPE,
     OPTIMIZER_STATE,
     PIPELINE_SCHEDULES,
@@ -22,6 +23,7 @@ from .fields import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "LLAMA3_ROPE",
     "OPTIMIZER_STATE",
     "PIPELINE_SCHEDULES",

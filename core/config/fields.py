@@ -10,7 +10,7 @@ import ast
 import json
 from dataclasses import dataclass, field, fields
 from math import ceil, isfinite
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from .errors import FlagError
 
@@ -45,6 +45,28 @@ ROPE_OPTIONS = (
     "mscale_all_dim",
     "truncate",
 )
+
+
+class Activation(NamedTuple):
+    """The function of a feed-forward layer.
+
+    name: what ops call it
+    gated: the function of one projection multiplies a second projection
+    """
+
+    name: str
+    gated: bool
+
+
+GELU, EXACT_GELU = "gelu_tanh", "gelu_erf"
+# Switch of ModelConfig -> function. At most one may be on (validate); GELU if none is. --exact-gelu
+# takes GELU by the error function. This table is all that says it: a new activation is a field, a
+# row here, and its two functions in ops.
+ACTIVATIONS = {
+    "swiglu": Activation("silu", gated=True),
+    "geglu": Activation(GELU, gated=True),
+    "squared_relu": Activation("squared_relu", gated=False),
+}
 SHARDING_STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 
 
@@ -189,22 +211,24 @@ class ModelConfig:
         return self.linear_bias or self.add_attn_out_bias
 
     @property
+    def _feed_forward(self) -> Activation:
+        given = (kind for switch, kind in ACTIVATIONS.items() if getattr(self, switch))
+        return next(given, Activation(GELU, gated=False))
+
+    @property
     def gated(self) -> bool:
-        """Two projections into the feed-forward layer, of which the activation of one multiplies the other."""
-        return self.swiglu or self.geglu
+        """Return whether the feed-forward layer is mlp.down(activation(mlp.gate(x)) * mlp.up(x))."""
+        return self._feed_forward.gated
 
     @property
     def activation(self) -> str:
-        """What Ops calls the function of the feed-forward layer."""
-        if self.swiglu:
-            return "silu"
-        if self.squared_relu:
-            return "squared_relu"
-        return "gelu_erf" if self.exact_gelu else "gelu_tanh"
+        """Return the name that ops have for the function of the feed-forward layer."""
+        name = self._feed_forward.name
+        return EXACT_GELU if name == GELU and self.exact_gelu else name
 
     @property
     def norms_per_layer(self) -> int:
-        """Of the hidden states."""
+        """Return how many norms of the hidden states a layer has."""
         return 4 if self.norm_placement == "both" else 2
 
     @property

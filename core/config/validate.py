@@ -7,6 +7,8 @@ from math import lcm
 from ..pipeline.from_flags import placement_of, stage_specs
 from .defaults import data_parallel_size
 from .fields import (
+    ACTIVATIONS,
+    EXACT_GELU,
     ROPE_OPTIONS,
     ROPE_SCALINGS,
     BatchConfig,
@@ -89,12 +91,10 @@ def _model(config: Config, world_size: int) -> Iterator[str]:
         yield f"--num-query-groups {model.num_query_groups} does not divide --num-attention-heads {heads}; use one of {divisors}"
     if model.num_query_groups > 1 and not model.group_query_attention:
         yield f"--num-query-groups {model.num_query_groups} needs --group-query-attention"
-    activations = [
-        _flag(name) for name in ("swiglu", "geglu", "squared_relu") if getattr(model, name)
-    ]
+    activations = [_flag(name) for name in ACTIVATIONS if getattr(model, name)]
     if len(activations) > 1:
         yield f"{' and '.join(activations)} exclude each other; give one"
-    if model.exact_gelu and (model.swiglu or model.squared_relu):
+    if model.exact_gelu and model.activation != EXACT_GELU:
         yield f"--exact-gelu has no GELU to act on with {activations[0]}; leave one out"
     if model.qk_layernorm_width == "projection" and not model.qk_layernorm:
         yield "--qk-layernorm-width projection needs --qk-layernorm"

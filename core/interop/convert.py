@@ -1,4 +1,4 @@
-"""Conversion: the weights of any source as a checkpoint of ours, tensor by tensor, and a checkpoint of ours as a smaller one."""
+"""Write the weights of any source as a checkpoint of ours, tensor by tensor."""
 
 import json
 import shutil
@@ -31,19 +31,25 @@ MAX_SHARD_BYTES = 1 << 30
 class Weights(Protocol):
     """Named tensors of ours, whatever holds them."""
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """Return all names, in the order of the model."""
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
 
-    def dtype(self, name: str) -> torch.dtype: ...
+    def dtype(self, name: str) -> torch.dtype:
+        """Return what a tensor is stored in."""
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor on the CPU."""
+        """Return a whole tensor on the CPU."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """What else a checkpoint needs of a model: its shape, its vocabulary, its tokenizer."""
+    """A model without its weights: what else a checkpoint needs.
+
+    data: the flags of its tokenizer
+    """
 
     model: ModelConfig
     vocab_size: int
@@ -53,9 +59,10 @@ class Described:
 def write_checkpoint(
     save_dir: Path, weights: Weights, described: Described, dtype: torch.dtype | None
 ) -> None:
-    """Publish `weights`, in `dtype` or as they are stored, as iteration 0, without optimizer state.
+    """Publish weights as iteration 0, without optimizer state. One tensor is held at a time.
 
-    One tensor is held at a time. Raises CheckpointError where the folder cannot be written.
+    dtype: what to write them in; None for what each is stored in
+    Raises CheckpointError where the folder cannot be written.
     """
     precision = _precision(dtype or weights.dtype(weights.names()[0]))
     config = replace(Config(), model=described.model, data=described.data, precision=precision)
@@ -79,20 +86,28 @@ def write_checkpoint(
 def rewrite_checkpoint(
     save_dir: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, *, keeps_optimizer: bool
 ) -> None:
-    """Publish a checkpoint again with its weights in `dtype` (None: as they are), with or without its optimizer state, which stays fp32."""
+    """Publish a checkpoint again, smaller.
+
+    dtype: what to write its weights in; None for what each is stored in
+    keeps_optimizer: whether the optimizer's state, which stays fp32, is written too
+    """
     names = checkpoint.names()
+    weights = [name for name in names if not name.startswith("optim.")]
     moments = [name for name in names if name.startswith("optim.")]
-    blocks = _blocks(checkpoint, [name for name in names if name not in moments], dtype)
-    kept = _blocks(checkpoint, moments if keeps_optimizer else [], None)
-    _publish(
-        save_dir, checkpoint.iteration, [*blocks, *kept], checkpoint.state, checkpoint.config_yaml
-    )
+    blocks = list(_blocks(checkpoint, weights, dtype))
+    if keeps_optimizer:
+        blocks += _blocks(checkpoint, moments, None)
+    _publish(save_dir, checkpoint.iteration, blocks, checkpoint.state, checkpoint.config_yaml)
 
 
 @contextmanager
 def new_folder(save_dir: Path) -> Iterator[None]:
-    """Within, `save_dir` is filled; if that fails, nothing of it is left. Raises CheckpointError where it holds anything already."""
-    if found := sorted(save_dir.iterdir()) if save_dir.is_dir() else []:
+    """Enter a context that fills `save_dir`. If that fails, nothing of it is left.
+
+    Raises CheckpointError where the folder holds anything already.
+    """
+    found = sorted(save_dir.iterdir()) if save_dir.is_dir() else []
+    if found:
         raise CheckpointError(
             f"{save_dir} holds {found[0].name} already; name another folder, or remove it"
         )
@@ -109,9 +124,10 @@ def new_folder(save_dir: Path) -> Iterator[None]:
 
 
 def copy_tokenizer(source: HFFolder, save_dir: Path, vocab_size: int) -> DataConfig:
-    """Copy tokenizer and generation config of a Hugging Face folder to SAVE/tokenizer; the flags of what is there.
+    """Copy tokenizer and generation config of a Hugging Face folder to SAVE/tokenizer.
 
-    A folder without a tokenizer gives a NullTokenizer of the model's vocabulary.
+    Returns the flags of the copied tokenizer. A folder without one gives a NullTokenizer of the
+    model's vocabulary.
     """
     folder = save_dir / TOKENIZER_FOLDER
     folder.mkdir()
@@ -126,15 +142,11 @@ def copy_tokenizer(source: HFFolder, save_dir: Path, vocab_size: int) -> DataCon
 
 def _blocks(weights: Weights, names: list[str], dtype: torch.dtype | None) -> Iterator[Block]:
     for name in names:
-        shape, stored_as = weights.shape(name), dtype or weights.dtype(name)
-        yield Block(
-            name,
-            shape,
-            (0,) * len(shape),
-            DTYPE_NAMES[stored_as],
-            shape,
-            partial(_bytes, weights.read, name, stored_as),
-        )
+        shape = weights.shape(name)
+        stored_as = dtype or weights.dtype(name)
+        origin = (0,) * len(shape)
+        read = partial(_bytes, weights.read, name, stored_as)
+        yield Block(name, shape, origin, DTYPE_NAMES[stored_as], shape, read)
 
 
 def _bytes(read: Callable[[str], torch.Tensor], name: str, dtype: torch.dtype) -> memoryview:

@@ -1,4 +1,7 @@
-"""Hugging Face folders of safetensors, over names that the caller gives: written tensor by tensor, read slice by slice."""
+"""Folders of safetensors as Hugging Face has them: written tensor by tensor, read slice by slice.
+
+The names of tensors are the caller's: nothing here knows a family.
+"""
 
 import json
 import shutil
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +22,9 @@ from ..layout import Box
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers writes them
-_PRODUCER = "trivium"  # marks a folder that may be replaced by the next export; anyone else's weights may not
+# Marks our own exports: the next export may replace them. Anyone else's weights it may not.
+_PRODUCER = "trivium"
+# What an export may hold.
 _EXPORTED = (
     "config.json",
     "generation_config.json",
@@ -39,7 +45,11 @@ _EXPORTED = (
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A tensor to be written: `make` is called when its turn comes, and gives it in any dtype and on any device."""
+    """A tensor to be written.
+
+    dtype: what it is written in
+    make: gives it, in any dtype and on any device, when its turn comes
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -48,15 +58,15 @@ class Outgoing:
 
     @property
     def num_bytes(self) -> int:
+        """Return its size in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
     def stored(self) -> Stored:
-        return Stored(
-            self.name,
-            DTYPE_NAMES[self.dtype],
-            self.shape,
-            lambda: host_bytes(self.make().to(self.dtype)),
-        )
+        """Return it as the writer of safetensors takes it."""
+        return Stored(self.name, DTYPE_NAMES[self.dtype], self.shape, self._bytes)
+
+    def _bytes(self) -> memoryview:
+        return host_bytes(self.make().to(self.dtype))
 
 
 def write_folder(
@@ -68,14 +78,17 @@ def write_folder(
     generation_config: dict | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a folder that `transformers` loads, and give it its name when it is complete. One tensor is held at a time. A former export
-    of that name is replaced.
-    Raises CheckpointError for a folder that holds anything else, and where a file cannot be written.
+    """Write a folder that transformers loads, and give it its name when it is complete.
+
+    One tensor is held at a time. A former export of that name is replaced.
+    Raises CheckpointError for a folder that holds anything else, and if a file cannot be written.
     """
-    folder, tokenizer_files = Path(folder).resolve(), [Path(path) for path in tokenizer_files]
-    _refuse_foreign(folder, {path.name for path in tokenizer_files})
+    folder = Path(folder).resolve()
+    tokenizer_files = [Path(path) for path in tokenizer_files]
+    tokenizer_names = {path.name for path in tokenizer_files}
+    _refuse_foreign(folder, tokenizer_names)
     temporary = folder.with_name(folder.name + ".tmp")
-    _refuse_foreign(temporary, {path.name for path in tokenizer_files}, complete=False)
+    _refuse_foreign(temporary, tokenizer_names, complete=False)
     try:
         if temporary.exists():
             publish.remove(temporary)
@@ -94,118 +107,137 @@ def write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class HFFolder:
-    """A Hugging Face folder open for reading. Only safetensors: a pickle is code, and is never loaded.
+class _Held(NamedTuple):
+    """A tensor in a file. dtype: None for one that is not among ours."""
 
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+class HFFolder:
+    """A Hugging Face folder open for reading. Only safetensors: a pickle is code.
+
+    config: its config.json
     Raises CheckpointError, here and in every method, for a file that is missing or broken.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
         self.config = read_json(self.path / "config.json")
-        self._where: dict[str, tuple[Path, tuple[int, ...], torch.dtype | None]] = {}
+        self._held: dict[str, _Held] = {}
         listed = self._weight_map()
-        for file in [SINGLE_FILE] if listed is None else sorted(set(listed.values())):
-            with open_shard(self.path / file) as shard:
-                for key in shard.keys():  # noqa: SIM118
-                    header = shard.get_slice(key)
-                    self._where[key] = (
-                        self.path / file,
-                        tuple(header.get_shape()),
-                        STORED_DTYPES.get(header.get_dtype()),
-                    )
+        files = [SINGLE_FILE] if listed is None else sorted(set(listed.values()))
+        for file in files:
+            self._read_headers(self.path / file)
         for name, file in (listed or {}).items():
-            if self._where.get(name, (None,))[0] != self.path / file:
+            held = self._held.get(name)
+            if held is None or held.file != self.path / file:
                 raise CheckpointError(
                     f"{self.path / INDEX_FILE} names {name} in {file}, which does not hold it"
                 )
 
+    def _read_headers(self, path: Path) -> None:
+        with open_shard(path) as shard:
+            for key in shard.keys():  # noqa: SIM118
+                header = shard.get_slice(key)
+                dtype = STORED_DTYPES.get(header.get_dtype())
+                self._held[key] = _Held(path, tuple(header.get_shape()), dtype)
+
     def names(self) -> list[str]:
-        return sorted(self._where)
+        """Return the names of all tensors."""
+        return sorted(self._held)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._find(name)[1]
+        """Return the shape of a tensor."""
+        return self._find(name).shape
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """None for a dtype that is not one of ours."""
-        return self._find(name)[2]
+        """Return what a tensor is stored in; None for a dtype that is not one of ours."""
+        return self._find(name).dtype
 
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
-        """A copy of one tensor, or of a box of it, in the dtype it is stored in."""
-        box = box if box is not None else tuple((0, size) for size in self.shape(name))
-        tensor = torch.empty([max(0, stop - start) for start, stop in box], dtype=self.dtype(name))
+        """Return a copy of one tensor, or of a box of it, in the dtype it is stored in."""
+        if box is None:
+            box = tuple((0, size) for size in self.shape(name))
+        shape = [max(0, stop - start) for start, stop in box]
+        tensor = torch.empty(shape, dtype=self.dtype(name))
         self.read_into(name, box, tensor)
         return tensor
 
     def read_into(self, name: str, box: Box, tensor: torch.Tensor) -> None:
         """Copy a box of one tensor into `tensor`, of its shape, straight from the file."""
-        file, shape, _ = self._find(name)
-        if len(box) != len(shape) or not all(
-            0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True)
-        ):
-            raise CheckpointError(f"{file}: box {box} is not inside {name}, which is {list(shape)}")
-        with open_shard(file) as shard:
+        held = self._find(name)
+        if not _is_inside(box, held.shape):
+            raise CheckpointError(
+                f"{held.file}: box {box} is not inside {name}, which is {list(held.shape)}"
+            )
+        with open_shard(held.file) as shard:
             tensor.copy_(read_box(shard, name, box))
 
-    def _find(self, name: str) -> tuple[Path, tuple[int, ...], torch.dtype | None]:
-        if name not in self._where:
+    def _find(self, name: str) -> _Held:
+        if name not in self._held:
             raise CheckpointError(f"{self.path} has no tensor {name}")
-        return self._where[name]
+        return self._held[name]
 
     def _weight_map(self) -> dict[str, str] | None:
-        """Tensor name -> file, by the index; None for the single file, which is preferred, as transformers does: an index may be left over."""
+        """Return tensor name -> file, as the index says; None for a folder with a single file.
+
+        The single file is preferred, as in transformers: an index beside it may be left over.
+        """
         if (self.path / SINGLE_FILE).is_file():
             return None
-        if (self.path / INDEX_FILE).is_file():
-            listed = read_json(self.path / INDEX_FILE).get("weight_map")
-            if not isinstance(listed, dict) or not all(
-                is_plain_name(file) for file in listed.values()
-            ):
-                raise CheckpointError(
-                    f"{self.path / INDEX_FILE} has no weight_map of plain file names"
-                )
+        index = self.path / INDEX_FILE
+        if index.is_file():
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(map(is_plain_name, listed.values())):
+                raise CheckpointError(f"{index} has no weight_map of plain file names")
             return listed
         pickles = sorted(path.name for path in self.path.glob("*.bin"))
-        hint = (
-            f"; {pickles[0]} is a pickle, which is never loaded: save it again with safe_serialization=True"
-            if pickles
-            else ""
-        )
+        hint = ""
+        if pickles:
+            hint = (
+                f"; {pickles[0]} is a pickle, which is never loaded: "
+                "save it again with safe_serialization=True"
+            )
         raise CheckpointError(f"{self.path} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
 
+def _is_inside(box: Box, shape: tuple[int, ...]) -> bool:
+    if len(box) != len(shape):
+        return False
+    dims = zip(box, shape, strict=True)
+    return all(0 <= start <= stop <= size for (start, stop), size in dims)
+
+
 def _write_weights(folder: Path, tensors: Sequence[Outgoing], max_shard_bytes: int) -> None:
-    shards: list[list[Outgoing]] = [[]]
-    for tensor in tensors:
-        if (
-            shards[-1]
-            and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > max_shard_bytes
-        ):
-            shards.append([])
-        shards[-1].append(tensor)
+    shards = _shards(tensors, max_shard_bytes)
     count = len(shards)
-    files = (
-        [SINGLE_FILE]
-        if count == 1
-        else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    )
+    files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        files = [SINGLE_FILE]
+    weight_map: dict[str, str] = {}
     for file, shard in zip(files, shards, strict=True):
-        write_shard(
-            folder / file,
-            [tensor.stored() for tensor in shard],
-            metadata={"format": "pt", "producer": _PRODUCER},
-        )
+        stored = [tensor.stored() for tensor in shard]
+        write_shard(folder / file, stored, metadata={"format": "pt", "producer": _PRODUCER})
+        weight_map |= {tensor.name: file for tensor in shard}
     if count > 1:
-        weight_map = {
-            tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard
-        }
-        _write_json(
-            folder / INDEX_FILE,
-            {
-                "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
-                "weight_map": weight_map,
-            },
-        )
+        total = sum(tensor.num_bytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / INDEX_FILE, index)
+
+
+def _shards(tensors: Sequence[Outgoing], max_shard_bytes: int) -> list[list[Outgoing]]:
+    """Cut tensors, in their order, into files of at most `max_shard_bytes`, one tensor at least."""
+    shards: list[list[Outgoing]] = [[]]
+    num_bytes = 0  # in the last shard
+    for tensor in tensors:
+        if shards[-1] and num_bytes + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+            num_bytes = 0
+        shards[-1].append(tensor)
+        num_bytes += tensor.num_bytes
+    return shards
 
 
 def _write_json(path: Path, tree: dict) -> None:
@@ -214,9 +246,10 @@ def _write_json(path: Path, tree: dict) -> None:
 
 
 def _refuse_foreign(folder: Path, tokenizer_names: set[str], *, complete: bool = True) -> None:
-    """Raises CheckpointError unless `folder` is absent, empty, or holds what an export of ours holds and nothing else.
+    """Raise CheckpointError unless a folder may be replaced.
 
-    complete: a former export rather than what is left of one that was killed.
+    It may if it is absent or empty, or if it holds what an export of ours holds and nothing else.
+    complete: a former export is expected, rather than what is left of one that was killed
     """
     if not folder.exists():
         return
@@ -224,10 +257,7 @@ def _refuse_foreign(folder: Path, tokenizer_names: set[str], *, complete: bool =
         raise CheckpointError(f"{folder} is a file, not a folder to export into")
     found = sorted(folder.iterdir())
     for path in found:
-        known = path.name in tokenizer_names or any(
-            fnmatch(path.name, pattern) for pattern in _EXPORTED
-        )
-        if not known or not path.is_file():
+        if not _is_exported(path, tokenizer_names):
             raise CheckpointError(
                 f"{folder} holds {path.name}, which no export wrote; give another folder"
             )
@@ -237,9 +267,19 @@ def _refuse_foreign(folder: Path, tokenizer_names: set[str], *, complete: bool =
         raise CheckpointError(
             f"{folder} is not a former export: it has no config.json; give another folder"
         )
-    for path in (path for path in found if path.suffix == ".safetensors"):
-        with open_shard(path) as shard:
-            if (shard.metadata() or {}).get("producer") != _PRODUCER:
-                raise CheckpointError(
-                    f"{folder} holds {path.name}, which no export of ours wrote; give another folder"
-                )
+    for path in found:
+        if path.suffix == ".safetensors" and not _is_ours(path):
+            raise CheckpointError(
+                f"{folder} holds {path.name}, which no export of ours wrote; give another folder"
+            )
+
+
+def _is_exported(path: Path, tokenizer_names: set[str]) -> bool:
+    """Return whether a file has a name that an export gives."""
+    patterns = any(fnmatch(path.name, pattern) for pattern in _EXPORTED)
+    return path.is_file() and (patterns or path.name in tokenizer_names)
+
+
+def _is_ours(path: Path) -> bool:
+    with open_shard(path) as shard:
+        return (shard.metadata() or {}).get("producer") == _PRODUCER

@@ -1,6 +1,10 @@
-"""The names of each Hugging Face family: where our tensors lie in a folder of its. Several of ours under one name are fused, in that order."""
+"""The names of tensors in Hugging Face folders, family by family.
 
-from collections.abc import Iterator
+A family whose tensors are named as Llama's needs nothing here. Another one gets a row in _NAMES.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -9,99 +13,134 @@ from ..layout import layout_of
 from ..model.gpt import GPT
 from ..ops import Ops
 from .families import family_of
-from .name_map import Place, Run
+from .name_map import Correspondence, Run
 
-_LLAMA = {
-    "attention_norm": "input_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "attention.out": "self_attn.o_proj",
-    "attention_post_norm": "post_attention_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-    "mlp_post_norm": "post_feedforward_layernorm",
-}
-_PHI3 = _LLAMA | dict.fromkeys(("attention.q", "attention.k", "attention.v"), "self_attn.qkv_proj")
-_PHI3 |= dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj")
-_GEMMA = _LLAMA | {"mlp_norm": "pre_feedforward_layernorm"}
-_GPT2 = {
-    "attention_norm": "ln_1",
-    **dict.fromkeys(("attention.q", "attention.k", "attention.v"), "attn.c_attn"),
-    "attention.out": "attn.c_proj",
-    "mlp_norm": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-}
-_NEOX = {
-    "attention_norm": "input_layernorm",
-    **dict.fromkeys(("attention.q", "attention.k", "attention.v"), "attention.query_key_value"),
-    "attention.out": "attention.dense",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.up": "mlp.dense_h_to_4h",
-    "mlp.down": "mlp.dense_4h_to_h",
-}
-_LLAMA_ENDS = {
-    "embedding.word": "model.embed_tokens",
-    "final_norm": "model.norm",
-    "head": "lm_head",
-}
-_LAYERS = {
-    "gpt2": ("transformer.h.", _GPT2),
-    "gpt_neox": ("gpt_neox.layers.", _NEOX),
-    "phi3": ("model.layers.", _PHI3),
-}
-_LAYERS |= dict.fromkeys(("gemma2", "gemma3_text"), ("model.layers.", _GEMMA))
-_ENDS = {
-    "gpt2": {
+_QUERY_KEY_VALUE = ("attention.q", "attention.k", "attention.v")
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a family names its tensors.
+
+    layers: what stands before the number of a layer
+    inside: our names inside a layer -> theirs. Several of ours under one name are fused, in order
+    ends: our names outside the layers -> theirs
+    by_head: what is fused goes head by head: q, k, v of head 0, q, k, v of head 1, ...
+    transposed: matrices inside the layers are stored as [columns, rows]
+    """
+
+    layers: str
+    inside: Mapping[str, str]
+    ends: Mapping[str, str]
+    by_head: bool = False
+    transposed: bool = False
+
+    def of(self, part: str) -> str:
+        """Return the name of the tensor that holds our part."""
+        stem, _, kind = part.rpartition(".")
+        if not stem.startswith("layers."):
+            return f"{self.ends[stem]}.{kind}"
+        _, layer, inside = stem.split(".", 2)
+        return f"{self.layers}{layer}.{self.inside[inside]}.{kind}"
+
+
+_LLAMA = Names(
+    layers="model.layers.",
+    inside={
+        "attention_norm": "input_layernorm",
+        "attention.q": "self_attn.q_proj",
+        "attention.k": "self_attn.k_proj",
+        "attention.v": "self_attn.v_proj",
+        "attention.q_norm": "self_attn.q_norm",
+        "attention.k_norm": "self_attn.k_norm",
+        "attention.out": "self_attn.o_proj",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp.gate": "mlp.gate_proj",
+        "mlp.up": "mlp.up_proj",
+        "mlp.down": "mlp.down_proj",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+    ends={
+        "embedding.word": "model.embed_tokens",
+        "final_norm": "model.norm",
+        "head": "lm_head",
+    },
+)
+_GEMMA = replace(_LLAMA, inside={**_LLAMA.inside, "mlp_norm": "pre_feedforward_layernorm"})
+_PHI3 = replace(
+    _LLAMA,
+    inside={
+        **_LLAMA.inside,
+        **dict.fromkeys(_QUERY_KEY_VALUE, "self_attn.qkv_proj"),
+        **dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj"),
+    },
+)
+_GPT2 = Names(
+    layers="transformer.h.",
+    inside={
+        "attention_norm": "ln_1",
+        **dict.fromkeys(_QUERY_KEY_VALUE, "attn.c_attn"),
+        "attention.out": "attn.c_proj",
+        "mlp_norm": "ln_2",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    },
+    ends={
         "embedding.word": "transformer.wte",
         "embedding.position": "transformer.wpe",
         "final_norm": "transformer.ln_f",
         "head": "lm_head",
     },
-    "gpt_neox": {
+    transposed=True,  # transformers kept OpenAI's Conv1D, whose weight is [columns, rows]
+)
+_NEOX = Names(
+    layers="gpt_neox.layers.",
+    inside={
+        "attention_norm": "input_layernorm",
+        **dict.fromkeys(_QUERY_KEY_VALUE, "attention.query_key_value"),
+        "attention.out": "attention.dense",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp.up": "mlp.dense_h_to_4h",
+        "mlp.down": "mlp.dense_4h_to_h",
+    },
+    ends={
         "embedding.word": "gpt_neox.embed_in",
         "final_norm": "gpt_neox.final_layer_norm",
         "head": "embed_out",
     },
+    by_head=True,
+)
+# model_type -> names. All other families are named as Llama.
+_NAMES = {
+    "gpt2": _GPT2,
+    "gpt_neox": _NEOX,
+    "phi3": _PHI3,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
 }
 
 
-def hf_places(config: ModelConfig, vocab_size: int) -> dict[str, Place]:
-    """Part name -> its place in a folder of the model's family, in the order of the model. Raises ValueError where it has none."""
-    family = family_of(config).model_type
-    by_head = config.head_size if family == "gpt_neox" else None
-    return _places(family, part_shapes(config, vocab_size), by_head, transposes=family == "gpt2")
+def hf_correspondences(config: ModelConfig, vocab_size: int) -> dict[str, Correspondence]:
+    """Return where each of our parts lies in a folder of the model's family, in model order.
+
+    Raises ValueError where no family has such a model.
+    """
+    names = _NAMES.get(family_of(config).model_type, _LLAMA)
+    return _correspondences(names, config, vocab_size)
 
 
-def nanogpt_places(config: ModelConfig, vocab_size: int) -> dict[str, Place]:
-    """As hf_places, in the model of a nanoGPT checkpoint: GPT-2's names, matrices the usual way round."""
-    return _places("gpt2", part_shapes(config, vocab_size), None, transposes=False)
+def nanogpt_correspondences(config: ModelConfig, vocab_size: int) -> dict[str, Correspondence]:
+    """Return where each of our parts lies in a nanoGPT checkpoint.
 
-
-def _places(
-    family: str, shapes: dict[str, tuple[int, ...]], by_head: int | None, transposes: bool
-) -> dict[str, Place]:
-    prefix, inside = _LAYERS.get(family, ("model.layers.", _LLAMA))
-    ends = _ENDS.get(family, _LLAMA_ENDS)
-    names: dict[str, str] = {}
-    for part in shapes:
-        stem, _, kind = part.rpartition(".")
-        if stem.startswith("layers."):
-            _, layer, stem = stem.split(".", 2)
-            names[part] = f"{prefix}{layer}.{inside[stem]}.{kind}"
-        else:
-            names[part] = f"{ends[stem]}.{kind}"
-    return dict(_placed(shapes, names, by_head, transposes))
+    It has GPT-2's names, with matrices the usual way round.
+    """
+    return _correspondences(replace(_GPT2, transposed=False), config, vocab_size)
 
 
 def part_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Every part of a whole model by name, in its order, with its global shape. Nothing is allocated."""
-    with torch.device("meta"):
+    """Return every part of a whole model, in its order, with its global shape."""
+    with torch.device("meta"):  # nothing is allocated
         model = GPT(config, vocab_size, ops=Ops(), seed=None)
     return {
         part.name: part.shape
@@ -110,25 +149,34 @@ def part_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ..
     }
 
 
-def _placed(
-    shapes: dict[str, tuple[int, ...]], names: dict[str, str], by_head: int | None, transposes: bool
-) -> Iterator[tuple[str, Place]]:
-    """by_head: what is fused is so head by head of this size. transposes: the matrices inside the layers are stored columns first."""
-    fused: dict[str, list[str]] = {}
-    for part, name in names.items():
-        fused.setdefault(name, []).append(part)
-    for part, name in names.items():
-        together, shape = fused[name], shapes[part]
-        rows, index = [shapes[other][0] for other in together], together.index(part)
-        whole, transposed = (
-            (sum(rows), *shape[1:]),
-            transposes and len(shape) == 2 and part.startswith("layers."),
-        )
-        if by_head is not None and len(together) > 1:
-            runs = tuple(
-                Run(head * by_head, (head * len(together) + index) * by_head, by_head)
-                for head in range(shape[0] // by_head)
-            )
+def _correspondences(
+    names: Names, config: ModelConfig, vocab_size: int
+) -> dict[str, Correspondence]:
+    shapes = part_shapes(config, vocab_size)
+    fused: dict[str, list[str]] = {}  # their name -> our parts in it, in order
+    for part in shapes:
+        fused.setdefault(names.of(part), []).append(part)
+    found = {}
+    for part, shape in shapes.items():
+        name = names.of(part)
+        together = fused[name]
+        whole = (sum(shapes[other][0] for other in together), *shape[1:])
+        is_matrix = len(shape) == 2 and part.startswith("layers.")
+        transposed = names.transposed and is_matrix
+        if names.by_head and len(together) > 1:
+            runs = _runs_by_head(together.index(part), len(together), shape[0], config.head_size)
         else:
-            runs = (Run(0, sum(rows[:index]), shape[0]),)
-        yield part, Place(name, whole[::-1] if transposed else whole, runs, transposed)
+            before = together[: together.index(part)]
+            first = sum(shapes[other][0] for other in before)
+            runs = (Run(0, first, shape[0]),)
+        their_shape = whole[::-1] if transposed else whole
+        found[part] = Correspondence(name, their_shape, runs, transposed)
+    return found
+
+
+def _runs_by_head(index: int, count: int, rows: int, head_size: int) -> tuple[Run, ...]:
+    """Return the rows of the `index`-th of `count` parts that are fused head by head."""
+    heads = range(rows // head_size)
+    return tuple(
+        Run(head * head_size, (head * count + index) * head_size, head_size) for head in heads
+    )

@@ -1,50 +1,45 @@
-"""A nanoGPT checkpoint (ckpt.pt) as a source of our tensors. It is a pickle: only PyTorch's unpickler of plain values and tensors reads it."""
+"""A nanoGPT checkpoint (ckpt.pt) as a source of our tensors.
 
+It is a pickle, so only PyTorch's reader of plain values and tensors (weights_only) opens it.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
 from ..checkpoint.manifest import CheckpointError
 from ..config import ModelConfig, wrong_types
 from ..config.validate import model_problems
-from .hf_names import nanogpt_places, part_shapes
+from .hf_names import nanogpt_correspondences, part_shapes
+from .name_map import their_shapes
 
 FILE_NAME = "ckpt.pt"
 _COMPILED = "_orig_mod."  # torch.compile's prefix
-_HEAD, _MASK = (
-    "lm_head.weight",
-    ".attn.bias",
-)  # the head is the embedding; old versions kept the causal mask
+_HEAD = "lm_head.weight"  # it is the embedding
+_WORDS = "transformer.wte.weight"
+_MASK = ".attn.bias"  # old versions kept the causal mask
 
 
 class NanoGPT:
-    """The weights of ckpt.pt, `config` and `vocab_size` in our terms; the optimizer's state is left out.
+    """The weights of ckpt.pt, without the optimizer's state.
 
-    Norms without bias get one of zero. Raises CheckpointError for a file that holds other objects than numbers, text, containers and
-    tensors, which are code, and for one that is no nanoGPT checkpoint.
+    config: our configuration of its model
+    vocab_size: rows of its embedding
+
+    Norms without bias get one of zero. Raises CheckpointError for a file that holds objects other
+    than numbers, text, containers and tensors, and for one that is no nanoGPT checkpoint.
     """
 
     def __init__(self, folder: Path):
         self.path = Path(folder) / FILE_NAME
-        try:
-            held = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path} is missing") from None
-        except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            reason = (
-                "it holds other objects, which are code"
-                if isinstance(error, UnpicklingError)
-                else "it is no file of torch.save's"
-            )
-            raise CheckpointError(
-                f"{self.path} cannot be read as plain values and tensors: {reason}"
-            ) from None
+        held = _load(self.path)
         try:
             self.config, self.vocab_size = _config(held["model_args"])
-            self._tensors = {
-                name.removeprefix(_COMPILED): tensor for name, tensor in held["model"].items()
-            }
+            named = held["model"].items()
+            self._tensors = {name.removeprefix(_COMPILED): tensor for name, tensor in named}
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"{self.path} is no nanoGPT checkpoint: {error} is missing or of the wrong kind"
@@ -53,63 +48,82 @@ class NanoGPT:
             raise CheckpointError(f"{self.path}: {'; '.join(problems)}")
         if type(self.vocab_size) is not int or self.vocab_size < 1:
             raise CheckpointError(f"{self.path}: vocab_size is {self.vocab_size!r}")
-        self._places, self._shapes = (
-            nanogpt_places(self.config, self.vocab_size),
-            part_shapes(self.config, self.vocab_size),
-        )
+        self._correspondences = nanogpt_correspondences(self.config, self.vocab_size)
+        self._shapes = part_shapes(self.config, self.vocab_size)
         self._check()
 
     def names(self) -> list[str]:
-        return list(self._places)
+        """Return our names, in the order of the model."""
+        return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of our tensor `name`."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensors["transformer.wte.weight"].dtype
+        """Return the dtype of the checkpoint, which has one for all its weights."""
+        return self._tensors[_WORDS].dtype
 
     def read(self, name: str) -> torch.Tensor:
-        place = self._places[name]
-        if place.name not in self._tensors:  # the bias of a norm that has none
+        """Return a whole tensor of ours on the CPU."""
+        found = self._correspondences[name]
+        if found.name not in self._tensors:  # the bias of a norm that has none
             return torch.zeros(self._shapes[name], dtype=self.dtype(name))
-        (run,) = place.runs
-        return self._tensors[place.name][run.theirs : run.theirs + run.count]
+        (run,) = found.runs
+        return self._tensors[found.name][run.theirs : run.theirs + run.num_rows]
 
     def _check(self) -> None:
-        wanted = {place.name: place.shape for place in self._places.values()}
-        optional = (
-            {place.name for part, place in self._places.items() if part.endswith("norm.bias")}
-            if self.config.disable_bias_linear
-            else set()
-        )
+        """Raise CheckpointError unless the tensors are those of the model, and no others."""
+        wanted = their_shapes(self._correspondences)
+        optional = set()
+        if self.config.disable_bias_linear:
+            biases = (part for part in self._shapes if part.endswith("norm.bias"))
+            optional = {self._correspondences[part].name for part in biases}
         for name, shape in wanted.items():
-            tensor = self._tensors.get(name)
-            if tensor is not None and not (
-                isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-            ):
-                raise CheckpointError(f"{self.path}: {name} is no tensor of floating-point numbers")
-            found = None if tensor is None else tuple(tensor.shape)
-            if found != shape and not (found is None and name in optional):
-                raise CheckpointError(
-                    f"{self.path}: {name} is {found and list(found)}, its model_args make it {list(shape)}"
-                )
+            self._check_tensor(name, shape, name in optional)
         head = self._tensors.get(_HEAD)
-        if head is not None and not torch.equal(head, self._tensors["transformer.wte.weight"]):
+        if head is not None and not torch.equal(head, self._tensors[_WORDS]):
             raise CheckpointError(
                 f"{self.path}: {_HEAD} is not the embedding that nanoGPT ties it to"
             )
-        unknown = sorted(
-            name
-            for name in self._tensors
-            if name not in wanted and name != _HEAD and not name.endswith(_MASK)
-        )
+        others = sorted(set(self._tensors) - set(wanted) - {_HEAD})
+        unknown = [name for name in others if not name.endswith(_MASK)]
         if unknown:
             raise CheckpointError(
                 f"{self.path} holds {unknown[0]}, which nanoGPT's model does not have"
             )
 
+    def _check_tensor(self, name: str, shape: tuple[int, ...], is_optional: bool) -> None:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            if not is_optional:
+                raise CheckpointError(
+                    f"{self.path}: {name} is None, its model_args make it {list(shape)}"
+                )
+            return
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise CheckpointError(f"{self.path}: {name} is no tensor of floating-point numbers")
+        found = tuple(tensor.shape)
+        if found != shape:
+            raise CheckpointError(
+                f"{self.path}: {name} is {list(found)}, its model_args make it {list(shape)}"
+            )
 
-def _config(args: dict) -> tuple[ModelConfig, int]:
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except UnpicklingError:
+        reason = "it holds other objects, which are code"
+    except (RuntimeError, EOFError, OSError):
+        reason = "it is no file of torch.save's"
+    raise CheckpointError(f"{path} cannot be read as plain values and tensors: {reason}")
+
+
+def _config(args: Mapping[str, Any]) -> tuple[ModelConfig, int]:
+    """Return our configuration, and the vocabulary, of a checkpoint's model_args."""
     hidden, heads = args["n_embd"], args["n_head"]
     config = ModelConfig(
         num_layers=args["n_layer"],

@@ -1,4 +1,4 @@
-"""A trained model for use rather than training: from a checkpoint of ours or from a Hugging Face folder."""
+"""A trained model to use, from a checkpoint of ours or from a Hugging Face folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,10 @@ from .hf_model import HFModel, is_hf_folder, tokenizer_of
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in evaluation mode on its device, and how the text it was trained on was tokenized (as far as its folder tells)."""
+    """A model in evaluation mode on its device.
+
+    tokenizer: the flags of the tokenizer it was trained with, as far as its folder tells
+    """
 
     model: GPT
     tokenizer: DataConfig
@@ -41,11 +44,10 @@ def load_pretrained(
             f"{path} is a Hugging Face folder, which holds no iterations: leave --ckpt-step out"
         )
     run_ops = ops.select_ops(kernels, device, dtype)
-    model, tokenizer = (
-        _from_hf(path, run_ops)
-        if is_hf_folder(path)
-        else _from_checkpoint(path, run_ops, ckpt_step)
-    )
+    if is_hf_folder(path):
+        model, tokenizer = _from_hf(path, run_ops)
+    else:
+        model, tokenizer = _from_checkpoint(path, run_ops, ckpt_step)
     return Pretrained(model.to_device(device, dtype).eval(), tokenizer)
 
 

@@ -17,7 +17,7 @@ from trivium.config import flags, resolve
 from trivium.config.validate import validate
 from trivium.decode.generate import Decoder, generate
 from trivium.decode.sampling import Sampling
-from trivium.interop.export import export_weights
+from trivium.interop.export import Beside, export_weights
 from trivium.interop.families import export_problems
 from trivium.interop.hf_model import HFModel
 from trivium.interop.name_map import assemble, their_shapes
@@ -63,7 +63,8 @@ def test_every_gradient_is_that_of_transformers(name, tmp_path):
         part.name: part.within(p.grad) for p in model.parameters() for part in p.param_layout.parts
     }
     found = {
-        their: assemble(their, source.places, ours.get) for their in their_shapes(source.places)
+        their: assemble(their, source.correspondences, ours.get)
+        for their in their_shapes(source.correspondences)
     }
     expected = {
         ("embed_out.weight" if key == "lm_head.weight" and "neox" in name else key): p.grad
@@ -91,8 +92,7 @@ def test_logits_are_those_of_transformers_and_weights_go_back_bit_for_bit(name, 
         source.read,
         tmp_path / "ours",
         source.dtype,
-        [],
-        {"eos_token_id": 2},
+        Beside([], {"eos_token_id": 2}),
     )
     before, after = (
         load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "ours")
@@ -373,9 +373,8 @@ def test_what_is_exported_transformers_loads_and_computes_alike(line, family, tm
     parts = {
         part.name: part.within(p.data) for p in model.parameters() for part in p.param_layout.parts
     }
-    export_weights(
-        config, VOCAB, parts.get, tmp_path, lambda name: torch.float32, [], {"eos_token_id": 2}
-    )
+    beside = Beside([], {"eos_token_id": 2})
+    export_weights(config, VOCAB, parts.get, tmp_path, lambda name: torch.float32, beside)
     peer = reloaded(tmp_path)
     expected = peer(tokens_of()).logits
     assert peer.config.model_type == family

@@ -7,7 +7,7 @@ import torch
 from models import GPT2, LLAMA, VOCAB, llama_of, model_of, pieces_of, tokens_of
 
 from trivium import rng
-from trivium.interop.hf_names import hf_places
+from trivium.interop.hf_names import hf_correspondences
 from trivium.model.tokens import TokenContext
 
 transformers = pytest.importorskip("transformers")
@@ -33,7 +33,10 @@ def test_llama_equals_transformers_in_logits_and_every_gradient(change):
                 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
                 * (p != 0)
             )
-    peer, places = llama_of(model, attn_implementation="eager"), hf_places(model.config, VOCAB)
+    peer, places = (
+        llama_of(model, attn_implementation="eager"),
+        hf_correspondences(model.config, VOCAB),
+    )
     tokens, labels = tokens_of(), tokens_of().roll(-1, dims=1)
     expected = peer(tokens).logits
     logits = model(tokens)[..., :VOCAB]
