@@ -11,7 +11,7 @@ from benchmarks.candidate import parse_config
 from benchmarks.engine import vocabulary
 from benchmarks.layouts import WARM_UP, Job, Measurement, run_layout, summary
 from benchmarks.table import Column, Row, Table, number, ratio, share
-from trivium.estimate.candidate import Layout
+from trivium.estimate.run_plan import Layout
 from trivium.estimate.costs import Hardware
 
 MODEL = (

@@ -27,7 +27,7 @@ from trivium.config.megatron_flags import ALIASES
 from trivium.config.presets import PRESETS, published_vocabulary
 from trivium.config.validate import validate
 from trivium.data.tokenizer import build_tokenizer
-from trivium.estimate.candidate import Layout
+from trivium.estimate.run_plan import Layout
 from trivium.estimate.costs import Hardware
 from trivium.estimate.draw import check_picture, draw
 from trivium.estimate.report import as_json, comparison, report, schedule_report, timeline_json

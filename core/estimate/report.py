@@ -6,7 +6,7 @@ from typing import Any
 
 from ..pipeline.plan import Costs, Plan
 from ..pipeline.simulate import Timeline
-from .candidate import Layout, RankMemory
+from .run_plan import Layout, RankMemory
 from .costs import Times
 from .flops import total_parameters
 

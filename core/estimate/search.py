@@ -12,7 +12,7 @@ from ..config import SHARDING_STRATEGIES, Config, resolve
 from ..config.validate import validate
 from ..pipeline.plan import make_plan
 from .activations import Activations, Cut, activations_of
-from .candidate import Layout, Moment, fullest, moments
+from .run_plan import Layout, Moment, fullest, moments
 from .costs import (
     Hardware,
     Times,

@@ -27,7 +27,7 @@ from trivium.config import Config, flags, resolve
 from trivium.config.presets import PRESETS
 from trivium.config.validate import validate
 from trivium.estimate.activations import Activations
-from trivium.estimate.candidate import Layout, fullest, moments, simulated_microbatches
+from trivium.estimate.run_plan import Layout, fullest, moments, simulated_microbatches
 from trivium.estimate.costs import Hardware, exposed, gather
 from trivium.estimate.draw import BUBBLE, boxes_of, figure_of
 from trivium.estimate.report import as_json
@@ -182,7 +182,7 @@ def test_long_runs_are_timed_by_their_first_micro_batches(schedule, p, v, monkey
     short = layout_of(line, p)
     assert short.num_microbatches == 300 and short.plan.num_microbatches < 100
     whole = layout_of(line, p)
-    monkeypatch.setattr("trivium.estimate.candidate.simulated_microbatches", lambda p, m: m)
+    monkeypatch.setattr("trivium.estimate.run_plan.simulated_microbatches", lambda p, m: m)
     assert whole.plan.num_microbatches == 300
     assert short.makespan == pytest.approx(whole.makespan, rel=1e-6)
     assert [rank.total for rank in short.memory] == [rank.total for rank in whole.memory]
