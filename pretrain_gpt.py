@@ -23,7 +23,7 @@ from trivium.data.dataset import Datasets, build_datasets
 from trivium.data.errors import DataError
 from trivium.data.loader import MicroBatches
 from trivium.data.tokenizer import Tokenizer, build_tokenizer
-from trivium.estimate.flops import total_parameters
+from trivium.estimate.parameters import total_parameters
 from trivium.interop import families
 from trivium.interop.export import export_hf
 from trivium.mesh import Mesh

@@ -11,8 +11,8 @@ from benchmarks.candidate import parse_config
 from benchmarks.engine import vocabulary
 from benchmarks.layouts import WARM_UP, Job, Measurement, run_layout, summary
 from benchmarks.table import Column, Row, Table, number, ratio, share
-from trivium.estimate.run_plan import Layout
 from trivium.estimate.costs import Hardware
+from trivium.estimate.run_plan import RunPlan
 
 MODEL = (
     "--num-layers 4 --hidden-size 256 --num-attention-heads 8"
@@ -95,7 +95,7 @@ def jobs_for(devices: int, steps: int) -> dict[str, Job]:
 def estimated_memory(job: Job) -> int:
     """Return the bytes of rank 0 at its fullest, by the formulas of tools/plan.py."""
     config = parse_config(job.arguments, job.processes)
-    return Layout(config, vocabulary(config), job.processes, Hardware()).memory[0].total
+    return RunPlan(config, vocabulary(config), job.processes, Hardware()).memory[0].total
 
 
 TABLE = Table(

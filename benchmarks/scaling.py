@@ -20,7 +20,7 @@ from benchmarks.peer_plain import plain
 from benchmarks.side_by_side import Limits
 from benchmarks.table import Column, Row, Table, number, ratio, share
 from benchmarks.train import measure
-from trivium.estimate.flops import total_parameters
+from trivium.estimate.parameters import total_parameters
 
 # name: processes, flags. Each has the micro-batch that suits it: a pipeline needs several.
 LAYOUTS = {

@@ -11,7 +11,7 @@ import pretrain_gpt
 from trivium.config import Config, ConfigError, flags, megatron_flags, resolve
 from trivium.config.presets import PRESETS, published_vocabulary
 from trivium.config.validate import validate
-from trivium.estimate.flops import total_parameters
+from trivium.estimate.parameters import total_parameters
 from trivium.interop.families import read_flags
 from trivium.launch import Process
 from trivium.mesh import Mesh

@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "parallel": FOUNDATION,
     "model": FOUNDATION | {"parallel"},
     "model.shape": {"config", "role"},
-    "estimate": {"pipeline"},
+    "estimate": {"role", "model.shape", "pipeline"},
     "decode": {"model", "ops", "parallel"},
     "interop": FOUNDATION | {"data", "checkpoint", "model"},
     "train": FOUNDATION
@@ -100,6 +100,10 @@ WITHOUT_TORCH = {
     "pipeline.simulate",
     "pipeline.split",
     "pipeline.from_flags",
+    "estimate",
+    "estimate.planning",
+    "estimate.report",
+    "estimate.draw",
 }
 FORBIDDEN = {  # of others' packages
     "mesh": ("torch.nn",),

@@ -1,7 +1,11 @@
 """FLOP and parameter counts against numbers worked out by hand."""
 
 from trivium.config import ModelConfig
-from trivium.estimate.flops import flops_per_token, matrix_parameters, peak_flops, total_parameters
+from trivium.estimate.flops import flops_per_token, peak_flops
+from trivium.estimate.parameters import (
+    matrix_parameters,
+    total_parameters,
+)
 from trivium.model.gpt import GPT
 from trivium.ops import Ops
 

@@ -17,9 +17,15 @@ from trivium.config import Config, flags, key_value_copies, resolve
 from trivium.config.presets import PRESETS
 from trivium.config.sizes import LOGITS_AT_A_TIME
 from trivium.config.validate import validate
-from trivium.estimate.activations import Cut, activations_of, layer_saved
-from trivium.estimate.flops import total_parameters
-from trivium.estimate.memory import Chunk, layer_weights, state_of, weights_of
+from trivium.estimate.activations import activations_of, layer_saved
+from trivium.estimate.memory import state_of
+from trivium.estimate.parameters import (
+    ModelChunk,
+    layer_parameters,
+    local_parameters,
+    total_parameters,
+)
+from trivium.estimate.pass_spec import PassSpec
 from trivium.gradients import Deferral
 from trivium.launch import Process, plan_mesh
 from trivium.mesh import Mesh
@@ -35,7 +41,7 @@ from trivium.precision import working_dtype
 from trivium.testing import run_ranks
 from trivium.train.build import build_optimizer, build_passes
 
-CPU, VOCAB, WHOLE = torch.device("cpu"), 100, Chunk(3)
+CPU, VOCAB, WHOLE = torch.device("cpu"), 100, ModelChunk(3)
 RUN = (
     "--num-layers 8 --hidden-size 64 --num-attention-heads 8 --seq-length 64 --micro-batch-size 2 --global-batch-size 32 --train-iters 2 "
     "--lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 99 --mock-data --device cpu --make-vocab-size-divisible-by 16 "
@@ -82,7 +88,8 @@ def test_llama3_8b_by_hand():
     model = resolve(Config.of(PRESETS["llama3-8b"] | {"seq_length": 8192}), 1).model
     assert total_parameters(model, 128256) == 8_030_261_248
     assert (
-        sum(weight.numel for weight in weights_of(model, 128256, 1, [Chunk(32)])) == 8_030_261_248
+        sum(weight.numel for weight in local_parameters(model, 128256, 1, [ModelChunk(32)]))
+        == 8_030_261_248
     )
 
 
@@ -91,16 +98,18 @@ def test_llama3_405b_on_16_tensor_parallel_ranks_by_hand():
     model = resolve(Config.of(PRESETS["llama3.1-405b"] | {"seq_length": 8192}), 1).model
     layer = 2 * 16384**2 // 16 + 2 * 16384 * 128 + 3 * 16384 * 53248 // 16 + 2 * 16384
     for chunk, ends in (
-        (Chunk(7, True, False), 1),
-        (Chunk(8, False, False), 0),
-        (Chunk(7, False, True), 1),
+        (ModelChunk(7, True, False), 1),
+        (ModelChunk(8, False, False), 0),
+        (ModelChunk(7, False, True), 1),
     ):
         expected = chunk.layers * layer + ends * 128256 * 16384 // 16 + 16384 * chunk.predicts
         assert (
             model.padded_vocabulary(128256, 16) == 129024 and 129024 != 128256
         )  # so padding counts too
         expected += ends * (129024 - 128256) * 16384 // 16
-        assert sum(weight.numel for weight in weights_of(model, 128256, 16, [chunk])) == expected
+        assert (
+            sum(weight.numel for weight in local_parameters(model, 128256, 16, [chunk])) == expected
+        )
 
 
 def test_state_of_llama3_8b_on_8_ranks_by_hand():
@@ -116,12 +125,8 @@ def test_state_of_llama3_8b_on_8_ranks_by_hand():
         ("optim_grads_params", None, 4 * p / 8, 12 * p / 8),
     ):
         config = resolve(Config.of(model | {"data_parallel_sharding_strategy": strategy}), 8)
-        state = state_of(
-            weights_of(config.model, 128256, 1, [Chunk(32)]),
-            config,
-            1 if strategy == "no_shard" else 8,
-            8,
-        )
+        shards = 1 if strategy == "no_shard" else 8
+        state = state_of(config, 128256, [ModelChunk(32)], shards=shards, copies=8)
         assert state.gradients == pytest.approx(
             gradients, rel=1e-6
         ) and state.optimizer == pytest.approx(optimizer, rel=1e-6)
@@ -140,13 +145,10 @@ def test_state_of_llama3_8b_on_8_ranks_by_hand():
 def test_zero_3_holds_the_heads_gradient_beside_a_layers():
     """Which the loss made: 2 bytes of 112 x 64 in bf16, and 6 of a layer; where there is no head, as on the first of two stages, those 6 alone."""
     config = config_of(f"{LLAMA}--bf16 {STRATEGY} optim_grads_params ", 2)
-    layer = sum(weight.numel for weight in layer_weights(config.model, 1))
-    for chunk, head in ((Chunk(8), 2 * 112 * 64), (Chunk(4, True, False), 0)):
-        assert (
-            state_of(weights_of(config.model, VOCAB, 1, [chunk]), config, 2, 2).transient
-            == 6 * layer + head
-            > 6 * 2 * 112 * 64
-        )
+    layer = sum(weight.numel for weight in layer_parameters(config.model, 1))
+    for chunk, head in ((ModelChunk(8), 2 * 112 * 64), (ModelChunk(4, True, False), 0)):
+        state = state_of(config, VOCAB, [chunk], shards=2, copies=2)
+        assert state.transient == 6 * layer + head > 6 * 2 * 112 * 64
 
 
 LAYOUTS = [
@@ -201,13 +203,9 @@ def test_state_is_what_is_allocated(world_size, layout, model):
         held = [
             specs[placement.stage(mesh.pp.rank, chunk)] for chunk in range(placement.num_chunks)
         ]
-        chunks = [Chunk(len(spec.layers), spec.embeds, spec.predicts) for spec in held]
-        state = state_of(
-            weights_of(config.model, VOCAB, mesh.tp.size, chunks),
-            config,
-            mesh.shards.size,
-            mesh.dp_cp.size,
-        )
+        chunks = [ModelChunk(len(spec.layers), spec.embeds, spec.predicts) for spec in held]
+        shards, copies = mesh.shards.size, mesh.dp_cp.size
+        state = state_of(config, VOCAB, chunks, shards=shards, copies=copies)
         assert (
             state.parameters,
             state.weights,
@@ -225,18 +223,18 @@ def test_a_gpt_layer_keeps_34_bytes_by_hand():
     model = resolve(Config.of(PRESETS["gpt2-1.5b"] | {"seq_length": 1024}), 1).model
     b, s, h, heads = 4, 1280, 1600, 25
     statistics = 2 * 8 * b * s + 4 * b * s * heads
-    assert sum(layer_saved(model, Cut(b, s)).values()) == 34 * b * s * h + statistics
+    assert sum(layer_saved(model, PassSpec(b, s)).values()) == 34 * b * s * h + statistics
     # Section 4.2.1: with tensor parallel t, 10 + 24 / t; section 4.2.2: with sequence parallel all of it by t.
     assert (
-        sum(layer_saved(model, Cut(b, s, tp=5)).values())
+        sum(layer_saved(model, PassSpec(b, s, tp=5)).values())
         == (10 + 24 / 5) * b * s * h + 2 * 8 * b * s + 4 * b * s * 5
     )
     assert (
-        sum(layer_saved(model, Cut(b, s, tp=5, sequence_parallel=True)).values())
+        sum(layer_saved(model, PassSpec(b, s, tp=5, sequence_parallel=True)).values())
         == (34 * b * s * h + statistics) / 5
     )
     assert (
-        sum(layer_saved(model, Cut(b, s, flash=False)).values())
+        sum(layer_saved(model, PassSpec(b, s, flash=False)).values())
         > (34 + 5 * heads * s / h) * b * s * h
     )  # with scores in fp32
 
@@ -248,9 +246,9 @@ def test_a_llama_layer_by_hand():
     """
     model = resolve(Config.of(PRESETS["llama3-8b"] | {"seq_length": 8192}), 1).model
     a_token = 2 * (4 * 4096 + 3 * 4096 + 3 * 1024 + 4 * 14336) + 8 + 4 * 32 + 4 * 64 * 2
-    assert sum(layer_saved(model, Cut(1, 8192)).values()) == 8192 * a_token == 1_464_926_208
+    assert sum(layer_saved(model, PassSpec(1, 8192)).values()) == 8192 * a_token == 1_464_926_208
     kernels = frozenset({"rms_norm", "rope", "activation"})
-    assert sum(layer_saved(model, Cut(1, 8192, fused=kernels)).values()) == 8192 * (
+    assert sum(layer_saved(model, PassSpec(1, 8192, fused=kernels)).values()) == 8192 * (
         a_token - 2 * (4096 + 1024 + 14336) - 512
     )
 
@@ -266,15 +264,15 @@ def test_a_llama_layer_by_hand():
 )
 def test_a_configuration_says_which_ops_run_as_kernels(kernels, on_cpu, on_gpu):
     for device, expected in (("cpu", on_cpu), ("cuda", on_gpu)):
-        assert Cut.of(config_of(f"--kernels {kernels} --device {device} ", 1)).fused == set(
+        assert PassSpec.of(config_of(f"--kernels {kernels} --device {device} ", 1)).fused == set(
             expected.split()
         )
 
 
-def cut_of(config: Config, run_ops: ops.Ops) -> Cut:
+def spec_of(config: Config, run_ops: ops.Ops) -> PassSpec:
     """With what only this machine knows: whether kernels were compiled, and how it multiplies."""
     fused = frozenset(op for op, one in run_ops.implementations.items() if one != "torch")
-    return replace(Cut.of(config), fused=fused, widens=run_ops.fp32_matmul)
+    return replace(PassSpec.of(config), fused=fused, widens=run_ops.fp32_matmul)
 
 
 @dataclass
@@ -284,11 +282,15 @@ class Pass:
     config: Config
     model: GPT
     run: Callable[[], torch.Tensor]
-    cut: Cut
+    spec: PassSpec
 
     @staticmethod
     def of(
-        mesh: Mesh, line: str, chunk: Chunk, widens: bool = False, deferral: Deferral | None = None
+        mesh: Mesh,
+        line: str,
+        chunk: ModelChunk,
+        widens: bool = False,
+        deferral: Deferral | None = None,
     ) -> "Pass":
         config = config_of(line, mesh.world_size)
         parallel, shape, batch = config.parallel, config.model, config.batch
@@ -305,7 +307,7 @@ class Pass:
             ops.select_ops(parallel.kernels, CPU, dtype, parallel.attention_backend),
             fp32_matmul=widens,
         )
-        cut = cut_of(config, run_ops)
+        spec = spec_of(config, run_ops)
         model = GPT(
             shape,
             VOCAB,
@@ -346,9 +348,9 @@ class Pass:
             else torch.randn(len(tokens), len(own), shape.hidden_size, dtype=dtype).requires_grad_()
         )
         if not chunk.predicts:
-            return Pass(config, model, partial(model, x, context), cut)
+            return Pass(config, model, partial(model, x, context), spec)
         mask = torch.ones(tokens.shape)
-        return Pass(config, model, lambda: model(x, context, targets=(tokens, mask))[0], cut)
+        return Pass(config, model, lambda: model(x, context, targets=(tokens, mask))[0], spec)
 
 
 def kept_by(work: Pass) -> int:
@@ -363,7 +365,7 @@ def kept_by(work: Pass) -> int:
         return tensor
 
     def keep_angles(module, inputs, angles) -> None:
-        for table in angles if work.cut.granularity == "full" else ():
+        for table in angles if work.spec.recompute == "full" else ():
             keep(table)
 
     for rotary in {work.model.rotary, work.model.local_rotary} - {None}:
@@ -374,10 +376,10 @@ def kept_by(work: Pass) -> int:
     return sum(size for size, _ in kept.values())
 
 
-def saved(mesh: Mesh, line: str, chunk: Chunk, widens: bool = False) -> tuple[int, int]:
+def saved(mesh: Mesh, line: str, chunk: ModelChunk, widens: bool = False) -> tuple[int, int]:
     """What is kept, and the formula's."""
     work = Pass.of(mesh, line, chunk, widens)
-    return kept_by(work), activations_of(work.config.model, VOCAB, chunk, work.cut).saved
+    return kept_by(work), activations_of(work.config.model, VOCAB, chunk, work.spec).saved
 
 
 # Rounding that is no mistake: PyTorch's LayerNorm keeps 16-bit statistics of 16-bit numbers on a CPU, where a GPU and the formula have fp32
@@ -398,7 +400,7 @@ PRECISIONS = [
 
 
 def assert_saved(
-    line: str, chunk: Chunk, widens: bool = False, ranks: int = 1, **axes: int
+    line: str, chunk: ModelChunk, widens: bool = False, ranks: int = 1, **axes: int
 ) -> None:
     found = (
         [saved(Mesh.plan(1, 0), line, chunk, widens)]
@@ -474,7 +476,12 @@ def test_activations_of_families_on_ranks_are_what_autograd_keeps(model, layout)
 )
 @pytest.mark.parametrize(
     "chunk",
-    [Chunk(2, True, False), Chunk(2, False, False), Chunk(2, False, True), Chunk(0, False, True)],
+    [
+        ModelChunk(2, True, False),
+        ModelChunk(2, False, False),
+        ModelChunk(2, False, True),
+        ModelChunk(0, False, True),
+    ],
     ids=str,
 )
 def test_activations_of_every_stage_are_what_autograd_keeps(line, chunk):
@@ -516,7 +523,7 @@ def test_activations_on_ranks_are_what_autograd_keeps(line, widens, ranks, layou
     assert_saved(line + layout, WHOLE, widens, ranks, **axes)
 
 
-def deferred(mesh: Mesh, line: str, chunk: Chunk, widens: bool) -> tuple[int, int]:
+def deferred(mesh: Mesh, line: str, chunk: ModelChunk, widens: bool) -> tuple[int, int]:
     """Bytes that the held products of one backward pass refer to; and the formula's."""
     deferral = Deferral()
     work = Pass.of(mesh, line, chunk, widens, deferral)
@@ -530,7 +537,7 @@ def deferred(mesh: Mesh, line: str, chunk: Chunk, widens: bool) -> tuple[int, in
         for tensor in reached(product)
         if tensor.untyped_storage().data_ptr() not in weights
     ]
-    return size_of(tensors), activations_of(work.config.model, VOCAB, chunk, work.cut).deferred
+    return size_of(tensors), activations_of(work.config.model, VOCAB, chunk, work.spec).deferred
 
 
 def reached(thing):
@@ -545,7 +552,7 @@ def reached(thing):
             yield from reached(cell.cell_contents)
 
 
-@pytest.mark.parametrize("chunk", [WHOLE, Chunk(2, False, False)], ids=["whole", "middle"])
+@pytest.mark.parametrize("chunk", [WHOLE, ModelChunk(2, False, False)], ids=["whole", "middle"])
 @pytest.mark.parametrize(
     ("line", "widens"),
     [(LLAMA, False), (f"{GPT2}--bf16 ", False), (f"{LLAMA}--bf16 ", True)],
@@ -624,7 +631,7 @@ def test_the_loss_on_a_gpu_holds_copies_of_its_logits(monkeypatch, precision, ho
     )
 
 
-def assert_live(config: Config, vocabulary: int, widens: bool, within: float, **cut) -> None:
+def assert_live(config: Config, vocabulary: int, widens: bool, within: float, **spec) -> None:
     mesh = Mesh.plan(1, 0)
     run_ops = replace(
         ops.select_ops(config.parallel.kernels, CPU, working_dtype(config.precision)),
@@ -643,6 +650,6 @@ def assert_live(config: Config, vocabulary: int, widens: bool, within: float, **
         for _ in range(2):
             passes.chunks[0](tokens, context, targets=(tokens, mask))[0].backward()
     found = activations_of(
-        config.model, vocabulary, Chunk(3), replace(cut_of(config, run_ops), **cut)
+        config.model, vocabulary, ModelChunk(3), replace(spec_of(config, run_ops), **spec)
     )
     assert abs((found.saved + found.working) / live.peak - 1) <= within, (found, live.peak)

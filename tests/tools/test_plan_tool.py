@@ -26,11 +26,12 @@ from trivium import comm
 from trivium.config import Config, flags, resolve
 from trivium.config.presets import PRESETS
 from trivium.config.validate import validate
-from trivium.estimate.activations import Activations
-from trivium.estimate.run_plan import Layout, fullest, moments, simulated_microbatches
+from trivium.estimate.activations import ActivationMemory
 from trivium.estimate.costs import Hardware, exposed, gather
 from trivium.estimate.draw import BUBBLE, boxes_of, figure_of
+from trivium.estimate.occupancy import fullest, occupancies
 from trivium.estimate.report import as_json
+from trivium.estimate.run_plan import RunPlan, simulated_microbatches
 from trivium.estimate.search import Search
 from trivium.launch import Process
 from trivium.pipeline.plan import Backward, BackwardInput, BackwardWeight, Costs, Forward, make_plan
@@ -45,10 +46,10 @@ RUN = (
 LLAMA = f"--ffn-hidden-size 160{runs.LLAMA} "
 
 
-def layout_of(line: str, num_devices: int, vocab_size: int = 100) -> Layout:
+def layout_of(line: str, num_devices: int, vocab_size: int = 100) -> RunPlan:
     config = resolve(flags.parse(line.split()).config, num_devices)
     assert not validate(config, num_devices)
-    return Layout(config, vocab_size, num_devices, Hardware())
+    return RunPlan(config, vocab_size, num_devices, Hardware())
 
 
 def preset_config(name: str, global_batch_size: int, **more) -> Config:
@@ -209,7 +210,7 @@ def test_hidden_communication_is_not_free():
 def test_the_fullest_moment_by_hand():
     """One rank of zb-h1: B leaves 7 of 10 bytes, or 15; two chunks of 1F1B with working memory on one of them."""
     wait, plain = (
-        Activations(9, 1, 7, 2),
+        ActivationMemory(9, 1, 7, 2),
         [
             Forward(0, 0),
             Forward(0, 1),
@@ -218,7 +219,7 @@ def test_the_fullest_moment_by_hand():
             BackwardWeight(0, 0),
         ],
     )
-    assert fullest(moments(plain, 1), [wait]) == (20, 2, 2)
+    assert fullest(occupancies(plain, 1), [wait]) == (20, 2, 2)
     late = [
         Forward(0, 0),
         BackwardInput(0, 0),
@@ -227,11 +228,13 @@ def test_the_fullest_moment_by_hand():
         BackwardWeight(0, 0),
         Forward(0, 2),
     ]
-    assert fullest(moments(late, 1), [wait]) == (17, 2, 2)
-    assert fullest(moments(late[:2], 1), [Activations(9, 1, 15, 2)]) == (15, 0, 1)
-    chunks = [Activations(10, 0, 0, 1), Activations(4, 0, 0, 50)]
+    assert fullest(occupancies(late, 1), [wait]) == (17, 2, 2)
+    assert fullest(occupancies(late[:2], 1), [ActivationMemory(9, 1, 15, 2)]) == (15, 0, 1)
+    chunks = [ActivationMemory(10, 0, 0, 1), ActivationMemory(4, 0, 0, 50)]
     assert fullest(
-        moments([Forward(0, 0), Forward(0, 1), Forward(1, 0), Backward(1, 0), Backward(0, 0)], 2),
+        occupancies(
+            [Forward(0, 0), Forward(0, 1), Forward(1, 0), Backward(1, 0), Backward(0, 0)], 2
+        ),
         chunks,
     ) == (24, 50, 3)
 
@@ -240,8 +243,8 @@ def test_the_fullest_moment_by_hand():
 def test_micro_batches_in_flight_are_the_simulators_where_all_chunks_are_alike(schedule):
     v = {"interleaved": 3, "zb-v": 2}.get(schedule, 1)
     plan = make_plan(schedule, 4, 11, v)
-    alike = [Activations(1, 0, 1, 0)] * v
-    held = [fullest(moments(actions, v), alike)[2] / v for actions in plan.actions]
+    alike = [ActivationMemory(1, 0, 1, 0)] * v
+    held = [fullest(occupancies(actions, v), alike)[2] / v for actions in plan.actions]
     assert held == list(simulate(plan).peak_activations)
 
 
@@ -316,7 +319,12 @@ def test_a_search_keeps_what_is_given():
         "micro_batch_size",
     }
     for layout in Search(config, 128256, 16, Hardware(), given).best():
-        assert (layout.tp, layout.cut.granularity, layout.strategy, layout.cut.micro_batch) == (
+        assert (
+            layout.tp,
+            layout.pass_spec.recompute,
+            layout.strategy,
+            layout.pass_spec.micro_batch,
+        ) == (
             2,
             "full",
             "optim",
