@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from trivium.mesh import Axis
-from trivium.ops import Ops
+from trivium.ops import AdamWTerms, Ops
 from trivium.parallel.loss import head_loss
 from trivium.parallel.sharding import Sharding
 
@@ -183,7 +183,8 @@ def optimizer_passes(device: torch.device, dtype: torch.dtype) -> list[Problem]:
     }
 
     def adamw(ops: Ops) -> torch.Tensor:
-        ops.adamw_(masters, exp_avg, exp_avg_sq, grads, weights, **on_device, **ADAMW)
+        terms = AdamWTerms.at(**on_device, **ADAMW)
+        ops.adamw_(masters, exp_avg, exp_avg_sq, grads, weights, terms)
         return weights
 
     def global_norm(ops: Ops) -> Any:

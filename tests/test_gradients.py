@@ -9,7 +9,7 @@ from torch import nn
 
 from trivium import comm
 from trivium.config import ModelConfig
-from trivium.gradients import Deferral, Sink, attach_sink, current, sink_of, use
+from trivium.gradients import Deferral, Sink, attach_sink, ready_sink, sink_of, use
 from trivium.layout import Layout
 from trivium.mesh import Axis, Mesh
 from trivium.model.gpt import GPT
@@ -45,12 +45,19 @@ def weight_of(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     )
 
 
+def add_product(weight: nn.Parameter, dy: torch.Tensor, x: torch.Tensor) -> None:
+    """Add dy^T x to the weight's sink, as a linear layer does."""
+    sink = sink_of(weight)
+    Ops().add_weight_gradient_(sink.memory(), dy, x)
+    sink.wrote()
+
+
 # --- use and Sink ---
 
 
 def test_without_a_sink_a_parameter_is_used_as_it_is():
     weight = weight_of(3, 2)
-    assert use(weight) is weight and current(weight) is weight and sink_of(weight) is None
+    assert use(weight) is weight and ready_sink(weight) is None and sink_of(weight) is None
     use(weight).sum().backward()
     assert torch.equal(weight.grad, torch.ones(3, 2))
 
@@ -98,7 +105,7 @@ def test_bf16_gradients_add_up_in_fp32():
     assert torch.equal(memory.gradients[0], torch.full((4, 4), 300.0))
     ones = torch.ones(1, 4, dtype=torch.bfloat16)
     for _ in range(3):
-        weight.sink.add_product(ones, ones)
+        add_product(weight, ones, ones)
     assert torch.equal(memory.gradients[0], torch.full((4, 4), 303.0)) and memory.written == 303
 
 
@@ -110,7 +117,7 @@ def test_a_product_is_that_of_autograd(dtype):
     weight = weight_of(5, 7, dtype=dtype)
     memory = Memory(weight)
     for i in range(2):
-        weight.sink.add_product(dy[i], x[i])
+        add_product(weight, dy[i], x[i])
     expected = sum((dy[i].t() @ x[i]).float() for i in range(2))
     if dtype == torch.bfloat16:
         assert torch.equal(memory.gradients[0], expected)

@@ -1,5 +1,13 @@
-"""Attention: softmax(q k^T) v whole, and in blocks that a ring or a cache merges, on torch's kernels or in plain PyTorch."""
+"""Attention: softmax(q k^T) v, whole or in blocks that a ring or a cache merges.
 
+A query block attended to one block of keys gives an output o and, for every query, the log of the
+sum of exp(score), lse. With these, blocks merge exactly: a block weighs exp(its lse) / exp(lse of
+all). Torch's flash kernels give both; where they do not serve, reference.py stands in.
+
+Letters: B batch, T queries, S keys, A query heads, K key-value heads, D head size.
+"""
+
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -10,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import FlagError
 from . import reference
+from .products import ProductOps
 
-# --attention-backend, Megatron's words. None: torch picks the fastest that fits.
+# --attention-backend, in Megatron's words. None: torch picks the fastest that fits.
 _BACKENDS = {
     "auto": None,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -19,7 +28,8 @@ _BACKENDS = {
     "unfused": SDPBackend.MATH,
     "local": SDPBackend.MATH,
 }
-# torch's flash attention with its log-sum-exp. Private, hence looked up: where one is gone, plain PyTorch stands in.
+# torch's flash attention with its log-sum-exp. These are private to torch, hence looked up by name:
+# where a release has none, plain PyTorch stands in.
 _CPU_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 _GPU_FLASH = "_scaled_dot_product_flash_attention"
 
@@ -28,7 +38,9 @@ _GPU_FLASH = "_scaled_dot_product_flash_attention"
 class AttentionRule:
     """What a layer does to its attention scores beside making them causal.
 
-    scale: their factor, D^-1/2 if None. softcap c: c tanh(score / c). window W: a query sees itself and the W - 1 tokens before it.
+    scale: their factor, D^-1/2 if None.
+    softcap: c, for scores of c tanh(score / c).
+    window: W, where a query sees itself and the W - 1 tokens before it.
     """
 
     scale: float | None = None
@@ -36,18 +48,10 @@ class AttentionRule:
     window: int | None = None
 
 
-class AttentionOps:
-    """Attention by one backend, --attention-backend.
-
-    fp32_matmul: products of 16-bit numbers are computed in fp32 and rounded at the end, since this processor is faster at those.
-    """
+class AttentionOps(ProductOps):
+    """Attention by one backend, --attention-backend."""
 
     attention_backend: str
-    fp32_matmul: bool
-
-    def operand(self, x: torch.Tensor) -> torch.Tensor:
-        """x as matrix products take it: in fp32 where this processor multiplies 16-bit numbers more slowly than those, else as it is."""
-        return x.float() if self.fp32_matmul and x.dtype in (torch.bfloat16, torch.float16) else x
 
     def attention(
         self,
@@ -61,51 +65,57 @@ class AttentionOps:
         scale: float | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """softmax(q k^T * scale) v: q [B, T, A, D], k and v [B, S, K, D] where K divides A; returns [B, T, A, D].
+        """Compute softmax(q k^T * scale) v: [B, T, A, D].
 
-        causal: the last query sees every key and each one before it sees one less (T < S with a KV cache, or where other ranks hold
-        the other queries). mask: in place of causal, bool [B, T, S], true where a query sees a key; it must see at least one. scale
-        None: D^-1/2. softcap c: scores become c tanh(score / c) before they are masked; scores are then stored, and there is no
-        dropout. dropout: of the attention weights; give 0 when evaluating. What takes a mask is free in its choice of a backend,
-        since flash has no such kernel on a GPU: a mask, and causal with 1 < T < S under dropout or where flash does not serve.
-        Raises ValueError on causal with more queries than keys, or with a mask, and on dropout with a softcap.
+        q: [B, T, A, D].
+        k, v: [B, S, K, D], where K divides A.
+        causal: the last query sees every key and each one before it sees one less; T < S with a KV
+            cache, or where other ranks hold the other queries.
+        mask: in place of causal, bool [B, T, S], true where a query sees a key, at least one.
+        dropout: of the attention weights; give 0 when evaluating.
+        scale: D^-1/2 if None.
+        softcap: c, for scores of c tanh(score / c) before they are masked. Scores are then stored,
+            and there is no dropout.
+
+        On a GPU flash has no kernel with a mask. So a mask, and causal with 1 < T < S under dropout
+        or where flash does not serve, may run on any backend.
+        Raises ValueError on causal with more queries than keys, or with a mask, and on dropout with
+        a softcap.
         """
-        dtype, (q, k, v) = q.dtype, (self.operand(t) for t in (q, k, v))
-        queries, keys, grouped = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
-        if causal and mask is not None:
-            raise ValueError(
-                "attention is either causal or has a mask; a causal mask is one with nothing above its diagonal"
-            )
-        if causal and queries > keys:
-            raise ValueError(
-                f"causal attention with {queries} queries and only {keys} keys: the first {queries - keys} queries would see nothing"
-            )
-        if softcap is not None and dropout > 0.0:
-            raise ValueError(
-                f"attention with a softcap has no dropout, and {dropout} was asked for"
-            )
-        # torch's is_causal aligns the first query with the first key, which is right only for T = S.
+        queries = q.shape[1]
+        keys = k.shape[1]
+        _check(queries, keys, causal, mask, dropout, softcap)
+        dtype = q.dtype
+        q, k, v = self.operand(q), self.operand(k), self.operand(v)
+        # torch's is_causal aligns the first query with the first key, which is right for T = S only.
         if causal and 1 < queries < keys:
-            if (
-                softcap is None
-                and dropout == 0.0
-                and self._flash_serves(q, k, v)
-                and not torch.compiler.is_compiling()
-            ):
+            plain = softcap is None and dropout == 0.0
+            if plain and self._flash_serves(q, k, v) and not torch.compiler.is_compiling():
                 return _LaterQueries.apply(q, k, v, self, scale).to(dtype)
-            mask = torch.ones(1, queries, keys, dtype=torch.bool, device=q.device).tril(
-                keys - queries
-            )
+            everything = torch.ones(1, queries, keys, dtype=torch.bool, device=q.device)
+            mask = everything.tril(keys - queries)
+        square = causal and queries == keys
         if softcap is not None:
-            return _SoftCapped.apply(
-                q, k, v, mask, self, causal and queries == keys, scale, softcap
-            ).to(dtype)
-        if mask is not None and grouped and q.device.type != "cpu":
-            # On a GPU the one kernel that takes a mask and stores no scores does not take grouped heads.
-            k, v, grouped = (
-                *(t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v)),
-                False,
-            )
+            return _SoftCapped.apply(q, k, v, mask, self, square, scale, softcap).to(dtype)
+        return self._by_torch(q, k, v, mask, square, dropout, scale).to(dtype)
+
+    def _by_torch(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        causal: bool,
+        dropout: float,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Call torch's scaled_dot_product_attention, which wants [B, A, T, D]."""
+        group = q.shape[2] // k.shape[2]
+        if mask is not None and group > 1 and q.device.type != "cpu":
+            # On a GPU the one kernel that takes a mask and stores no scores takes no grouped heads.
+            k = k.repeat_interleave(group, dim=2)
+            v = v.repeat_interleave(group, dim=2)
+            group = 1
         with _restricted_to(self.attention_backend) if mask is None else nullcontext():
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2),
@@ -113,11 +123,11 @@ class AttentionOps:
                 v.transpose(1, 2),
                 attn_mask=None if mask is None else mask.unsqueeze(1),
                 dropout_p=dropout,
-                is_causal=causal and queries == keys,
+                is_causal=causal,
                 scale=scale,
-                enable_gqa=grouped,
+                enable_gqa=group > 1,
             )
-        return y.transpose(1, 2).to(dtype)
+        return y.transpose(1, 2)
 
     @torch.no_grad()
     def attention_block(
@@ -131,16 +141,25 @@ class AttentionOps:
         softcap: float | None = None,
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of q [B, T, A, D] to some of its keys and values [B, S, K, D]: o [B, T, A, D], and lse [B, A, T] to merge it by.
+        """Attend to some of the keys: returns o [B, T, A, D] and lse [B, A, T] to merge it by.
 
-        lse is the log of the sum of exp(score), natural, in fp32 (float64 of float64); -inf, and o 0, for a query that sees nothing.
-        causal: T = S, query i sees keys 0 to i. mask: bool [B, T, S]. softcap: as for attention. Made for an autograd function that
-        calls attention_block_backward. By flash attention's kernel where it serves (also in place of cuDNN's), else, and for the
-        backends unfused and local, and with a softcap or mask, in plain PyTorch.
+        lse is the natural log of the sum of exp(score), in fp32 (float64 of float64). A query that
+        sees nothing has lse -inf and o 0. Without a gradient: made for an autograd function that
+        calls attention_block_backward.
+
+        By flash attention's kernel where it serves (also in place of cuDNN's). Plain PyTorch takes
+        the rest: the backends unfused and local, a softcap, a mask.
+
+        q: [B, T, A, D].
+        k, v: [B, S, K, D].
+        causal: T = S, query i sees keys 0 to i.
+        mask: bool [B, T, S].
+        scale, softcap: as for attention.
         """
         if softcap is not None or mask is not None or not self._flash_serves(q, k, v):
             return reference.attention_block(q, k, v, causal, scale, softcap, mask)
-        o, lse = _flash_forward(*(self.operand(t) for t in (q, k, v)), causal, scale)
+        wide_q, wide_k, wide_v = self.operand(q), self.operand(k), self.operand(v)
+        o, lse = _flash_forward(wide_q, wide_k, wide_v, causal, scale)
         return o.to(q.dtype), lse
 
     @torch.no_grad()
@@ -157,74 +176,105 @@ class AttentionOps:
         scale: float | None = None,
         softcap: float | None = None,
         mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What one block adds to dq, dk and dv, in the dtype of q, given do [B, T, A, D] and the o and lse of all blocks merged.
+    ) -> reference.Tensors3:
+        """Compute what one block adds to dq, dk and dv, in the dtype of q.
 
-        With those, each weight is exp(score - lse) whichever block it stands in, so the blocks' dq add up (Liu et al. 2023, section 3).
+        o and lse are those of all blocks merged: with them a weight is exp(score - lse) whichever
+        block it stands in, so the blocks' dq add up (Liu et al. 2023, section 3).
+
+        do: the gradient of o, [B, T, A, D].
         """
         if softcap is not None or mask is not None or not self._flash_serves(q, k, v):
             return reference.attention_block_backward(
                 do, q, k, v, o, lse, causal, scale, softcap, mask
             )
-        gradients = _flash_backward(
-            *(self.operand(t) for t in (do, q, k, v, o)), lse, causal, scale
-        )
-        return tuple(gradient.to(q.dtype) for gradient in gradients)
+        wide_q, wide_k, wide_v = self.operand(q), self.operand(k), self.operand(v)
+        wide_do, wide_o = self.operand(do), self.operand(o)
+        dq, dk, dv = _flash_backward(wide_do, wide_q, wide_k, wide_v, wide_o, lse, causal, scale)
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
     def attention_merge_(
         self, o: torch.Tensor, lse: torch.Tensor, block_o: torch.Tensor, block_lse: torch.Tensor
     ) -> None:
-        """Fold one more block into o [B, T, A, D], in the dtype of lse, and lse [B, A, T], both in place.
+        """Fold one more block into o and lse, both in place.
 
-        The block weighs exp(block_lse) / (exp(lse) + exp(block_lse)), as a sigmoid: nothing overflows, and both weights sum to 1
-        whatever rounding is in a large lse.
+        The block weighs exp(block_lse) / (exp(lse) + exp(block_lse)), computed as a sigmoid: nothing
+        overflows, and both weights sum to 1 whatever rounding is in a large lse.
+
+        o: [B, T, A, D] in the dtype of lse.
+        lse: [B, A, T].
         """
         weight = torch.sigmoid(block_lse - lse)
         o.lerp_(block_o.to(o.dtype), weight.transpose(1, 2).unsqueeze(-1))
         lse.copy_(torch.logaddexp(lse, block_lse))
 
     def _flash_serves(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-        """Whether torch's own flash kernel may be called for these, as attention_block does."""
-        if _BACKENDS[self.attention_backend] is SDPBackend.MATH or any(
-            t.stride(-1) != 1 for t in (q, k, v)
-        ):
+        """Return whether torch's own flash kernel may be called for these, as attention_block does."""
+        if _BACKENDS[self.attention_backend] is SDPBackend.MATH:
+            return False
+        if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
             return False
         if q.device.type == "cpu":
             return hasattr(torch.ops.aten, _CPU_FLASH) and q.is_floating_point()
-        if (
-            q.device.type != "cuda" or q.shape[-1] % 8 or not hasattr(torch.ops.aten, _GPU_FLASH)
-        ):  # odd head sizes are padded behind sdpa's own door only
+        # torch pads odd head sizes, but only behind scaled_dot_product_attention.
+        if q.device.type != "cuda" or q.shape[-1] % 8 or not hasattr(torch.ops.aten, _GPU_FLASH):
             return False
-        params = SDPAParams(
-            *(t.transpose(1, 2) for t in (q, k, v)), None, 0.0, False, q.shape[2] != k.shape[2]
-        )
-        return can_use_flash_attention(params)
+        grouped = q.shape[2] != k.shape[2]
+        heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return can_use_flash_attention(SDPAParams(*heads_first, None, 0.0, False, grouped))
 
 
 def check_backend(backend: str, device: torch.device) -> None:
-    """Raises FlagError, naming the flag and the remedy, for a backend that there is not, or not on this device."""
+    """Raise FlagError, naming flag and remedy, for a backend that does not exist on this device."""
     if backend not in _BACKENDS:
         raise FlagError(f"--attention-backend {backend} is not one of {', '.join(_BACKENDS)}")
     if backend == "fused" and device.type != "cuda":
         raise FlagError(
-            f"--attention-backend fused is cuDNN's and the device is {device.type}; use --attention-backend auto"
+            f"--attention-backend fused is cuDNN's and the device is {device.type}; "
+            "use --attention-backend auto"
         )
 
 
+def _check(
+    queries: int,
+    keys: int,
+    causal: bool,
+    mask: torch.Tensor | None,
+    dropout: float,
+    softcap: float | None,
+) -> None:
+    """Raise ValueError on what AttentionOps.attention cannot compute."""
+    if causal and mask is not None:
+        raise ValueError(
+            "attention is either causal or has a mask; "
+            "a causal mask is one with nothing above its diagonal"
+        )
+    if causal and queries > keys:
+        raise ValueError(
+            f"causal attention with {queries} queries and only {keys} keys: "
+            f"the first {queries - keys} queries would see nothing"
+        )
+    if softcap is not None and dropout > 0.0:
+        raise ValueError(f"attention with a softcap has no dropout, and {dropout} was asked for")
+
+
 class _LaterQueries(torch.autograd.Function):
-    """Causal attention of the last T of S positions, 1 < T < S, without a mask: all see the first S - T keys, the rest is square."""
+    """Causal attention of the last T of S positions, 1 < T < S, without a mask.
+
+    All T queries see the first S - T keys; among the rest attention is square and causal.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, ops, scale):
         past = k.shape[1] - q.shape[1]
         o, lse = ops.attention_block(q, k[:, :past], v[:, :past], causal=False, scale=scale)
         o = o.to(lse.dtype)
-        ops.attention_merge_(
-            o, lse, *ops.attention_block(q, k[:, past:], v[:, past:], causal=True, scale=scale)
-        )
+        late = ops.attention_block(q, k[:, past:], v[:, past:], causal=True, scale=scale)
+        ops.attention_merge_(o, lse, *late)
         o = o.to(q.dtype)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.ops, ctx.scale = ops, scale
+        ctx.ops = ops
+        ctx.scale = scale
         return o
 
     @staticmethod
@@ -232,49 +282,39 @@ class _LaterQueries(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
         past = k.shape[1] - q.shape[1]
-        blocks = [
-            ctx.ops.attention_block_backward(
-                do, q, k[:, keys], v[:, keys], o, lse, causal=causal, scale=ctx.scale
-            )
-            for keys, causal in ((slice(past), False), (slice(past, None), True))
-        ]
-        (dq, dk, dv), (more_dq, late_dk, late_dv) = blocks
-        return (
-            dq + more_dq,
-            torch.cat((dk, late_dk), dim=1),
-            torch.cat((dv, late_dv), dim=1),
-            None,
-            None,
+        block = ctx.ops.attention_block_backward
+        dq, dk, dv = block(
+            do, q, k[:, :past], v[:, :past], o, lse, causal=False, scale=ctx.scale
         )
+        late_dq, late_dk, late_dv = block(
+            do, q, k[:, past:], v[:, past:], o, lse, causal=True, scale=ctx.scale
+        )
+        dk = torch.cat((dk, late_dk), dim=1)
+        dv = torch.cat((dv, late_dv), dim=1)
+        return dq + late_dq, dk, dv, None, None
 
 
 class _SoftCapped(torch.autograd.Function):
-    """Attention with a cap on the scores, which are computed again in backward instead of kept."""
+    """Attention with a cap on the scores, which backward computes again instead of keeping them."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, ops, causal, scale, softcap):
-        o, lse = ops.attention_block(
-            q, k, v, causal=causal, scale=scale, softcap=softcap, mask=mask
-        )
+        ctx.rule = {"causal": causal, "scale": scale, "softcap": softcap}
+        o, lse = ops.attention_block(q, k, v, mask=mask, **ctx.rule)
         ctx.save_for_backward(q, k, v, o, lse, mask)
-        ctx.ops, ctx.rule = ops, {"causal": causal, "scale": scale, "softcap": softcap}
+        ctx.ops = ops
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        q, k, v, o, lse, mask = ctx.saved_tensors
-        return (
-            *ctx.ops.attention_block_backward(do, q, k, v, o, lse, mask=mask, **ctx.rule),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        *tensors, mask = ctx.saved_tensors
+        gradients = ctx.ops.attention_block_backward(do, *tensors, mask=mask, **ctx.rule)
+        return *gradients, None, None, None, None, None
 
 
 def _restricted_to(backend: str) -> AbstractContextManager:
+    """Return a context in which torch uses this backend alone."""
     kernel = _BACKENDS[backend]
     return nullcontext() if kernel is None else sdpa_kernel(kernel)
 
@@ -282,9 +322,10 @@ def _restricted_to(backend: str) -> AbstractContextManager:
 def _flash_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See Ops.attention_block. torch's kernels want [B, A, T, D], of any strides but in D."""
-    kernel = getattr(torch.ops.aten, _CPU_FLASH if q.device.type == "cpu" else _GPU_FLASH)
-    o, lse = kernel(*(t.transpose(1, 2) for t in (q, k, v)), 0.0, causal, scale=scale)[:2]
+    """Call torch's kernel as attention_block needs it: [B, A, T, D], of any strides but in D."""
+    kernel = _aten(_CPU_FLASH if q.device.type == "cpu" else _GPU_FLASH)
+    heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    o, lse, *_ = kernel(*heads_first, 0.0, causal, scale=scale)
     return o.transpose(1, 2), lse
 
 
@@ -297,19 +338,22 @@ def _flash_backward(
     lse: torch.Tensor,
     causal: bool,
     scale: float | None,
-) -> tuple[torch.Tensor, ...]:
-    """See Ops.attention_block_backward."""
-    inputs = [t.transpose(1, 2) for t in (do, q, k, v, o)]
+) -> reference.Tensors3:
+    """Call torch's kernel as attention_block_backward needs it."""
+    inputs = [tensor.transpose(1, 2) for tensor in (do, q, k, v, o)]
     if q.device.type == "cpu":
-        grads = getattr(torch.ops.aten, _CPU_FLASH + "_backward")(
-            *inputs, lse, 0.0, causal, scale=scale
-        )
+        kernel = _aten(_CPU_FLASH + "_backward")
+        dq, dk, dv = kernel(*inputs, lse, 0.0, causal, scale=scale)
     else:
-        # The kernel goes by lse's address alone. Without dropout the state of the generator is not read, only its type checked.
-        state = torch.empty(
-            (), dtype=torch.int64 if torch.version.hip else torch.uint64, device=q.device
-        )
+        # Without dropout the generator's state is not read, but its type is checked.
+        kind = torch.int64 if torch.version.hip else torch.uint64
+        state = torch.empty((), dtype=kind, device=q.device)
         lengths = (None, None, q.shape[1], k.shape[1])  # no packed sequences
-        kernel = getattr(torch.ops.aten, _GPU_FLASH + "_backward")
-        grads = kernel(*inputs, lse.contiguous(), *lengths, 0.0, causal, state, state, scale=scale)
-    return tuple(grad.transpose(1, 2) for grad in grads)
+        lse = lse.contiguous()  # the kernel goes by its address alone
+        kernel = _aten(_GPU_FLASH + "_backward")
+        dq, dk, dv = kernel(*inputs, lse, *lengths, 0.0, causal, state, state, scale=scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _aten(name: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+    return getattr(torch.ops.aten, name)

@@ -1,50 +1,88 @@
-"""The native CPU kernels as torch functions. Only this package may import it."""
+"""The native CPU kernels of csrc/ as ops. Contracts: reference.py.
 
-from collections.abc import Sequence
+A kernel is called with addresses, sizes and a number of threads; what surrounds the call here makes
+tensors contiguous, allocates the result and keeps what the backward pass needs. torch.compile does
+not look inside: each function that has a gradient is a graph break to it.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from ..autograd import apply
+from . import reference
 
 try:
     from .. import _native
 except ImportError:  # installed without a compiler
     _native = None
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # and what their kernels end in
+# The dtypes that there are kernels for, with the ending of the kernels' names.
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # A module left over from an older build may lack the kernels: as good as none.
 AVAILABLE = hasattr(_native, "norm_forward_fp32") and hasattr(_native, "block_step_fp32")
+FEW_ROWS = 32  # up to which our own matrix product is faster than the library's
 
 
 def simd() -> str:
-    """The instruction set the kernels run with, for the log."""
+    """Return the name of the instruction set the kernels run with, for the log."""
     return _native.simd()
+
+
+def keep_freed_memory() -> bool:
+    """Let the process keep the memory that it frees, and return whether it can.
+
+    Large temporaries of a step then cost no page faults in the next one. The C library decides
+    whether it has such a setting.
+    """
+    return AVAILABLE and _native.keep_freed_memory()
+
+
+# --- calling an autograd function ---
+
+
+class _NoContext:
+    """Takes what a forward pass would keep for its backward, and forgets it."""
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        pass
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Call function.apply, or its forward alone where gradients are off.
+
+    When tokens are generated one by one, torch's bookkeeping is a tenth of the time of a token.
+    """
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(_NoContext(), *arguments)
+
+
+# --- norms ---
 
 
 @torch.compiler.disable
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm over the last dim of x [..., H], weight [H] of the same dtype, fp32 or bf16, both on the CPU.
-
-    Raises TypeError on any other dtype.
-    """
-    return apply(_Norm, x, None, weight, None, eps, False)
+    """Compute reference.rms_norm in one pass. Raises TypeError unless x is fp32 or bf16."""
+    return _apply(_Norm, x, None, weight.to(x.dtype), None, eps, False)
 
 
 @torch.compiler.disable
 def add_rms_norm(
     x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + branch and its RMSNorm."""
-    return apply(_Norm, x, branch, weight, None, eps, False)
+    """Compute reference.add_rms_norm in one pass."""
+    return _apply(_Norm, x, branch, weight.to(x.dtype), None, eps, False)
 
 
 @torch.compiler.disable
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    """LayerNorm over the last dim of x [..., H]; dtypes as for rms_norm."""
-    return apply(_Norm, x, None, weight, bias, eps, True)
+    """Compute reference.layer_norm in one pass."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return _apply(_Norm, x, None, weight.to(x.dtype), bias, eps, True)
 
 
 @torch.compiler.disable
@@ -55,113 +93,143 @@ def add_layer_norm(
     bias: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + branch and its LayerNorm."""
-    return apply(_Norm, x, branch, weight, bias, eps, True)
+    """Compute reference.add_layer_norm in one pass."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return _apply(_Norm, x, branch, weight.to(x.dtype), bias, eps, True)
 
 
 class _Norm(torch.autograd.Function):
-    """y, or with a branch x + branch and y. What reaches the sum past the norm is added to its gradient in the same pass."""
+    """Returns y, or with a branch (x + branch, y).
+
+    The gradient that reaches the sum past the norm is added to the norm's own in the same pass.
+    """
 
     @staticmethod
     def forward(ctx, x, branch, weight, bias, eps, centred):
-        kernel = _kernel("norm_forward", x, weight, *(t for t in (branch, bias) if t is not None))
-        x, weight = x.contiguous(), weight.contiguous()
-        branch, bias = (None if t is None else t.contiguous() for t in (branch, bias))
-        y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+        given = [tensor for tensor in (x, weight, branch, bias) if tensor is not None]
+        kernel = _kernel("norm_forward", *given)
+        x = x.contiguous()
+        weight = weight.contiguous()
+        branch = None if branch is None else branch.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        y = torch.empty_like(x)
+        rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
         mean = torch.empty_like(rstd) if centred else None
         total = None if branch is None else torch.empty_like(x)
         if x.numel():
-            kernel(
-                centred,
-                *_addresses(x, branch, weight, bias, total, y, mean, rstd),
-                rstd.numel(),
-                x.shape[-1],
-                eps,
-                torch.get_num_threads(),
-            )
-        normalised = x if branch is None else total
-        ctx.save_for_backward(normalised, weight, mean, rstd)
-        ctx.has_bias, ctx.has_branch = bias is not None, branch is not None
+            addresses = _addresses(x, branch, weight, bias, total, y, mean, rstd)
+            sizes = (rstd.numel(), x.shape[-1])
+            kernel(centred, *addresses, *sizes, eps, torch.get_num_threads())
+        ctx.save_for_backward(x if branch is None else total, weight, mean, rstd)
+        ctx.has_bias = bias is not None
+        ctx.has_branch = branch is not None
         return y if branch is None else (total, y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
         x, weight, mean, rstd = ctx.saved_tensors
-        dsum, dy = (None, *gradients) if not ctx.has_branch else gradients
-        dy, dsum = dy.contiguous(), None if dsum is None else dsum.contiguous()
-        dx, dweight = torch.empty_like(x), torch.zeros(weight.shape, dtype=torch.float32)
+        dy = gradients[-1].contiguous()
+        dsum = gradients[0] if ctx.has_branch else None
+        dsum = None if dsum is None else dsum.contiguous()
+        dx = torch.empty_like(x)
+        dweight = torch.zeros(weight.shape, dtype=torch.float32)
         dbias = torch.zeros_like(dweight) if ctx.has_bias else None
         if x.numel():
-            arguments = _addresses(dy, x, weight, mean, rstd, dsum, dx, dweight, dbias)
-            _kernel("norm_backward", x)(
-                mean is not None, *arguments, rstd.numel(), x.shape[-1], torch.get_num_threads()
-            )
+            addresses = _addresses(dy, x, weight, mean, rstd, dsum, dx, dweight, dbias)
+            sizes = (rstd.numel(), x.shape[-1])
+            kernel = _kernel("norm_backward", x)
+            kernel(mean is not None, *addresses, *sizes, torch.get_num_threads())
         dbias = None if dbias is None else dbias.to(weight.dtype)
-        return dx, dx if ctx.has_branch else None, dweight.to(weight.dtype), dbias, None, None
+        dbranch = dx if ctx.has_branch else None
+        return dx, dbranch, dweight.to(weight.dtype), dbias, None, None
+
+
+# --- activations ---
+
+
+def has_activation(kind: str) -> bool:
+    """Return whether the kernels have this kind; what they lack runs in plain PyTorch."""
+    return hasattr(_native.Activation, kind)
 
 
 @torch.compiler.disable
 def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """f(x) for a kind of silu, gelu_tanh, gelu_erf, squared_relu; fp32 or bf16."""
-    return apply(_Activation, x, kind, False)
+    """Compute reference.activation in one pass."""
+    if not has_activation(kind):
+        return reference.activation(x, kind)
+    return _apply(_Activation, x, kind)
 
 
 @torch.compiler.disable
 def gated_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """f(gate) * up for x [..., 2F], gate before up; [..., F]."""
-    return apply(_Activation, x, kind, True)
+    """Compute reference.gated_activation in one pass."""
+    if not has_activation(kind):
+        return reference.gated_activation(x, kind)
+    return _apply(_GatedActivation, x, kind)
 
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, kind, gated):
+    def forward(ctx, x, kind):
         x = x.contiguous()
-        columns = x.shape[-1] // 2 if gated else x.shape[-1]
-        y = x.new_empty(*x.shape[:-1], columns)
+        y = torch.empty_like(x)
         if x.numel():
-            if gated:
-                _kernel("gated_forward", x)(
-                    _kind(kind),
-                    *_addresses(x, y),
-                    y.numel() // columns,
-                    columns,
-                    torch.get_num_threads(),
-                )
-            else:
-                _kernel("activation_forward", x)(
-                    _kind(kind), *_addresses(x, y), x.numel(), torch.get_num_threads()
-                )
+            kernel = _kernel("activation_forward", x)
+            kernel(_kind(kind), *_addresses(x, y), x.numel(), torch.get_num_threads())
         ctx.save_for_backward(x)
-        ctx.kind, ctx.gated = kind, gated
+        ctx.kind = kind
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        dy, dx = dy.contiguous(), torch.empty_like(x)
+        dy = dy.contiguous()
+        dx = torch.empty_like(x)
         if x.numel():
-            if ctx.gated:
-                columns = dy.shape[-1]
-                _kernel("gated_backward", x)(
-                    _kind(ctx.kind),
-                    *_addresses(dy, x, dx),
-                    dy.numel() // columns,
-                    columns,
-                    torch.get_num_threads(),
-                )
-            else:
-                _kernel("activation_backward", x)(
-                    _kind(ctx.kind), *_addresses(dy, x, dx), x.numel(), torch.get_num_threads()
-                )
-        return dx, None, None
+            kernel = _kernel("activation_backward", x)
+            kernel(_kind(ctx.kind), *_addresses(dy, x, dx), x.numel(), torch.get_num_threads())
+        return dx, None
+
+
+class _GatedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kind):
+        x = x.contiguous()
+        columns = x.shape[-1] // 2
+        y = x.new_empty(*x.shape[:-1], columns)
+        if x.numel():
+            sizes = (y.numel() // columns, columns)
+            kernel = _kernel("gated_forward", x)
+            kernel(_kind(kind), *_addresses(x, y), *sizes, torch.get_num_threads())
+        ctx.save_for_backward(x)
+        ctx.kind = kind
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = torch.empty_like(x)
+        if x.numel():
+            columns = dy.shape[-1]
+            sizes = (dy.numel() // columns, columns)
+            kernel = _kernel("gated_backward", x)
+            kernel(_kind(ctx.kind), *_addresses(dy, x, dx), *sizes, torch.get_num_threads())
+        return dx, None
+
+
+# --- rotary positions ---
 
 
 @torch.compiler.disable
-def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """See Ops.rope; the angles stay fp32."""
-    return apply(_Rope, x, cos, sin, interleaved)
+def rope(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
+) -> torch.Tensor:
+    """Compute reference.rope with the angles left in fp32."""
+    return _apply(_Rope, x, cos, sin, interleaved)
 
 
 class _Rope(torch.autograd.Function):
@@ -169,18 +237,15 @@ class _Rope(torch.autograd.Function):
     def forward(ctx, x, cos, sin, interleaved):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _rotated(x, torch.empty(x.shape, dtype=x.dtype), cos, sin, interleaved)
+        y = torch.empty(x.shape, dtype=x.dtype)
+        return _rotated(x, y, cos, sin, interleaved)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
-        return (
-            _rotated(dy, torch.empty(dy.shape, dtype=dy.dtype), cos, sin, ctx.interleaved, -1.0),
-            None,
-            None,
-            None,
-        )
+        dx = torch.empty(dy.shape, dtype=dy.dtype)
+        return _rotated(dy, dx, cos, sin, ctx.interleaved, -1.0), None, None, None
 
 
 @torch.compiler.disable
@@ -189,20 +254,21 @@ def split_heads(
     sizes: tuple[int, int, int],
     cos: torch.Tensor,
     sin: torch.Tensor,
-    interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See Ops.split_heads. The heads of q and k are rotated where they stand."""
-    return apply(_SplitHeads, heads, sizes, cos, sin, interleaved)
+    interleaved: bool = False,
+) -> reference.Tensors3:
+    """Compute reference.split_heads, rotating the heads of q and k where they stand."""
+    return _apply(_SplitHeads, heads, sizes, cos, sin, interleaved)
 
 
 class _SplitHeads(torch.autograd.Function):
-    """Forward in place; backward brings the three gradients, rotated back, into one tensor in one pass over them."""
+    """Rotates in place forward; backward brings the three gradients, rotated back, into one tensor."""
 
     @staticmethod
     def forward(ctx, heads, sizes, cos, sin, interleaved):
         heads = heads.detach().contiguous()
         ctx.save_for_backward(cos, sin)
-        ctx.sizes, ctx.interleaved = sizes, interleaved
+        ctx.sizes = sizes
+        ctx.interleaved = interleaved
         turning = heads[:, :, : sizes[0] + sizes[1]]
         _rotated(turning, turning, cos, sin, interleaved)
         return heads.split(sizes, dim=2)
@@ -213,8 +279,8 @@ class _SplitHeads(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         packed = dq.new_empty(*dq.shape[:2], sum(ctx.sizes), dq.shape[3])
         into_q, into_k, into_v = packed.split(ctx.sizes, dim=2)
-        for gradient, place in ((dq, into_q), (dk, into_k)):
-            _rotated(gradient, place, cos, sin, ctx.interleaved, -1.0)
+        _rotated(dq, into_q, cos, sin, ctx.interleaved, -1.0)
+        _rotated(dk, into_k, cos, sin, ctx.interleaved, -1.0)
         into_v.copy_(dv)
         return packed, None, None, None, None
 
@@ -227,23 +293,29 @@ def _rotated(
     interleaved: bool,
     direction: float = 1.0,
 ) -> torch.Tensor:
-    """y, filled with the rotated heads of x, both [B, T, A, D] of any strides but in D; y may be x."""
+    """Fill y with the rotated heads of x and return it.
+
+    x, y: [B, T, A, D] of any strides but in D; y may be x.
+    direction: 1 by the angles, -1 back.
+    """
     x = x if x.stride(-1) == 1 else x.contiguous()
-    cos, sin = (t.to(torch.float32).contiguous() for t in (cos, sin))
-    half = cos.shape[-1]
-    batch_stride = 0 if cos.dim() == 2 else cos.shape[1]
+    cos = cos.to(torch.float32).contiguous()
+    sin = sin.to(torch.float32).contiguous()
     if x.numel():
-        arguments = (
+        batch_stride = 0 if cos.dim() == 2 else cos.shape[1]
+        angles = (*_addresses(cos, sin), batch_stride, cos.shape[-1])
+        kernel = _kernel("rope", x)
+        kernel(
+            x.data_ptr(),
             _strides(x),
             y.data_ptr(),
             _strides(y),
-            *_addresses(cos, sin),
-            batch_stride,
-            half,
+            *angles,
             interleaved,
             direction,
+            *x.shape,
+            torch.get_num_threads(),
         )
-        _kernel("rope", x)(x.data_ptr(), *arguments, *x.shape, torch.get_num_threads())
     return y
 
 
@@ -251,26 +323,32 @@ def _strides(x: torch.Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
+# --- products of few rows, steps of a block ---
+
+
 def few_rows_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W^T for x [..., I] of few rows and weight [O, I]; sums in fp32."""
-    x, weight = x.contiguous(), weight.contiguous()
+    """Compute reference.few_rows_product, summing in fp32; without a gradient."""
+    x = x.contiguous()
+    weight = weight.contiguous()
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     if y.numel():
-        _kernel("few_rows_product", x, weight)(
-            *_addresses(x, weight, y),
-            y.numel() // weight.shape[0],
-            *weight.shape,
-            torch.get_num_threads(),
-        )
+        rows = y.numel() // weight.shape[0]
+        kernel = _kernel("few_rows_product", x, weight)
+        kernel(*_addresses(x, weight, y), rows, *weight.shape, torch.get_num_threads())
     return y
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """A block's shape, and what it does between its weights.
+    """The shape of a block, and what it does between its weights.
 
-    hidden, ffn: widths. size: of a head. window: how many tokens a query sees, its own among them. softcap c: scores become
-    c tanh(score / c). norm_of_projection: q_norm and k_norm go over all heads together. activation: a kind, as for `activation`.
+    hidden, ffn: widths, H and F.
+    heads, kv_heads, size: A, K and D.
+    window: number of tokens that a query sees, its own among them.
+    scale, softcap: of the attention scores, as in AttentionRule.
+    eps: of the norms.
+    norm_of_projection: q_norm and k_norm go over all heads together.
+    activation: a kind, as for the op of that name.
     """
 
     hidden: int
@@ -289,28 +367,45 @@ class BlockShape:
     activation: str
 
 
+def block_step(
+    shape: BlockShape, weights: Sequence[torch.Tensor | None], sequences: int
+) -> "BlockStep | None":
+    """Return a call that passes one more token of each sequence through a block.
+
+    It has no gradient. None where the kernel cannot serve: the block is then run op by op.
+
+    weights: weight and bias, or None, of the block's attention_norm, qkv, q_norm, k_norm, out,
+        attention_post_norm, mlp_norm, up, down, mlp_post_norm, in this order; a norm with a bias
+        is a LayerNorm.
+    sequences: how many there are at most.
+    """
+    if sequences > FEW_ROWS or not has_activation(shape.activation):
+        return None
+    given = [weight for weight in weights if weight is not None]
+    dtype = given[0].dtype
+    for weight in given:
+        fits = weight.device.type == "cpu" and weight.is_contiguous()
+        if not fits or weight.dtype != dtype or dtype not in DTYPES:
+            return None
+    return BlockStep(shape, weights)
+
+
 class BlockStep:
-    """See Ops.block_step. Of the weights the tensors are kept, not their addresses: what an optimizer or a load puts there is seen."""
+    """One block's step on one more token, in a single native call: see block_step.
+
+    The weights are kept as tensors, not as addresses: what an optimizer or a load puts there later
+    is seen.
+    """
 
     def __init__(self, shape: BlockShape, weights: Sequence[torch.Tensor | None]):
-        values = asdict(shape) | {
-            "window": shape.window or 0,
-            "scale": shape.size**-0.5 if shape.scale is None else shape.scale,
-            "softcap": shape.softcap or 0.0,
-            "activation": _kind(shape.activation),
-        }
-        self._block, self._weights = _native.Block(**values), tuple(weights)
-
-    @staticmethod
-    def takes(weights: Sequence[torch.Tensor | None]) -> bool:
-        """Whether all are on the CPU, without gaps and of one dtype that the kernels have."""
-        given = [weight for weight in weights if weight is not None]
-        return all(
-            weight.device.type == "cpu"
-            and weight.is_contiguous()
-            and weight.dtype == given[0].dtype in DTYPES
-            for weight in given
-        )
+        values = asdict(shape)
+        values["window"] = shape.window or 0
+        values["scale"] = shape.size**-0.5 if shape.scale is None else shape.scale
+        values["softcap"] = shape.softcap or 0.0
+        values["activation"] = _kind(shape.activation)
+        self._block = _native.Block(**values)
+        self._weights = tuple(weights)
+        self._given = [weight for weight in weights if weight is not None]
 
     def __call__(
         self,
@@ -321,46 +416,43 @@ class BlockStep:
         values: torch.Tensor,
         length: int,
     ) -> torch.Tensor:
-        """The block's output [B, 1, H] for x [B, 1, H]; cos and sin fp32 [1, R/2], or None where heads are not rotated.
+        """Return the block's output [B, 1, H].
 
-        keys, values [B, S, K, D]: the first `length` places are read, and the next one is written. Raises ValueError where there is none,
-        TypeError where x, keys and values are not of the weights' dtype.
+        x: [B, 1, H].
+        cos, sin: fp32 [1, R/2], or None where heads are not rotated.
+        keys, values: [B, S, K, D]; the first `length` places are read, the next one is written.
+        Raises ValueError where there is no next place, TypeError where x, keys or values are not of
+        the weights' dtype.
         """
-        kernel = _kernel(
-            "block_step",
-            x,
-            keys,
-            values,
-            *(weight for weight in self._weights if weight is not None),
-        )
+        kernel = _kernel("block_step", x, keys, values, *self._given)
         if length >= keys.shape[1]:
             raise ValueError(f"a cache of {keys.shape[1]} places is full")
         x = x.contiguous()
-        y, half = torch.empty_like(x), 0 if cos is None else cos.shape[-1]
-        held = (keys.data_ptr(), values.data_ptr(), keys.shape[1], length)
-        kernel(
-            self._block,
-            _addresses(*self._weights),
-            *_addresses(cos, sin),
-            half,
-            *held,
-            *_addresses(x, y),
-            x.shape[0],
-            torch.get_num_threads(),
-        )
+        y = torch.empty_like(x)
+        angles = (*_addresses(cos, sin), 0 if cos is None else cos.shape[-1])
+        held = (*_addresses(keys, values), keys.shape[1], length)
+        weights = _addresses(*self._weights)
+        batch = (*_addresses(x, y), x.shape[0])
+        kernel(self._block, weights, *angles, *held, *batch, torch.get_num_threads())
         return y
+
+
+# --- cross-entropy ---
 
 
 def cross_entropy_statistics(
     logits: torch.Tensor, column: torch.Tensor, real: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See Ops.cross_entropy_statistics."""
-    highest, rest, target = (torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
-    if logits.shape[0]:
+) -> reference.Tensors3:
+    """Compute reference.cross_entropy_statistics in one pass over the logits."""
+    rows = logits.shape[0]
+    highest = torch.empty(rows, dtype=torch.float32)
+    rest = torch.empty_like(highest)
+    target = torch.empty_like(highest)
+    if rows:
         addresses = _addresses(logits, column, highest, rest, target)
-        _kernel("cross_entropy_statistics", logits)(
-            *addresses, logits.shape[0], real, logits.stride(0), torch.get_num_threads()
-        )
+        sizes = (rows, real, logits.stride(0))
+        kernel = _kernel("cross_entropy_statistics", logits)
+        kernel(*addresses, *sizes, torch.get_num_threads())
     return highest, rest, target
 
 
@@ -372,77 +464,61 @@ def cross_entropy_gradient_(
     target_gradient: torch.Tensor,
     real: int,
 ) -> None:
-    """See Ops.cross_entropy_gradient_."""
-    if logits.shape[0]:
+    """Compute reference.cross_entropy_gradient_ in one pass over the logits."""
+    rows, columns = logits.shape
+    if rows:
         addresses = _addresses(logits, column, highest, scale, target_gradient)
-        _kernel("cross_entropy_gradient", logits)(
-            *addresses,
-            logits.shape[0],
-            real,
-            logits.shape[1],
-            logits.stride(0),
-            torch.get_num_threads(),
-        )
+        sizes = (rows, real, columns, logits.stride(0))
+        kernel = _kernel("cross_entropy_gradient", logits)
+        kernel(*addresses, *sizes, torch.get_num_threads())
+
+
+# --- the optimizer's passes over flat memory ---
 
 
 def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """See Ops.squared_norm."""
+    """Compute reference.squared_norm: fp32 inside short runs of elements, fp64 between them."""
     threads = torch.get_num_threads()
-    return torch.tensor(
-        sum(_native.squared_norm(t.data_ptr(), t.numel(), threads) for t in tensors),
-        dtype=torch.float64,
-    )
+    squares = [_native.squared_norm(t.data_ptr(), t.numel(), threads) for t in tensors]
+    return torch.tensor(sum(squares), dtype=torch.float64)
 
 
 def adamw_(
-    masters,
-    exp_avg,
-    exp_avg_sq,
-    grads,
-    weights,
-    *,
-    step_size,
-    root_correction,
-    grad_scale,
-    skip,
-    lr_decay,
-    beta1,
-    beta2,
-    eps,
+    masters: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    grads: torch.Tensor,
+    weights: torch.Tensor,
+    terms: reference.AdamWTerms,
 ) -> None:
-    """One update in place of contiguous CPU buffers of one size, fp32 but for weights: fp32 or bf16, and perhaps masters itself.
-
-    step_size, root_correction, grad_scale: 0-d fp32; skip: 0-d bool. lr_decay = 1 - lr * weight_decay.
-    Raises TypeError on weights of another dtype.
-    """
+    """Compute reference.adamw_ in one pass. Raises TypeError unless weights are fp32 or bf16."""
+    reference.check_flat(masters, exp_avg, exp_avg_sq, grads, weights)
     kernel = _kernel("adamw", weights)
     copy = None if weights.data_ptr() == masters.data_ptr() else weights
-    addresses = _addresses(
-        masters, exp_avg, exp_avg_sq, grads, copy, step_size, root_correction, grad_scale, skip
+    buffers = _addresses(masters, exp_avg, exp_avg_sq, grads, copy)
+    scalars = _addresses(
+        terms.step_size, terms.root_correction, terms.grad_scale, terms.skip
     )
-    kernel(*addresses, lr_decay, beta1, beta2, eps, masters.numel(), torch.get_num_threads())
+    constants = (terms.lr_decay, terms.beta1, terms.beta2, terms.eps)
+    kernel(*buffers, *scalars, *constants, masters.numel(), torch.get_num_threads())
 
 
-def keep_freed_memory() -> bool:
-    """Let the process keep the memory that it frees: large temporaries of a step then cost no page faults in the next one.
-
-    False where the C library has no such setting.
-    """
-    return AVAILABLE and _native.keep_freed_memory()
+# --- helpers ---
 
 
-def _kernel(name: str, *tensors: torch.Tensor):
-    """The kernel for the dtype that all of these have."""
+def _kernel(name: str, *tensors: torch.Tensor) -> Callable[..., None]:
+    """Return the kernel for the dtype that all of these have; TypeError where there is none."""
     dtype = tensors[0].dtype
     if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
         found = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
         raise TypeError(
-            f"the native {name.partition('_')[0]} kernels take tensors of one dtype, float32 or bfloat16; got {found}"
+            f"the native {name.partition('_')[0]} kernels take tensors of one dtype, "
+            f"float32 or bfloat16; got {found}"
         )
     return getattr(_native, f"{name}_{DTYPES[dtype]}")
 
 
-def _kind(name: str):
+def _kind(name: str) -> Any:
     return getattr(_native.Activation, name)
 
 

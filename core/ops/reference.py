@@ -1,34 +1,111 @@
-"""Every op in plain PyTorch: what the kernels are tested against, and what runs where there is none. Only this package may import it."""
+"""Every op in plain PyTorch, with its contract: what the kernels are tested against.
 
-from collections.abc import Sequence
+It is also what runs where there is no kernel. The other implementations, `cpu` and `triton`, have
+functions of the same names that follow the contracts written here. Letters: B batch, T tokens,
+H hidden, F feed-forward, A heads, K key-value heads, D head size, N rows of a flat batch.
+Reached through Ops alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from ..config.sizes import ELEMENTS_IN_CACHE, LOGITS_IN_CACHE
 
-_LOWEST = torch.finfo(
-    torch.float32
-).min  # in place of the -inf of a query that sees nothing: -inf less -inf is NaN
+# Stands in for the -inf of a query that sees nothing: -inf less -inf would be NaN.
+_LOWEST = torch.finfo(torch.float32).min
+
+Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+# --- norms ---
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., H] over its root mean square, in fp32 (float64 stays), rounded to x's dtype before the weight [H]: as Llama does.
+    """Divide x by its root mean square and scale it (Zhang and Sennrich 2019).
 
-    Zhang and Sennrich 2019.
+    The division is done in fp32 (float64 stays) and rounded to x's dtype before the weight, as
+    Llama does it.
+
+    x: [..., H].
+    weight: [H], cast to x's dtype.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    x_hat = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * x_hat.to(x.dtype)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    x_hat = (wide * inverse).to(x.dtype)
+    return weight.to(x.dtype) * x_hat
 
 
-def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """See Ops.rope."""
+def add_rms_norm(
+    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x + branch and the rms_norm of it; kernels do both in one pass over memory."""
+    total = x + branch
+    return total, rms_norm(total, weight, eps)
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """Bring x [..., H] to mean 0 and variance 1, then apply weight and bias [H] in x's dtype."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias, eps)
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x + branch and the layer_norm of it; kernels do both in one pass over memory."""
+    total = x + branch
+    return total, layer_norm(total, weight, bias, eps)
+
+
+# --- rotary positions ---
+
+
+def rope(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
+) -> torch.Tensor:
+    """Rotate the first R of the D dims of every head (Su et al. 2021, section 3.4).
+
+    Here cos and sin are cast to x's dtype, as Hugging Face does; kernels leave them in fp32 and
+    round once.
+
+    x: [B, T, A, D].
+    cos, sin: of the angles, [T, R/2] or [B, T, R/2].
+    interleaved: dim 2i turns with dim 2i + 1; else dim i with dim i + R/2, as in Llama.
+    """
     return _Rope.apply(x, _per_head(cos, x.dtype), _per_head(sin, x.dtype), interleaved)
 
 
+def split_heads(
+    heads: torch.Tensor,
+    sizes: tuple[int, int, int],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool = False,
+) -> Tensors3:
+    """Split packed heads into q, k and v, with q and k under rope.
+
+    heads: [B, T, A + 2K, D]. A kernel may overwrite it, so nothing else may read it afterwards.
+    sizes: (A, K, K).
+    cos, sin, interleaved: as for rope.
+    """
+    q, k, v = heads.split(sizes, dim=2)
+    return rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved), v
+
+
 class _Rope(torch.autograd.Function):
-    """A rotation: its gradient is the rotation by the opposite angle. Autograd would pad each half of x with zeros and add them up."""
+    """A rotation, whose gradient is the rotation by the opposite angle.
+
+    Autograd's own gradient would pad each half of x with zeros and add the two up.
+    """
 
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved):
@@ -61,59 +138,95 @@ def _rotate(
 
 
 def _pairs(x: torch.Tensor, half: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two coordinates of each rotated plane, as views."""
+    """Return views of the two coordinates of each rotated plane."""
     if interleaved:
         return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
     return x[..., :half], x[..., half : 2 * half]
 
 
-def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
-) -> torch.Tensor:
-    """See Ops.layer_norm."""
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+# --- activations ---
 
 
-_ACTIVATIONS = {
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _squared_relu(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square()
+
+
+# Every kind of activation there is. A kind that a kernel lacks runs here, on any --kernels.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_erf": F.gelu,
-    "squared_relu": lambda x: F.relu(x).square(),
+    "gelu_tanh": _gelu_tanh,  # GPT-2 and Megatron's fused kernel (Hendrycks and Gimpel 2016)
+    "gelu_erf": F.gelu,  # the same by the error function
+    "squared_relu": _squared_relu,  # max(x, 0)^2 (So et al. 2021)
 }
 
 
 def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """f(x), elementwise."""
-    return _ACTIVATIONS[kind](x)
+    """Apply the function ACTIVATIONS[kind] to every element."""
+    return ACTIVATIONS[kind](x)
 
 
 def gated_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """f(gate) * up for x [..., 2F], gate before up."""
+    """Compute f(gate) * up for x [..., 2F], gate before up: [..., F].
+
+    SwiGLU is kind silu, GEGLU either GELU (Shazeer 2020).
+    """
     gate, up = x.chunk(2, dim=-1)
-    return _ACTIVATIONS[kind](gate) * up
+    return ACTIVATIONS[kind](gate) * up
 
 
-def cross_entropy_statistics(
-    logits: torch.Tensor, column: torch.Tensor, real: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See Ops.cross_entropy_statistics."""
-    highest, rest, target = (
-        torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(3)
-    )
+# --- products of few rows, steps of a block ---
+
+
+def few_rows_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute x W^T for few rows, where reading the weight is nearly all the work.
+
+    x: [..., I].
+    weight: [O, I] of x's dtype.
+    """
+    return F.linear(x, weight)
+
+
+def block_step(shape: object, weights: Sequence[torch.Tensor | None], sequences: int) -> None:
+    """Return None: plain PyTorch runs a block op by op. See cpu.block_step."""
+    return None
+
+
+# --- cross-entropy ---
+
+
+@torch.no_grad()
+def cross_entropy_statistics(logits: torch.Tensor, column: torch.Tensor, real: int) -> Tensors3:
+    """Compute what the loss and its gradient are made of, from some columns of the logits.
+
+    Returns, each fp32 [N]: the maximum (-inf where real is 0); the sum of exp(logit - maximum) over
+    all columns but the label's; the label's logit (0 where the label is not here). The label's own
+    term is kept out of the sum so that a probability near 1 keeps its distance from 1.
+
+    logits: [N, C]; the first `real` columns count, the others are padding.
+    column: int64 [N], where the label stands, -1 where it is not among these columns.
+    """
+    highest = torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
+    rest = torch.zeros_like(highest)
+    target = torch.zeros_like(highest)
     if real == 0:
         return highest.fill_(-torch.inf), rest, target
     for rows in _in_cache(logits):
-        x, here = logits[rows, :real].float(), (column[rows] >= 0).unsqueeze(1)
+        x = logits[rows, :real].float()
+        here = (column[rows] >= 0).unsqueeze(1)
         place = column[rows].clamp(min=0).unsqueeze(1)
         torch.amax(x, dim=1, out=highest[rows])
         target[rows] = torch.where(here, x.gather(1, place), 0.0).squeeze(1)
         terms = torch.exp(x - highest[rows].unsqueeze(1))
-        rest[rows] = terms.scatter(1, place, torch.where(here, 0.0, terms.gather(1, place))).sum(
-            dim=1
-        )
+        without_label = torch.where(here, 0.0, terms.gather(1, place))
+        rest[rows] = terms.scatter(1, place, without_label).sum(dim=1)
     return highest, rest, target
 
 
+@torch.no_grad()
 def cross_entropy_gradient_(
     logits: torch.Tensor,
     column: torch.Tensor,
@@ -122,36 +235,36 @@ def cross_entropy_gradient_(
     target_gradient: torch.Tensor,
     real: int,
 ) -> None:
-    """See Ops.cross_entropy_gradient_."""
+    """Overwrite the logits with their gradient: exp(logit - highest) * scale, rounded once.
+
+    Padding columns become zero, and so do whole rows of scale 0, whatever the logits hold.
+
+    logits, column, real: as for cross_entropy_statistics.
+    highest, scale: fp32 [N].
+    target_gradient: fp32 [N], what stands in the label's column instead.
+    """
     for rows in _in_cache(logits):
-        counts, place = (scale[rows] != 0).unsqueeze(1), column[rows].clamp(min=0).unsqueeze(1)
+        counts = (scale[rows] != 0).unsqueeze(1)
         if real:
-            x = torch.exp(logits[rows, :real].float() - highest[rows].unsqueeze(1)) * scale[
-                rows
-            ].unsqueeze(1)
-            x.scatter_(
-                1,
-                place,
-                torch.where(
-                    (column[rows] >= 0).unsqueeze(1),
-                    target_gradient[rows].unsqueeze(1),
-                    x.gather(1, place),
-                ),
-            )
+            here = (column[rows] >= 0).unsqueeze(1)
+            place = column[rows].clamp(min=0).unsqueeze(1)
+            x = torch.exp(logits[rows, :real].float() - highest[rows].unsqueeze(1))
+            x = x * scale[rows].unsqueeze(1)
+            of_label = target_gradient[rows].unsqueeze(1)
+            x.scatter_(1, place, torch.where(here, of_label, x.gather(1, place)))
             logits[rows, :real] = torch.where(counts, x, 0.0).to(logits.dtype)
         logits[rows, real:] = 0
 
 
 def _in_cache(logits: torch.Tensor) -> list[slice]:
-    """Rows whose few elementwise passes stay in a CPU's cache; on a device all at once."""
+    """Return slices of rows whose elementwise passes stay in a CPU's cache; on a device, one."""
     n, columns = logits.shape
-    step = max(1, LOGITS_IN_CACHE // max(columns, 1)) if logits.device.type == "cpu" else max(n, 1)
+    on_cpu = logits.device.type == "cpu"
+    step = max(1, LOGITS_IN_CACHE // max(columns, 1)) if on_cpu else max(n, 1)
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """See Ops.squared_norm."""
-    return torch.stack(torch._foreach_norm(list(tensors))).double().square().sum()
+# --- attention in blocks ---
 
 
 def attention_block(
@@ -163,14 +276,14 @@ def attention_block(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See Ops.attention_block. Every score is stored, in fp32 (float64 stays). A query that sees nothing gets o = 0 and lse = -inf."""
+    """Compute AttentionOps.attention_block, storing every score in fp32 (float64 stays).
+
+    A query that sees nothing gets o = 0 and lse = -inf.
+    """
     scores, _ = _scores(q, k, causal, scale, softcap, mask)
     lse = scores.logsumexp(-1)
-    o = torch.einsum(
-        "bkgts,bskd->btkgd",
-        (scores - lse.clamp(min=_LOWEST).unsqueeze(-1)).exp(),
-        v.to(scores.dtype),
-    )
+    weights = (scores - lse.clamp(min=_LOWEST).unsqueeze(-1)).exp()
+    o = torch.einsum("bkgts,bskd->btkgd", weights, v.to(scores.dtype))
     return o.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
 
 
@@ -185,22 +298,27 @@ def attention_block_backward(
     scale: float | None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """See Ops.attention_block_backward. With p = exp(score - lse) and dp = do v^T: ds = p (dp - do o), as in Dao 2023, section 3.1.
+) -> Tensors3:
+    """Compute AttentionOps.attention_block_backward (Dao 2023, section 3.1).
 
-    The derivative of c tanh(s / c) is 1 - (capped / c)^2.
+    With p = exp(score - lse) and dp = do v^T:  ds = p (dp - do o),  dq = ds k,  dk = ds^T q,
+    dv = p^T do.  A softcap multiplies ds by the derivative of c tanh(s / c), 1 - (capped / c)^2.
     """
-    (scores, slope), heads = _scores(q, k, causal, scale, softcap, mask), (k.shape[2], -1)
-    wide_q, wide_do, wide_o = (t.to(scores.dtype).unflatten(2, heads) for t in (q, do, o))
+    scores, slope = _scores(q, k, causal, scale, softcap, mask)
+    heads = (k.shape[2], -1)
+    wide_q = q.to(scores.dtype).unflatten(2, heads)
+    wide_do = do.to(scores.dtype).unflatten(2, heads)
+    wide_o = o.to(scores.dtype).unflatten(2, heads)
     p = (scores - lse.unflatten(1, heads).unsqueeze(-1)).exp()
     dp = torch.einsum("btkgd,bskd->bkgts", wide_do, v.to(p.dtype))
-    ds = p * (dp - (wide_do * wide_o).sum(-1).permute(0, 2, 3, 1).unsqueeze(-1)) * _scale(q, scale)
+    do_times_o = (wide_do * wide_o).sum(-1).permute(0, 2, 3, 1).unsqueeze(-1)
+    ds = p * (dp - do_times_o) * _scale(q, scale)
     if slope is not None:
         ds = ds * slope
     dq = torch.einsum("bkgts,bskd->btkgd", ds, k.to(p.dtype)).flatten(2, 3)
     dk = torch.einsum("bkgts,btkgd->bskd", ds, wide_q)
     dv = torch.einsum("bkgts,btkgd->bskd", p, wide_do)
-    return tuple(grad.to(q.dtype) for grad in (dq, dk, dv))
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 def _scores(
@@ -211,15 +329,18 @@ def _scores(
     softcap: float | None,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[B, K, A/K, T, S]: grouped heads share a key head; -inf where a query does not see a key. With a softcap, also its derivative."""
+    """Compute the scores [B, K, A/K, T, S], and with a softcap its derivative.
+
+    A/K query heads share a key head. A score is -inf where the query does not see the key.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum(
-        "btkgd,bskd->bkgts", q.to(wide).unflatten(2, (k.shape[2], -1)), k.to(wide)
-    ) * _scale(q, scale)
+    grouped = q.to(wide).unflatten(2, (k.shape[2], -1))
+    scores = torch.einsum("btkgd,bskd->bkgts", grouped, k.to(wide)) * _scale(q, scale)
     slope = None
     if softcap is not None:
         tanh = torch.tanh(scores / softcap)
-        scores, slope = softcap * tanh, 1 - tanh.square()
+        scores = softcap * tanh
+        slope = 1 - tanh.square()
     if causal:
         hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))
@@ -232,41 +353,125 @@ def _scale(q: torch.Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def adamw_(
-    masters,
-    exp_avg,
-    exp_avg_sq,
-    grads,
-    weights,
-    *,
-    step_size,
-    root_correction,
-    grad_scale,
-    skip,
-    lr_decay,
-    beta1,
-    beta2,
-    eps,
-) -> None:
-    """One update in place of flat buffers of one size, fp32 but for weights, which may be masters itself.
+# --- the optimizer's passes over flat memory ---
 
-    step_size = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t), grad_scale: 0-d fp32; skip: 0-d bool.
-    lr_decay = 1 - lr * weight_decay. Loshchilov and Hutter 2019.
+
+@torch.no_grad()
+def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the squared 2-norm of contiguous fp32 tensors together, 0-d fp64 on their device."""
+    return torch.stack(torch._foreach_norm(list(tensors))).double().square().sum()
+
+
+@dataclass(frozen=True)
+class AdamWTerms:
+    """What an AdamW update needs beside its buffers; made once for all buffers of an update.
+
+    The tensors are 0-d and live on the buffers' device, so that the host waits for none of them.
+
+    step_size: lr / (1 - beta1^t) at update t, fp32.
+    root_correction: sqrt(1 - beta2^t), fp32.
+    grad_scale: what the gradients are multiplied with, fp32.
+    skip: bool; where true nothing changes, whatever the gradients hold.
+    lr_decay: 1 - lr * weight_decay.
     """
+
+    step_size: torch.Tensor
+    root_correction: torch.Tensor
+    grad_scale: torch.Tensor
+    skip: torch.Tensor
+    lr_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+
+    @staticmethod
+    def at(
+        step: torch.Tensor,
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        grad_scale: torch.Tensor,
+        skip: torch.Tensor,
+    ) -> "AdamWTerms":
+        """Compute the terms of update number `step`, 0-d, counted from 1."""
+        # In fp64, as torch.optim computes them on the host: 1 - 0.999**t in fp32 has lost three
+        # digits at t = 1.
+        t = step.to(torch.float64)
+        return AdamWTerms(
+            step_size=(lr / (1 - beta1**t)).float(),
+            root_correction=(1 - beta2**t).sqrt().float(),
+            grad_scale=grad_scale.float(),
+            skip=skip.bool(),
+            lr_decay=1 - lr * weight_decay,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+        )
+
+
+@torch.no_grad()
+def adamw_(
+    masters: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    grads: torch.Tensor,
+    weights: torch.Tensor,
+    terms: AdamWTerms,
+) -> None:
+    """Update flat buffers in place by AdamW (Loshchilov and Hutter 2019), as torch.optim.AdamW.
+
+    With g = grads * grad_scale:
+        m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2,
+        p = p * lr_decay - step_size * m / (sqrt(v) / root_correction + eps).
+
+    masters, exp_avg, exp_avg_sq: p, m and v, fp32 [N].
+    grads: fp32 [N], only read.
+    weights: [N], becomes the rounded copy of masters; it may be masters itself.
+    Raises ValueError on buffers of another size or dtype.
+    """
+    check_flat(masters, exp_avg, exp_avg_sq, grads, weights)
+    skip = terms.skip
     chunk = ELEMENTS_IN_CACHE if masters.device.type == "cpu" else max(1, masters.numel())
     for start in range(0, masters.numel(), chunk):
-        p, m, v, g, w = (
-            buffer[start : start + chunk]
-            for buffer in (masters, exp_avg, exp_avg_sq, grads, weights)
-        )
-        g = g * grad_scale
-        new_m = torch.lerp(m, g, 1 - beta1)
-        new_v = (v * beta2).addcmul_(g, g, value=1 - beta2)
-        update = (new_m * step_size).div_((new_v.sqrt() / root_correction).add_(eps))
-        new_p = (p * lr_decay).sub_(update)
+        part = slice(start, start + chunk)
+        p, w = masters[part], weights[part]
+        m, v = exp_avg[part], exp_avg_sq[part]
+        g = grads[part] * terms.grad_scale
+        new_m = torch.lerp(m, g, 1 - terms.beta1)
+        new_v = (v * terms.beta2).addcmul_(g, g, value=1 - terms.beta2)
+        divisor = (new_v.sqrt() / terms.root_correction).add_(terms.eps)
+        update = (new_m * terms.step_size).div_(divisor)
+        new_p = (p * terms.lr_decay).sub_(update)
         # Selected, never multiplied by zero: 0 x NaN is NaN.
         torch.where(skip, w, new_p.to(w.dtype), out=w)
         torch.where(skip, m, new_m, out=m)
         torch.where(skip, v, new_v, out=v)
         if weights.data_ptr() != masters.data_ptr():
             torch.where(skip, p, new_p, out=p)
+
+
+def check_flat(
+    masters: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    grads: torch.Tensor,
+    weights: torch.Tensor,
+) -> None:
+    """Raise ValueError on buffers with gaps or of different sizes.
+
+    The kernels go by address: they would write past the end of what is shorter.
+    """
+    size = masters.numel()
+    state = {"masters": masters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grads": grads}
+    for name, buffer in (*state.items(), ("weights", weights)):
+        if buffer.shape != (size,) or not buffer.is_contiguous():
+            raise ValueError(
+                f"adamw_ takes flat buffers of one size; masters has {size} elements, "
+                f"{name} is {tuple(buffer.shape)}"
+            )
+    for name, buffer in state.items():
+        if buffer.dtype != torch.float32:
+            raise ValueError(f"adamw_ keeps its state in float32; {name} is {buffer.dtype}")

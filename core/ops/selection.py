@@ -1,48 +1,60 @@
-"""Which implementation of each op a run uses: decided once, from the flags, the device and the dtype; an obstacle is named, never passed over."""
+"""Which implementation of each op a run uses, decided once from flags, device and dtype.
+
+What keeps an implementation from serving is named in the log or in an error, never passed over.
+"""
 
 import torch
 
 from ..config import FlagError
 from ..logs import get_logger
-from . import cpu, ops
+from . import cpu, triton
 from .attention import check_backend
 from .ops import OPS, STEP_IS_MADE_OF, Ops
+
+# What x86 processors call their instructions for products of a dtype.
+_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
 
 
 def select_ops(
     kernels: str, device: torch.device, dtype: torch.dtype, attention_backend: str = "auto"
 ) -> Ops:
-    """The ops for --kernels on `device` with activations of `dtype`.
+    """Make the Ops for --kernels.
 
-    kernels: one of auto, torch, triton, native, and after commas OP=IMPLEMENTATION for single ops ("auto,rope=torch"). auto: native on
-    a CPU, triton on a GPU, each where it can serve, else torch, and the log says why.
-    Raises FlagError, naming the flag and the remedy, where an implementation or backend asked for by name cannot serve.
+    kernels: auto, torch, triton or native, and after commas OP=IMPLEMENTATION for single ops, as in
+        "auto,rope=torch". auto is native on a CPU and triton on a GPU where they can serve; where
+        not it is torch, and the log says why.
+    dtype: of the activations.
+    Raises FlagError, naming flag and remedy, where an implementation or backend that was asked for
+    by name cannot serve.
     """
     check_backend(attention_backend, device)
     general, *exceptions = kernels.split(",")
     if general not in ("auto", "torch", *_OBSTACLES):
-        raise FlagError(
-            f"--kernels {kernels}: {general!r} is not one of auto, torch, {', '.join(_OBSTACLES)}"
-        )
+        known = ", ".join(_OBSTACLES)
+        raise FlagError(f"--kernels {kernels}: {general!r} is not one of auto, torch, {known}")
     overrides = tuple(_override(kernels, exception, device, dtype) for exception in exceptions)
-    chosen = Ops(
-        _implementation(general, device, dtype),
-        attention_backend,
-        _uses_fp32_matmul(device, dtype),
-        overrides,
-    )
-    if ("block_step", "native") in overrides and chosen.implementations["block_step"] != "native":
+    implementation = _implementation(general, device, dtype)
+    fp32_matmul = _lacks_instructions(device, dtype)
+    selected = Ops(implementation, attention_backend, fp32_matmul, overrides)
+    wants_step = ("block_step", "native") in overrides
+    if wants_step and selected.implementations["block_step"] != "native":
         raise FlagError(
-            f"--kernels {kernels}: block_step=native is made of native {', '.join(STEP_IS_MADE_OF)} and --attention-backend auto; "
+            f"--kernels {kernels}: block_step=native is made of native "
+            f"{', '.join(STEP_IS_MADE_OF)} and --attention-backend auto; "
             "choose those, or leave block_step=native out"
         )
-    return chosen
+    return selected
 
 
 def _implementation(kernels: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return what the ops without an exception run on: torch, native or triton."""
     if kernels == "torch":
         return "torch"
-    wanted = kernels if kernels != "auto" else "native" if device.type == "cpu" else "triton"
+    fastest = "native" if device.type == "cpu" else "triton"
+    wanted = fastest if kernels == "auto" else kernels
     obstacle = _OBSTACLES[wanted](device, dtype)
     if obstacle is None:
         return wanted
@@ -55,14 +67,17 @@ def _implementation(kernels: str, device: torch.device, dtype: torch.dtype) -> s
 def _override(
     kernels: str, exception: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, str]:
+    """Read one OP=IMPLEMENTATION of --kernels."""
     op, equals, wanted = exception.partition("=")
     if not equals or op not in OPS:
         raise FlagError(
-            f"--kernels {kernels}: {exception!r} is not OP=IMPLEMENTATION with an op of {', '.join(OPS)}"
+            f"--kernels {kernels}: {exception!r} is not OP=IMPLEMENTATION with an op of "
+            f"{', '.join(OPS)}"
         )
     if wanted not in ("torch", *OPS[op]):
+        has = ", ".join(OPS[op])
         raise FlagError(
-            f"--kernels {kernels}: {op} has torch, {', '.join(OPS[op])}, and not {wanted or 'nothing'}"
+            f"--kernels {kernels}: {op} has torch, {has}, and not {wanted or 'nothing'}"
         )
     obstacle = None if wanted == "torch" else _OBSTACLES[wanted](device, dtype)
     if obstacle is not None:
@@ -70,41 +85,41 @@ def _override(
     return op, wanted
 
 
-def _uses_fp32_matmul(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether 16-bit matrix products are to be computed in fp32: a processor without instructions for them is some 10 to 100 times slower at them."""
-    if device.type != "cpu" or dtype not in _PRODUCTS:
+def _lacks_instructions(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether this processor has no instructions for products of a 16-bit dtype."""
+    if device.type != "cpu" or dtype not in _INSTRUCTIONS:
         return False
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release
-    return found.get("architecture") == "x86_64" and not any(
-        found.get(name) for name in _PRODUCTS[dtype]
-    )
-
-
-# What x86 processors call their instructions for products of a dtype.
-_PRODUCTS = {
-    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16"),
-}
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every release of torch
+    found: dict[str, object] = capabilities()
+    if found.get("architecture") != "x86_64":
+        return False
+    return not any(found.get(name) for name in _INSTRUCTIONS[dtype])
 
 
 def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the native kernels cannot serve, and what to do about it; None where they can."""
+    """Say why the native kernels cannot serve, and what to do about it; None where they can."""
     if device.type != "cpu":
-        return f"the native kernels run on the CPU and the device is {device.type}; use --kernels triton"
+        return (
+            f"the native kernels run on the CPU and the device is {device.type}; "
+            "use --kernels triton"
+        )
     if not cpu.AVAILABLE:
-        return "trivium._native is not built; install a C++17 compiler and run `pip install --no-deps --no-build-isolation -e .`"
+        return (
+            "trivium._native is not built; install a C++17 compiler and run "
+            "`pip install --no-deps --no-build-isolation -e .`"
+        )
     if dtype not in cpu.DTYPES:
         return f"the native kernels have float32 and bfloat16, not {dtype}; use --bf16"
     return None
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton cannot serve, and what to do about it; None where it can."""
-    if ops.triton_rms_norm is None:
+    """Say why Triton cannot serve, and what to do about it; None where it can."""
+    if not triton.AVAILABLE:
         return "triton cannot be imported; install triton>=3.6"
-    if device.type == "cpu" and not ops.triton_rms_norm.INTERPRETED:
+    if device.type == "cpu" and not triton.interpreted():
         return "Triton has no CPU target; set TRITON_INTERPRET=1 (slow, for tests)"
-    if device.type == "cuda" and ops.triton_rms_norm.INTERPRETED:
+    if device.type == "cuda" and triton.interpreted():
         return "TRITON_INTERPRET=1 would run the kernels on the CPU; unset it"
     return None
 

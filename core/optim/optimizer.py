@@ -6,7 +6,7 @@ import torch
 
 from ..config import OPTIMIZER_STATE, OptimizerConfig
 from ..layout import Piece
-from ..ops import Ops
+from ..ops import AdamWTerms, Ops
 from ..state import StateItem
 from .buckets import Shard
 from .reduce import reduce_gradients
@@ -78,14 +78,14 @@ class Optimizer:
         if config.optimizer == "sgd":
             self.ops.sgd_(*flat, momentum_factor=config.sgd_momentum, **now)
         else:
-            self.ops.adamw_(
-                *flat,
+            terms = AdamWTerms.at(
+                self.steps,
                 beta1=config.adam_beta1,
                 beta2=config.adam_beta2,
                 eps=config.adam_eps,
-                step=self.steps,
                 **now,
             )
+            self.ops.adamw_(*flat, terms)
 
     def weight_pieces(self) -> Iterator[Piece]:
         """The fp32 masters of this rank's shards under their plain names."""

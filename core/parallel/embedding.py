@@ -10,10 +10,12 @@ from .sharding import Sharding
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of a [V, H] table; each rank of `tp` holds [V/tp, H] and looks up the ids that fall into its rows.
+    """A table [V, H], of which each rank of tp holds [V/tp, H] and looks up the ids in its rows.
 
-    tokens: int64 [B, T].   y: [B, T, H] on every rank, or [B, T/tp, H] with sequence parallel. Rows past the vocabulary are padding,
-    zero and never looked up.
+    tokens: int64 [B, T].
+    y: [B, T, H] on every rank, or [B, T/tp, H] with sequence parallel.
+
+    Rows past the vocabulary are padding, zero and never looked up.
     """
 
     def __init__(self, weight: nn.Parameter, sharding: Sharding):
@@ -21,16 +23,14 @@ class VocabParallelEmbedding(nn.Module):
         self.weight, self.sharding = weight, sharding
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        weight, tp = use(self.weight), self.sharding.tp
+        weight = use(self.weight)
+        tp = self.sharding.tp
         if tp.size == 1:
             return F.embedding(tokens, weight)
         local = tokens - tp.rank * weight.shape[0]
         elsewhere = (local < 0) | (local >= weight.shape[0])
-        found = F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(
-            elsewhere.unsqueeze(-1), 0.0
-        )
-        return (
-            comm.reduce_tokens(found, tp)
-            if self.sharding.sequence_parallel
-            else comm.reduce_from(found, tp)
-        )
+        found = F.embedding(local.masked_fill(elsewhere, 0), weight)
+        found = found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        if self.sharding.sequence_parallel:
+            return comm.reduce_tokens(found, tp)
+        return comm.reduce_from(found, tp)

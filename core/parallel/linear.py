@@ -1,27 +1,36 @@
-"""Linear layers cut over an axis, by rows (column parallel) or by columns (row parallel) of the weight. H in, O out features.
+"""Linear layers cut over an axis: by rows of the weight (column parallel) or by columns (row parallel).
 
-The products stay outside of what torch.compile sees: they send, and their gradients go where no compiler can follow.
+I input and O output features; otherwise the letters of model/shape.py.
 
-With sequence parallel, x outside of the layers is cut over the same axis by tokens: gathered on the way in, its sum cut on the way out.
+Without sequence parallel x is whole on every rank of tp. A column-parallel layer needs nothing
+forward and sums dx over tp backward; a row-parallel one sums y forward and needs nothing backward.
+With sequence parallel x is cut over tp by tokens outside of the layers: gathered on the way in, and
+the sum of y is cut on the way out. Backward each turns into the other.
+
+torch.compile does not look into the products: they send, and their gradients go where no compiler
+can follow.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
 
 from .. import comm
-from ..autograd import apply
-from ..gradients import Sink, current, sink_of, use
+from ..gradients import Sink, ready_sink, use
 from ..ops import Ops
 from .sharding import Sharding
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b, with W cut by rows: each rank of `tp` computes its own slice of the output features.
+    """y = x W^T + b, with W cut by rows: each rank of tp computes its own slice of the features.
 
-    x: [B, T, H] on every rank, or [B, T/tp, H] with sequence parallel.   y: [B, T, O/tp], the slices of the parts one after another.
-    Several projections may be fused in one weight (q, k and v of one product), each cut by itself: see Layout.rows_cut.
+    x: [B, T, I] on every rank, or [B, T/tp, I] with sequence parallel.
+    y: [B, T, O/tp], the slices of the parts one after another.
+
+    Several projections may be fused in one weight (q, k and v of one product), each cut by itself:
+    see Layout.rows_cut.
     Shoeybi et al. 2019, section 3; sequence parallel: Korthikanti et al. 2022, section 4.2.
     """
 
@@ -29,118 +38,167 @@ class ColumnParallelLinear(nn.Module):
         self, weight: nn.Parameter, bias: nn.Parameter | None, sharding: Sharding, ops: Ops
     ):
         super().__init__()
-        self.weight, self.bias = weight, bias
-        self.sharding, self.ops = sharding, ops
+        self.weight = weight
+        self.bias = bias
+        self.sharding = sharding
+        self.ops = ops
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = column_parallel(x, self.weight, self.sharding, self.ops)
+        multiply = _column_parallel if torch.is_grad_enabled() else _column_product
+        y = multiply(x, self.weight, self.sharding, self.ops)
         return y if self.bias is None else y + use(self.bias)
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T + b, with W cut by columns: each rank of `tp` holds a slice of the input features, and the products are summed.
+    """y = x W^T + b, with W cut by columns: each rank of tp holds a slice of the input features.
 
-    x: [B, T, H/tp].   y: [B, T, O] on every rank, or [B, T/tp, O] with sequence parallel. The bias is whole on every rank and
-    added once, after the sum: with sequence parallel each rank sees only its tokens' share of the bias' gradient.
+    x: [B, T, I/tp].
+    y: [B, T, O] on every rank, or [B, T/tp, O] with sequence parallel: the sum over tp.
+
+    The bias is whole on every rank and added once, after the sum. With sequence parallel a rank sees
+    only its tokens' share of the bias' gradient.
     """
 
     def __init__(
         self, weight: nn.Parameter, bias: nn.Parameter | None, sharding: Sharding, ops: Ops
     ):
         super().__init__()
-        self.weight, self.bias = weight, bias
-        self.sharding, self.ops = sharding, ops
+        self.weight = weight
+        self.bias = bias
+        self.sharding = sharding
+        self.ops = ops
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = row_parallel(x, self.weight, self.sharding, self.ops)
+        multiply = _row_parallel if torch.is_grad_enabled() else _row_product
+        y = multiply(x, self.weight, self.sharding, self.ops)
         return y if self.bias is None else y + use(self.bias)
 
 
-@torch.compiler.disable
 def column_parallel(
     x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops
 ) -> torch.Tensor:
-    """x W^T for a weight [O/tp, H] that is cut by rows: see ColumnParallelLinear."""
-    return apply(_ColumnParallel, x, current(weight), sink_of(weight), sharding, ops)
-
-
-@torch.compiler.disable
-def row_parallel(
-    x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops
-) -> torch.Tensor:
-    """x W^T, summed over tp, for a weight [O, I/tp] that is cut by columns: see RowParallelLinear."""
-    return apply(_RowParallel, x, current(weight), sink_of(weight), sharding, ops)
+    """Compute x W^T as ColumnParallelLinear does, for a weight [O/tp, I] that lives elsewhere."""
+    multiply = _column_parallel if torch.is_grad_enabled() else _column_product
+    return multiply(x, weight, sharding, ops)
 
 
 class _ColumnParallel(torch.autograd.Function):
-    """The gradient of x is summed over tp while the weight gradient's GEMM runs; the gathered x is not kept but gathered again."""
+    """y = x W^T, with dx summed over tp while the weight gradient's product runs.
+
+    With sequence parallel the gathered x is not kept for backward but gathered again.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, sink, sharding, ops):
+    def forward(ctx, x, weight, sharding, ops):
+        ctx.sink = ready_sink(weight)
+        ctx.sharding = sharding
+        ctx.ops = ops
         ctx.save_for_backward(x, weight)
-        ctx.sink, ctx.sharding, ctx.ops = sink, sharding, ops
-        return ops.product(
-            comm.start_gather_tokens(x, sharding.tp)() if sharding.sequence_parallel else x, weight
-        )
+        if sharding.sequence_parallel:
+            x = comm.start_gather_tokens(x, sharding.tp)()
+        return ops.product(x, weight)
 
     @staticmethod
     def backward(ctx, dy):
-        (x, weight), tp, sink, ops = ctx.saved_tensors, ctx.sharding.tp, ctx.sink, ctx.ops
-        x, wide = x.detach(), ops.operand(dy)
+        x, weight = ctx.saved_tensors
+        x = x.detach()
+        tp = ctx.sharding.tp
+        dy = ctx.ops.operand(dy)
         if not ctx.sharding.sequence_parallel:
-            dx = _input_gradient(wide, weight, x.dtype, ops)
+            dx = ctx.ops.input_gradient(dy, weight, x.dtype)
             summed = comm.start_all_reduce(dx, tp)
-            dw = _weight_gradient(sink, weight, wide, lambda: x, ops)
-            return summed.wait(), dw, None, None, None
+            dw = _weight_gradient(ctx, weight, dy, lambda: x)
+            return summed.wait(), dw, None, None
         gather = partial(comm.start_gather_tokens, x, tp)
-        if sink is None or sink.owner.deferral.held is None:
-            whole = gather()  # under way during the next GEMM
+        if _is_held(ctx.sink):
+            # A held product keeps the cut x alone, and gathers it when its turn comes.
+            whole = lambda: gather()()  # noqa: E731
         else:
-            whole = lambda: gather()()  # noqa: E731 - a held product keeps the cut x alone, and gathers when its turn comes
-        summed = comm.start_reduce_tokens(_input_gradient(wide, weight, x.dtype, ops), tp)
-        dw = _weight_gradient(sink, weight, wide, whole, ops)
-        return summed(), dw, None, None, None
+            whole = gather()  # under way during the next product
+        dx = ctx.ops.input_gradient(dy, weight, x.dtype)
+        summed = comm.start_reduce_tokens(dx, tp)
+        dw = _weight_gradient(ctx, weight, dy, whole)
+        return summed(), dw, None, None
 
 
 class _RowParallel(torch.autograd.Function):
+    """y = x W^T, summed over tp."""
+
     @staticmethod
-    def forward(ctx, x, weight, sink, sharding, ops):
+    def forward(ctx, x, weight, sharding, ops):
+        ctx.sink = ready_sink(weight)
+        ctx.sharding = sharding
+        ctx.ops = ops
         ctx.save_for_backward(x, weight)
-        ctx.sink, ctx.sharding, ctx.ops = sink, sharding, ops
         y = ops.product(x, weight)
-        return (
-            comm.start_reduce_tokens(y, sharding.tp)()
-            if sharding.sequence_parallel
-            else comm.all_reduce(y, sharding.tp)
-        )
+        if sharding.sequence_parallel:
+            return comm.start_reduce_tokens(y, sharding.tp)()
+        return comm.all_reduce(y, sharding.tp)
 
     @staticmethod
     def backward(ctx, dy):
-        (x, weight), ops = ctx.saved_tensors, ctx.ops
+        x, weight = ctx.saved_tensors
         x = x.detach()
         if ctx.sharding.sequence_parallel:
             dy = comm.start_gather_tokens(dy, ctx.sharding.tp)()
-        wide = ops.operand(dy)
-        dx = _input_gradient(wide, weight, x.dtype, ops)
-        return dx, _weight_gradient(ctx.sink, weight, wide, lambda: x, ops), None, None, None
+        dy = ctx.ops.operand(dy)
+        dx = ctx.ops.input_gradient(dy, weight, x.dtype)
+        return dx, _weight_gradient(ctx, weight, dy, lambda: x), None, None
 
 
-def _input_gradient(
-    dy: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, ops: Ops
+@torch.compiler.disable
+def _column_product(
+    x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops
 ) -> torch.Tensor:
-    """dy W in `dtype`; dy is an operand already."""
-    return (dy @ ops.operand(weight)).to(dtype)
+    """Compute _ColumnParallel where no gradient is wanted, without autograd's bookkeeping."""
+    ready_sink(weight)
+    if sharding.sequence_parallel:
+        x = comm.start_gather_tokens(x, sharding.tp)()
+    return ops.product(x, weight)
+
+
+@torch.compiler.disable
+def _row_product(
+    x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops
+) -> torch.Tensor:
+    """Compute _RowParallel where no gradient is wanted, without autograd's bookkeeping."""
+    ready_sink(weight)
+    y = ops.product(x, weight)
+    if sharding.sequence_parallel:
+        return comm.start_reduce_tokens(y, sharding.tp)()
+    return comm.all_reduce(y, sharding.tp)
+
+
+# Wrapped once here rather than by a decorated function: that would be one more call per layer.
+_column_parallel = torch.compiler.disable(_ColumnParallel.apply)
+_row_parallel = torch.compiler.disable(_RowParallel.apply)
+
+
+def _is_held(sink: Sink | None) -> bool:
+    """Return whether the schedule holds weight-gradient products back at the moment."""
+    return sink is not None and sink.owner.deferral.held is not None
 
 
 def _weight_gradient(
-    sink: Sink | None, weight: torch.Tensor, dy: torch.Tensor, x, ops: Ops
+    ctx, weight: torch.Tensor, dy: torch.Tensor, x: Callable[[], torch.Tensor]
 ) -> torch.Tensor | None:
-    """dy^T x to the sink, now or when its turn comes, or to autograd where there is no sink. `x` is called for the input; dy is an operand."""
+    """Bring dW = dy^T x to the sink, or return it to autograd where there is no sink.
+
+    To the sink it goes at once or when the schedule says.
+
+    ctx: of the autograd function, with its sink and ops.
+    x: called for the layer's input when the product runs.
+    """
+    sink, ops = ctx.sink, ctx.ops
     if not weight.requires_grad:
         return None
     if sink is None:
-        return (dy.flatten(0, -2).t() @ ops.operand(x()).flatten(0, -2)).to(weight.dtype)
-    sink.owner.deferral.run(
-        lambda: sink.add_product(dy.flatten(0, -2), ops.operand(x()).flatten(0, -2))
-    )
+        return ops.weight_gradient(dy, x(), weight.dtype)
+
+    def product() -> None:
+        whole = x()
+        ops.add_weight_gradient_(sink.memory(), dy, whole)
+        sink.wrote()
+
+    sink.owner.deferral.run(product)
     return None

@@ -1,1 +1,1 @@
-"""Triton kernels, one op a file. Reached only through trivium.ops."""
+"""Triton kernels, one op a file; they know torch and Triton alone. Reached through trivium.ops."""

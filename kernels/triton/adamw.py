@@ -1,10 +1,45 @@
-"""AdamW over flat buffers in one launch: 28 bytes of fp32 state and gradient a parameter read and written once, and the working copy written."""
+"""AdamW over flat buffers in one launch.
+
+Memory plan, for each parameter: masters, exp_avg and exp_avg_sq are read and written once and the
+gradient is read once, 28 bytes of fp32; the working copy is written if there is one. All else, the
+terms of the update, is one scalar a program. Nothing is read twice, so memory speed is the limit.
+"""
+
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 2048  # 8 elements a thread: two 16-byte loads in flight for each of four arrays; at 16, too few threads fit their registers
+# 8 elements a thread: two 16-byte loads in flight for each of four arrays. At 16 elements, too few
+# threads fit their registers.
+_BLOCK = 2048
+
+
+class Terms(Protocol):
+    """What an update needs beside its buffers; tensors are 0-d and on the device.
+
+    step_size: lr / (1 - beta1^t), fp32. root_correction: sqrt(1 - beta2^t), fp32.
+    grad_scale: factor on the gradients, fp32. skip: bool, change nothing.
+    lr_decay: 1 - lr * weight_decay.
+    """
+
+    @property
+    def step_size(self) -> torch.Tensor: ...
+    @property
+    def root_correction(self) -> torch.Tensor: ...
+    @property
+    def grad_scale(self) -> torch.Tensor: ...
+    @property
+    def skip(self) -> torch.Tensor: ...
+    @property
+    def lr_decay(self) -> float: ...
+    @property
+    def beta1(self) -> float: ...
+    @property
+    def beta2(self) -> float: ...
+    @property
+    def eps(self) -> float: ...
 
 
 @triton.jit
@@ -27,7 +62,8 @@ def _adamw(
     BLOCK: tl.constexpr,
     COPY: tl.constexpr,
 ):
-    # A skipped update stores nothing, so that no NaN in the gradients can matter. The same for all programs.
+    # A skipped update stores nothing, so that no NaN in the gradients can matter. All programs take
+    # the same branch.
     if tl.load(skip) == 0:
         # int64 first: the offset wraps at 2^31 elements otherwise.
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -52,40 +88,33 @@ def adamw_(
     exp_avg_sq: torch.Tensor,
     grads: torch.Tensor,
     weights: torch.Tensor,
-    *,
-    step_size: torch.Tensor,
-    root_correction: torch.Tensor,
-    grad_scale: torch.Tensor,
-    skip: torch.Tensor,
-    lr_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    terms: Terms,
 ) -> None:
-    """One update in place of contiguous buffers of one size, all fp32 but weights, which may be masters itself.
+    """Update contiguous buffers of one size in place (Loshchilov and Hutter 2019).
 
-    step_size = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t), grad_scale: 0-d fp32; skip: 0-d bool; all on the device.
-    lr_decay = 1 - lr * weight_decay. Loshchilov and Hutter 2019. Runs on the current device, which must be the buffers'.
+    All are fp32 but weights, which becomes a rounded copy of masters and may be masters itself.
+    Runs on the current device, which must be the buffers'.
     """
     size = masters.numel()
-    if size:
-        _adamw[(triton.cdiv(size, _BLOCK),)](
-            masters,
-            exp_avg,
-            exp_avg_sq,
-            grads,
-            weights,
-            step_size,
-            root_correction,
-            grad_scale,
-            skip,
-            lr_decay,
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            eps,
-            size,
-            BLOCK=_BLOCK,
-            COPY=weights.data_ptr() != masters.data_ptr(),
-            num_warps=8,
-        )
+    if not size:
+        return
+    _adamw[(triton.cdiv(size, _BLOCK),)](
+        masters,
+        exp_avg,
+        exp_avg_sq,
+        grads,
+        weights,
+        terms.step_size,
+        terms.root_correction,
+        terms.grad_scale,
+        terms.skip,
+        terms.lr_decay,
+        1 - terms.beta1,
+        terms.beta2,
+        1 - terms.beta2,
+        terms.eps,
+        size,
+        BLOCK=_BLOCK,
+        COPY=weights.data_ptr() != masters.data_ptr(),
+        num_warps=8,
+    )

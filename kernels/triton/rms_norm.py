@@ -1,25 +1,34 @@
-"""RMSNorm forward and backward.
+"""RMSNorm forward and backward (Zhang and Sennrich 2019).
 
-Memory plan, R rows of H elements. Up to MAX_TILE columns a program holds whole rows in registers: the forward reads x once and writes y and
-one fp32 rstd a row; the backward reads dy and x, writes dx, and keeps its sum for the weight in registers, one fp32 row a program, summed by
-one small deterministic reduction. Wider rows are walked in blocks: the forward reads x twice (the second time mostly from L2), the backward
-first reduces each row to one number, then takes columns by blocks, so that registers never spill. Zhang and Sennrich 2019.
+Memory plan, for R rows of H elements. Up to MAX_TILE columns a program holds whole rows in
+registers:
+
+    forward    reads x once; writes y, and one fp32 rstd a row
+    backward   reads dy and x once; writes dx. The sum for the weight stays in registers and is
+               written once, one fp32 row a program; a small deterministic reduction adds them up
+
+Wider rows are walked in blocks, so that registers never spill:
+
+    forward    reads x twice, the second time mostly from L2
+    backward   first reduces each row to one number, then takes columns by blocks
 """
 
 import torch
 import triton
 import triton.language as tl
 
-MAX_TILE = 8192  # columns a program holds at most: 16 elements a thread at 16 warps; at twice that the backward spills registers
+# Columns that a program holds at most: 16 elements a thread at 16 warps. At twice that the backward
+# spills registers.
+MAX_TILE = 8192
 _TILE = 4096  # elements of a tile where rows are narrow: several rows share a program
 _BLOCK = 2048  # columns of a block where rows are wide
-INTERPRETED = (
-    triton.knobs.runtime.interpret
-)  # read when @jit runs, as Triton does: the kernels below run on the CPU, slowly
+# Whether the kernels below run on the CPU, slowly. Read here because Triton reads it at @jit.
+INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
 def _forward(x, weight, y, rstd, rows, columns, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute y and rstd of a tile of ROWS whole rows."""
     # int64 first: row * columns wraps at 2^31 elements otherwise.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -35,6 +44,7 @@ def _forward(x, weight, y, rstd, rows, columns, eps, ROWS: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _forward_wide(x, weight, y, rstd, columns, eps, BLOCK: tl.constexpr):
+    """Compute y and rstd of one wide row: its sum of squares by blocks, then y by blocks."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
@@ -56,7 +66,11 @@ def _forward_wide(x, weight, y, rstd, columns, eps, BLOCK: tl.constexpr):
 def _backward(
     dy, x, weight, rstd, dx, partial, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Program p takes tiles p, p + P, p + 2P, ...: the same rows for the same P, so the sums are the same every time."""
+    """Compute dx, and in partial[p] the sum for the weight of all tiles of program p.
+
+    Program p of P takes tiles p, p + P, p + 2P, ...: the same rows for the same P, so the sums are
+    the same every time.  With g = dy * weight:  dx = rstd (g - x_hat mean(g x_hat)).
+    """
     program = tl.program_id(0).to(tl.int64)  # and with it every tile and row below
     column = tl.arange(0, BLOCK)
     w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
@@ -77,7 +91,7 @@ def _backward(
 
 @triton.jit
 def _row_means(dy, x, weight, rstd, mean, columns, BLOCK: tl.constexpr):
-    """mean[row] = mean(dy * weight * x_hat)."""
+    """Compute mean[row] = mean(dy * weight * x_hat) of wide rows."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
@@ -92,7 +106,10 @@ def _row_means(dy, x, weight, rstd, mean, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def _backward_wide(dy, x, weight, rstd, mean, dx, partial, rows, columns, BLOCK: tl.constexpr):
-    """Program (b, p) takes block b of the columns of rows p, p + P, p + 2P, ..."""
+    """Compute what _backward does, for block b of the columns of rows p, p + P, p + 2P, ...
+
+    Program (b, p) knows each row's mean from _row_means.
+    """
     program = tl.program_id(1).to(tl.int64)  # and with it every row below
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = column < columns
@@ -108,9 +125,9 @@ def _backward_wide(dy, x, weight, rstd, mean, dx, partial, rows, columns, BLOCK:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm over the last dim of x [..., H], weight [H] of the same dtype: fp32, bf16 or fp16; fp32 arithmetic.
+    """Normalize the last dim of x [..., H] and scale it by weight [H], in fp32 arithmetic.
 
-    Runs on the current device, which must be x's.
+    x and weight are of one dtype: fp32, bf16 or fp16. Runs on the current device, which must be x's.
     """
     return _RMSNorm.apply(x, weight, eps)
 
@@ -118,11 +135,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        x, weight = x.contiguous(), weight.contiguous()
-        y, rstd = (
-            torch.empty_like(x),
-            torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),
-        )
+        x = x.contiguous()
+        weight = weight.contiguous()
+        y = torch.empty_like(x)
+        rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
         if x.numel():
             _launch_forward(x, weight, y, rstd, eps)
         ctx.save_for_backward(x, weight, rstd)
@@ -132,10 +148,11 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        dy, dx = dy.contiguous(), torch.empty_like(x)
+        dx = torch.empty_like(x)
         if not x.numel():
             return dx, torch.zeros_like(weight), None
-        return dx, _launch_backward(dy, x, weight, rstd, dx).to(weight.dtype), None
+        dweight = _launch_backward(dy.contiguous(), x, weight, rstd, dx)
+        return dx, dweight.to(weight.dtype), None
 
 
 def _launch_forward(x, weight, y, rstd, eps):
@@ -150,7 +167,7 @@ def _launch_forward(x, weight, y, rstd, eps):
 
 
 def _launch_backward(dy, x, weight, rstd, dx) -> torch.Tensor:
-    """Fills dx and returns dweight [H] in fp32."""
+    """Fill dx and return dweight [H] in fp32."""
     rows, columns = rstd.numel(), x.shape[-1]
     if columns > MAX_TILE:
         mean = torch.empty_like(rstd)
@@ -172,16 +189,14 @@ def _launch_backward(dy, x, weight, rstd, dx) -> torch.Tensor:
 
 
 def _tile(columns: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and the warps that hold it: 16 elements a thread."""
+    """Return rows and columns of a tile, and the warps that hold it: 16 elements a thread."""
     block = triton.next_power_of_2(columns)
     rows = max(1, min(64, _TILE // block))
     return rows, block, max(1, min(16, rows * block // 512))
 
 
 def _resident_programs(device: torch.device) -> int:
-    """As many programs as run at once: two a multiprocessor, so that one loads while the other computes."""
-    return (
-        2 * torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 4
-    )
+    """Return how many programs run at once: two a multiprocessor, one loads while one computes."""
+    if device.type != "cuda":
+        return 4
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count

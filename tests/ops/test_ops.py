@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trivium.config.sizes import ELEMENTS_IN_CACHE
-from trivium.ops import OPS, Ops, cpu, ops, select_ops
+from trivium.ops import OPS, AdamWTerms, Ops, cpu, select_ops, triton
 
 # Rounding unit of each dtype: half the distance from 1 to the next number.
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -20,7 +20,7 @@ KERNELS = [
     pytest.param(
         "triton",
         marks=pytest.mark.skipif(
-            not getattr(ops.triton_rms_norm, "INTERPRETED", False),
+            not triton.interpreted(),
             reason="needs TRITON_INTERPRET=1",
         ),
     ),
@@ -266,7 +266,7 @@ def test_adamw_matches_torch(kernels, size, dtype, step_dtype):
         theirs.step()
         step += 1
         scalars = {"step": step, "grad_scale": torch.tensor(0.25), "skip": torch.tensor(False)}
-        Ops(kernels).adamw_(masters, m, v, grad * 4, weights, lr=lr, **scalars, **SETTINGS)
+        Ops(kernels).adamw_(masters, m, v, grad * 4, weights, AdamWTerms.at(lr=lr, **scalars, **SETTINGS))
         state = theirs.state[parameter]
         for actual, expected in (
             (masters, parameter),
@@ -293,7 +293,7 @@ def test_a_skipped_update_changes_no_bit(kernels, bad):
         "grad_scale": torch.tensor(bad),
         "skip": torch.tensor(True),
     }
-    Ops(kernels).adamw_(masters, m, v, grads, weights, lr=0.1, **scalars, **SETTINGS)
+    Ops(kernels).adamw_(masters, m, v, grads, weights, AdamWTerms.at(lr=0.1, **scalars, **SETTINGS))
     for after, old in zip((masters, m, v, weights), before, strict=True):
         assert torch.equal(after.view(torch.uint8), old.view(torch.uint8))
 
@@ -311,7 +311,7 @@ def test_adamw_never_waits_for_the_device(kernels, monkeypatch):
     }
     for name in ("item", "__bool__", "__float__", "__int__", "__index__", "cpu", "tolist"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    Ops(kernels).adamw_(masters, m, v, torch.ones(10), weights, lr=0.1, **scalars, **SETTINGS)
+    Ops(kernels).adamw_(masters, m, v, torch.ones(10), weights, AdamWTerms.at(lr=0.1, **scalars, **SETTINGS))
 
 
 def test_adamw_refuses_buffers_with_gaps_or_of_another_size():
@@ -323,7 +323,7 @@ def test_adamw_refuses_buffers_with_gaps_or_of_another_size():
     }
     for grads in (torch.ones(20)[::2], torch.ones(9), torch.ones(10, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="grads"):
-            Ops().adamw_(masters, m, v, grads, weights, lr=0.1, **scalars, **SETTINGS)
+            Ops().adamw_(masters, m, v, grads, weights, AdamWTerms.at(lr=0.1, **scalars, **SETTINGS))
 
 
 def test_auto_takes_native_on_a_cpu_and_says_why_when_it_cannot(monkeypatch, caplog):
@@ -358,7 +358,7 @@ def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch):
         select_ops("triton", CPU, torch.float32)
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     assert select_ops("triton", CPU, torch.float32).kernels == "triton"
-    monkeypatch.setattr(ops, "triton_rms_norm", None)
+    monkeypatch.setattr(triton, "AVAILABLE", False)
     with pytest.raises(ValueError, match=r"--kernels triton: .*install triton"):
         select_ops("triton", CPU, torch.float32)
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from trivium.ops import Ops, cpu
-from trivium.ops.ops import triton_rms_norm
+from trivium.ops import Ops, cpu, triton
 
 # The rounding unit of a dtype. Triton's interpreter cuts fp32 off to bf16 where devices round to nearest: twice the unit there.
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -13,7 +12,7 @@ EPS = 1e-5
 
 NATIVE = pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")
 TRITON = pytest.mark.skipif(
-    triton_rms_norm is None or not (triton_rms_norm.INTERPRETED or torch.cuda.is_available()),
+    not (triton.interpreted() or (triton.AVAILABLE and torch.cuda.is_available())),
     reason="neither a GPU nor TRITON_INTERPRET=1",
 )
 MARKS = {"torch": (), "native": NATIVE, "triton": TRITON}
@@ -33,7 +32,7 @@ NORMS_AND_DTYPES = pytest.mark.parametrize(
 
 def home(norm):
     """Where the tensors of this implementation live."""
-    return "cuda" if norm == "triton" and not triton_rms_norm.INTERPRETED else "cpu"
+    return "cuda" if norm == "triton" and not triton.interpreted() else "cpu"
 
 
 def plain(x, weight):

@@ -125,9 +125,9 @@ MUTATIONS = {
         Case(2, f"{TP} 2", "gpt"),
     ),
     "padding of the vocabulary in the sum": Mutation(
-        loss._HeadLoss.forward,
-        "real = min(max(vocab_size - first, 0), table.shape[0])",
-        "real = table.shape[0]",
+        loss._own_columns,
+        "real = min(max(task.vocab_size - first, 0), count)",
+        "real = count",
         Case(2, f"{TP} 2"),
     ),
     "maximum of the local vocabulary alone": Mutation(
@@ -143,7 +143,7 @@ MUTATIONS = {
         Case(2, f"{TP} 2"),
     ),
     "the head's input gradient not summed over tp": Mutation(
-        loss._HeadLoss.forward, "comm.all_reduce(dx, tp)", "dx", Case(2, f"{TP} 2")
+        loss._sum_over_tp, "comm.all_reduce(dx, sharding.tp)", "dx", Case(2, f"{TP} 2")
     ),
     "tokens of other ranks looked up": Mutation(
         embedding.VocabParallelEmbedding.forward,
