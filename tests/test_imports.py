@@ -110,7 +110,7 @@ FORBIDDEN = {  # of others' packages
     "layout": ("torch.nn",),
     "data": ("torch.distributed",),
 }
-KERNELS_IMPORT = {"torch", "triton", "math"}
+KERNELS_IMPORT = {"torch", "triton", "math", "typing"}
 
 
 def python_files():

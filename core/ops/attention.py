@@ -283,9 +283,7 @@ class _LaterQueries(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         past = k.shape[1] - q.shape[1]
         block = ctx.ops.attention_block_backward
-        dq, dk, dv = block(
-            do, q, k[:, :past], v[:, :past], o, lse, causal=False, scale=ctx.scale
-        )
+        dq, dk, dv = block(do, q, k[:, :past], v[:, :past], o, lse, causal=False, scale=ctx.scale)
         late_dq, late_dk, late_dv = block(
             do, q, k[:, past:], v[:, past:], o, lse, causal=True, scale=ctx.scale
         )

@@ -16,7 +16,7 @@ from . import reference
 try:
     from .. import _native
 except ImportError:  # installed without a compiler
-    _native = None
+    _native = None  # type: ignore[assignment]
 
 # The dtypes that there are kernels for, with the ending of the kernels' names.
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -496,9 +496,7 @@ def adamw_(
     kernel = _kernel("adamw", weights)
     copy = None if weights.data_ptr() == masters.data_ptr() else weights
     buffers = _addresses(masters, exp_avg, exp_avg_sq, grads, copy)
-    scalars = _addresses(
-        terms.step_size, terms.root_correction, terms.grad_scale, terms.skip
-    )
+    scalars = _addresses(terms.step_size, terms.root_correction, terms.grad_scale, terms.skip)
     constants = (terms.lr_decay, terms.beta1, terms.beta2, terms.eps)
     kernel(*buffers, *scalars, *constants, masters.numel(), torch.get_num_threads())
 

@@ -64,9 +64,7 @@ class ProductOps:
         rows = self.operand(dy).flatten(0, -2)
         return (rows.t() @ self.operand(x).flatten(0, -2)).to(dtype)
 
-    def add_weight_gradient_(
-        self, main: torch.Tensor, dy: torch.Tensor, x: torch.Tensor
-    ) -> None:
+    def add_weight_gradient_(self, main: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
         """Add dW = dy^T x to fp32 memory [O, I]; in fp32 the product itself accumulates."""
         dy = self.operand(dy).flatten(0, -2)
         x = self.operand(x).flatten(0, -2)

@@ -120,9 +120,7 @@ class _HeadLoss(torch.autograd.Function):
             # Gradient of the logits, in their place: w exp(z - m) / (s + e), and -w s / (s + e).
             weight_of = task.weights[rows]
             scale = torch.where(weight_of != 0, weight_of / total, 0.0)
-            ops.cross_entropy_gradient_(
-                logits, column, highest, scale, -rest * scale, columns.real
-            )
+            ops.cross_entropy_gradient_(logits, column, highest, scale, -rest * scale, columns.real)
             if slope is not None:
                 logits.mul_(slope)
             # dx = dlogits W, dW += dlogits^T x.

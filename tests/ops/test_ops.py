@@ -266,7 +266,9 @@ def test_adamw_matches_torch(kernels, size, dtype, step_dtype):
         theirs.step()
         step += 1
         scalars = {"step": step, "grad_scale": torch.tensor(0.25), "skip": torch.tensor(False)}
-        Ops(kernels).adamw_(masters, m, v, grad * 4, weights, AdamWTerms.at(lr=lr, **scalars, **SETTINGS))
+        Ops(kernels).adamw_(
+            masters, m, v, grad * 4, weights, AdamWTerms.at(lr=lr, **scalars, **SETTINGS)
+        )
         state = theirs.state[parameter]
         for actual, expected in (
             (masters, parameter),
@@ -311,7 +313,9 @@ def test_adamw_never_waits_for_the_device(kernels, monkeypatch):
     }
     for name in ("item", "__bool__", "__float__", "__int__", "__index__", "cpu", "tolist"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    Ops(kernels).adamw_(masters, m, v, torch.ones(10), weights, AdamWTerms.at(lr=0.1, **scalars, **SETTINGS))
+    Ops(kernels).adamw_(
+        masters, m, v, torch.ones(10), weights, AdamWTerms.at(lr=0.1, **scalars, **SETTINGS)
+    )
 
 
 def test_adamw_refuses_buffers_with_gaps_or_of_another_size():
@@ -323,7 +327,9 @@ def test_adamw_refuses_buffers_with_gaps_or_of_another_size():
     }
     for grads in (torch.ones(20)[::2], torch.ones(9), torch.ones(10, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="grads"):
-            Ops().adamw_(masters, m, v, grads, weights, AdamWTerms.at(lr=0.1, **scalars, **SETTINGS))
+            Ops().adamw_(
+                masters, m, v, grads, weights, AdamWTerms.at(lr=0.1, **scalars, **SETTINGS)
+            )
 
 
 def test_auto_takes_native_on_a_cpu_and_says_why_when_it_cannot(monkeypatch, caplog):
