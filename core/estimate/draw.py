@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import FlagError
-from ..pipeline.plan import Backward, BackwardInput, BackwardWeight, Compute, Forward
+from ..pipeline.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
 from ..pipeline.simulate import Timeline
 
 SUFFIXES = (".png", ".svg")

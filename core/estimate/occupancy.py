@@ -20,14 +20,7 @@ from collections.abc import Iterable, Sequence
 from operator import ge, mul
 from typing import NamedTuple
 
-from ..pipeline.plan import (
-    Action,
-    Backward,
-    BackwardInput,
-    BackwardWeight,
-    Forward,
-    Message,
-)
+from ..pipeline.actions import Action, Backward, BackwardInput, BackwardWeight, Forward, Message
 from .activations import ActivationMemory
 
 

@@ -11,8 +11,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ..config import Config, data_parallel_size, key_value_copies, optimizer_shards
+from ..pipeline.actions import Message
 from ..pipeline.from_flags import placement_of, stage_specs
-from ..pipeline.plan import Costs, Message, Plan, make_plan
+from ..pipeline.plan import Costs, Plan, make_plan
 from ..pipeline.simulate import Timeline, simulate
 from .activations import ActivationMemory, activations_of
 from .costs import (

@@ -1,1 +1,1 @@
-"""Pipeline parallelism: schedules as lists of actions, their proofs, and the cut of the layers into stages."""
+"""Pipeline parallelism: schedules as lists of actions, their proofs, the cut into stages."""

@@ -25,18 +25,18 @@ import torch
 from .. import comm
 from ..gradients import Deferral
 from ..mesh import Axis
-from .plan import (
+from .actions import (
     Backward,
     BackwardInput,
     BackwardWeight,
     Compute,
     Forward,
-    Plan,
     ReceiveActivation,
     ReceiveGradient,
     SendActivation,
     SendGradient,
 )
+from .plan import Plan
 
 # Called with (chunk, micro-batch, x), where x is the output of the stage before, or None on the
 # first stage. Returns hidden states, or the loss of the last stage.

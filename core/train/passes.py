@@ -26,7 +26,8 @@ from ..model.gpt import GPT
 from ..model.tokens import TokenContext
 from ..parallel.context import local_tokens, token_positions
 from ..parallel.sharding import Sharding
-from ..pipeline.plan import Placement, make_plan
+from ..pipeline.placement import Placement
+from ..pipeline.plan import make_plan
 from ..pipeline.runtime import MessageSpec, Runner
 from ..precision import working_dtype
 from .schedule import GlobalBatch

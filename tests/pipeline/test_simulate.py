@@ -5,20 +5,18 @@ from itertools import pairwise
 
 import pytest
 
-from trivium.pipeline.plan import (
+from trivium.pipeline.actions import (
     Backward,
     BackwardInput,
     BackwardWeight,
-    Costs,
     Forward,
     Message,
-    Plan,
     ReceiveActivation,
     ReceiveGradient,
     SendActivation,
     SendGradient,
-    make_plan,
 )
+from trivium.pipeline.plan import Costs, Plan, make_plan
 from trivium.pipeline.simulate import PlanError, simulate
 
 PLANS = [

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trivium.pipeline.plan import Placement
+from trivium.pipeline.placement import Placement
 from trivium.pipeline.split import StageSpec, parse_layout, split_layers
 
 

@@ -34,7 +34,8 @@ from trivium.estimate.report import as_json
 from trivium.estimate.run_plan import RunPlan, simulated_microbatches
 from trivium.estimate.search import Search
 from trivium.launch import Process
-from trivium.pipeline.plan import Backward, BackwardInput, BackwardWeight, Costs, Forward, make_plan
+from trivium.pipeline.actions import Backward, BackwardInput, BackwardWeight, Forward
+from trivium.pipeline.plan import Costs, make_plan
 from trivium.pipeline.simulate import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
