@@ -25,7 +25,7 @@ from trivium.pipeline.actions import (
     SendGradient,
 )
 from trivium.pipeline.placement import Placement
-from trivium.pipeline.plan import (Costs, make_plan)
+from trivium.pipeline.plan import Costs, make_plan
 from trivium.pipeline.simulate import simulate
 
 KINDS = [
@@ -369,7 +369,7 @@ def test_planning_needs_no_torch():
 
 def test_every_rank_makes_the_same_plan():
     """They plan each for itself and must agree without a word, also where the hash of a string differs from process to process."""
-    code = "from trivium.pipeline.plan import (Costs, make_plan\n")
+    code = "from trivium.pipeline.plan import Costs, make_plan\n"
     code += "print(make_plan('zb-v', 4, 9, 2, Costs(1.1, 0.7, 0.9, transfer=0.03)))"
     plans = {
         subprocess.run(
