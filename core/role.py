@@ -1,4 +1,4 @@
-"""The roles that a parameter can play in the model. Imports nothing, so that plans need no torch."""
+"""The roles that a parameter can play in the model. No torch, so that plans can use them."""
 
 from enum import StrEnum
 

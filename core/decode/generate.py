@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from ..model.gpt import GPT
 from .cache import KVCache
@@ -21,20 +22,26 @@ class Decoder:
     """
 
     def __init__(self, model: GPT, batch: int, capacity: int):
-        self.model, self.batch, self.capacity = model, batch, capacity
+        self.model = model
+        self.batch = batch
+        self.capacity = capacity
         self.cache = self._empty_cache()
-        self.sequence: torch.Tensor | None = None  # int64 [B, T], all tokens so far
+        self.sequence: Tensor | None = None  # int64 [B, T], all tokens so far
 
-    def logits(self, tokens: torch.Tensor, predicted: slice | None = _LAST) -> torch.Tensor:
+    def logits(self, tokens: Tensor, predicted: slice | None = _LAST) -> Tensor:
         """Feed tokens int64 [B, T] that continue the sequences; return logits [B, 1, V].
 
         predicted: the tokens of this call whose logits are returned; the last one by default, all
         if None.
         """
-        before, self.sequence = self.sequence, _joined(self.sequence, tokens)
-        if before is not None and self._turns_otherwise(before.shape[1]):
-            # The keys so far were rotated for a shorter sequence: all tokens once more.
-            self.cache, tokens = self._empty_cache(), self.sequence
+        sequence = tokens
+        if self.sequence is not None:
+            sequence = torch.cat((self.sequence, tokens), dim=1)
+            if self._turn_otherwise(self.sequence.shape[1], sequence.shape[1]):
+                # The keys so far were rotated for a shorter sequence: all tokens once more.
+                self.cache = self._empty_cache()
+                tokens = sequence
+        self.sequence = sequence
         count = tokens.shape[1]
         context = self.cache.context(count, tokens.device)
         logits = self.model(tokens, context, predicted=predicted)
@@ -44,22 +51,22 @@ class Decoder:
     def _empty_cache(self) -> KVCache:
         return KVCache(self.model.layers, self.batch, self.capacity)
 
-    def _turns_otherwise(self, length: int) -> bool:
-        """Return whether a sequence of `length` tokens was rotated by other frequencies."""
+    def _turn_otherwise(self, length: int, longer: int) -> bool:
+        """Return whether sequences of these two lengths are rotated by other frequencies."""
         rotary = self.model.rotary
         if rotary is None:
             return False
-        return rotary.is_long(self.sequence.shape[1]) != rotary.is_long(length)
+        return rotary.is_long(longer) != rotary.is_long(length)
 
 
 @torch.inference_mode()
 def generate(
     model: GPT,
-    prompt: torch.Tensor,
+    prompt: Tensor,
     max_new_tokens: int,
     sampling: Sampling,
     generator: torch.Generator,
-) -> Iterator[torch.Tensor]:
+) -> Iterator[Tensor]:
     """Yield the tokens int64 [B], one position at a time, that continue prompt int64 [B, T].
 
     The caller stops when it has enough. The generator lives on the CPU, so that a seed means the
@@ -73,7 +80,3 @@ def generate(
         chosen = sample(logits, sampling, generator)
         yield chosen
         tokens = chosen.unsqueeze(1)
-
-
-def _joined(before: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-    return tokens if before is None else torch.cat((before, tokens), dim=1)

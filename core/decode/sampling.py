@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,30 +21,43 @@ class Sampling:
     top_p: float = 1.0
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """Draw one token, int64 [B], per row of logits [B, V]; the generator lives on the CPU."""
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw one token, int64 [B], per row of logits [B, V].
+
+    The generator lives on the CPU, so that a seed means the same on every device.
+    """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / sampling.temperature
     if sampling.top_k:
-        count = min(sampling.top_k, logits.shape[-1])
-        lowest = logits.topk(count).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
+        logits = _likeliest(logits, sampling.top_k)
     if sampling.top_p < 1:
         logits = _nucleus(logits, sampling.top_p)
     noise = torch.rand(logits.shape, generator=generator).to(logits.device)
+    noise = noise.clamp(1e-20, 1 - 1e-7)  # both logarithms stay finite
     # The argmax of logits plus Gumbel noise, -log(-log(u)), is a draw from their softmax.
-    gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
+    gumbel = -torch.log(-torch.log(noise))
     return (logits + gumbel).argmax(dim=-1)
 
 
-def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+def _likeliest(logits: Tensor, top_k: int) -> Tensor:
+    """Keep the `top_k` likeliest tokens, or all where there are not so many."""
+    count = min(top_k, logits.shape[-1])
+    likeliest = logits.topk(count).values
+    lowest = likeliest[:, -1:]
+    return logits.masked_fill(logits < lowest, -torch.inf)
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Keep the likeliest tokens that together reach `top_p`, always the first.
 
     Holtzman et al. 2020.
     """
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
+    # A token stays if those before it, which are likelier, have not reached top_p yet.
     before = probabilities.cumsum(dim=-1) - probabilities
-    ordered = ordered.masked_fill(before >= top_p, -torch.inf)
-    return torch.empty_like(logits).scatter_(1, order, ordered)
+    reached = before >= top_p
+    ordered = ordered.masked_fill(reached, -torch.inf)
+    kept = torch.empty_like(logits)
+    return kept.scatter_(1, order, ordered)

@@ -1,9 +1,11 @@
-"""Causal self-attention with grouped key-value heads and rotary positions."""
+"""Causal self-attention with grouped key-value heads and rotary positions.
+
+Letters: model/shape.py.
+"""
 
 from functools import partial
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops import AttentionRule, Ops
 from ..parallel import context as parallel_context
@@ -32,12 +34,14 @@ class Attention(nn.Module):
         recompute: Recompute,
     ):
         super().__init__()
-        self.layer, self.ops = layer, ops
+        self.layer = layer
+        self.ops = ops
         self.rule = AttentionRule(shape.scale, shape.softcap, shape.window)
         self.head_size = shape.head_size
         self.interleaved = shape.interleaved
         self.dropout = shape.dropout
-        self.again = recompute.selective
+        self.recomputes = recompute.selective
+
         heads = shape.heads // sharding.tp.size
         kv_heads = shape.kv_heads * sharding.kv.size // sharding.tp.size
         self.heads = heads, kv_heads, kv_heads  # of q, k and v on this rank
@@ -46,7 +50,7 @@ class Attention(nn.Module):
         self.q_norm = _head_norm(shape.q_norm, sharding, ops, seed)
         self.k_norm = _head_norm(shape.k_norm, sharding, ops, seed)
         self.out = row_parallel(shape.out, sharding, ops, seed)
-        self.mix = partial(
+        self.mix_over_ranks = partial(
             parallel_context.attention,
             cp=sharding.cp,
             comm_type=sharding.cp_comm_type,
@@ -54,27 +58,36 @@ class Attention(nn.Module):
             rule=self.rule,
         )
 
-    def forward(
-        self, x: torch.Tensor, angles: Angles | None, context: TokenContext
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, angles: Angles | None, context: TokenContext) -> Tensor:
         qkv = self.qkv(x)
         batch, length, _ = qkv.shape
         heads = qkv.view(batch, length, -1, self.head_size)
         if angles is not None and not self.normalizes:
+            # Our own kernel turns q and k where they stand, without a copy.
             q, k, v = self.ops.split_heads(heads, self.heads, *angles, self.interleaved)
         else:
             q, k, v = heads.split(self.heads, dim=2)
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
             if angles is not None:
                 q = self.ops.rope(q, *angles, self.interleaved)
                 k = self.ops.rope(k, *angles, self.interleaved)
         if context.past is not None:
             mixed = context.past.attend(self.layer, q, k, v)
         else:
-            dropout = self.dropout if self.training else 0.0
-            mix = partial(self.mix, documents=context.documents, dropout=dropout)
-            mixed = again(mix, q, k, v) if self.again else mix(q, k, v)
+            mixed = self._mix(q, k, v, context)
         return self.out(mixed.reshape(batch, length, -1))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, context: TokenContext) -> Tensor:
+        """Mix values over the whole sequence, which the ranks of cp hold together."""
+        mix = partial(
+            self.mix_over_ranks,
+            documents=context.documents,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        if self.recomputes:
+            return again(mix, q, k, v)
+        return mix(q, k, v)
 
 
 def _head_norm(

@@ -1,7 +1,9 @@
-"""One layer of the model: attention and feed-forward layer, each a branch off the residual stream."""
+"""One layer of the model: attention and feed-forward layer, each a branch off the residual stream.
 
-import torch
-from torch import nn
+Letters: model/shape.py.
+"""
+
+from torch import Tensor, nn
 
 from .. import rng
 from ..ops import Ops
@@ -44,9 +46,7 @@ class Block(nn.Module):
         self.mlp = MLP(shape.mlp, sharding, ops, seed)
         self.mlp_post_norm = norm_at(shape.mlp_post_norm, sharding, ops, seed)
 
-    def forward(
-        self, x: torch.Tensor, angles: Angles | None, context: TokenContext
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, angles: Angles | None, context: TokenContext) -> Tensor:
         if context.past is not None:
             whole = context.past.step(self.layer, x, angles)
             if whole is not None:

@@ -1,11 +1,16 @@
-"""The GPT: embedding, blocks, final norm and head, whole or one pipeline stage of it."""
+"""The GPT: embedding, blocks, final norm and head, whole or one pipeline stage of it.
+
+Letters: model/shape.py.
+"""
 
 import math
+from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .. import rng
 from ..config import ModelConfig
@@ -40,6 +45,8 @@ class GPT(nn.Module):
         recompute: activations that are computed again in backward
     """
 
+    layers: Sequence[Block]  # an nn.ModuleList, whose items it says the type of
+
     def __init__(
         self,
         config: ModelConfig,
@@ -71,10 +78,11 @@ class GPT(nn.Module):
         self.positions: nn.Parameter | None = None
         if embeds:
             self._add_embedding(ends, seed)
-        self.layers = nn.ModuleList(
+        blocks = [
             Block(layer_shape(config, layer), sharding, ops, seed, recompute)
             for layer in (range(config.num_layers) if layers is None else layers)
-        )
+        ]
+        self.layers = cast(Sequence[Block], nn.ModuleList(blocks))
         self.final_norm: Norm | None = None
         self.head: nn.Parameter | None = None
         if predicts:
@@ -101,12 +109,12 @@ class GPT(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         context: TokenContext | None = None,
         *,
-        targets: tuple[torch.Tensor, torch.Tensor] | None = None,
+        targets: tuple[Tensor, Tensor] | None = None,
         predicted: slice | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Pass tokens or hidden states through the stage.
 
         Arguments:
@@ -125,18 +133,24 @@ class GPT(nn.Module):
         """
         if context is None:
             context = TokenContext(torch.arange(x.shape[1], device=x.device))
-        if self.embedding is not None:
-            x = self._embed(x, context)
+        embedding = self.embedding
+        if embedding is not None:
+            x = self._embed(embedding(x), context)
         angles = self._angles(context)
         if self.recomputes_layers and torch.is_grad_enabled():
             x = self.recompute.layers(self._bound_layers(angles, context), x)
         else:
             for block in self.layers:
                 x = block(x, angles[block.windowed], context)
-        if not self.predicts:
+        if self.final_norm is None:
             return x
-        x = self.final_norm(x if predicted is None else x[:, predicted])
-        head = self.embedding.weight if self.head is None else self.head
+        if predicted is not None:
+            x = x[:, predicted]
+        x = self.final_norm(x)
+        head = self.head
+        if head is None:
+            assert embedding is not None, "a head is a weight of its own or the embedding's"
+            head = embedding.weight
         if targets is not None:
             labels, weights = targets
             return head_loss(
@@ -176,8 +190,8 @@ class GPT(nn.Module):
             layout = layout.tied(twins, uses=2 if twins.size == 1 else 1)
         return rng.new_parameter(layout, rng.Init(seed, ends.words.std))
 
-    def _embed(self, tokens: torch.Tensor, context: TokenContext) -> torch.Tensor:
-        x = self.embedding(tokens)
+    def _embed(self, x: Tensor, context: TokenContext) -> Tensor:
+        """Scale the embeddings x [B, T, H], add positions, and drop out: what the model has."""
         if self.embedding_scale is not None:
             x = x * torch.tensor(self.embedding_scale, dtype=x.dtype).item()
         if self.positions is not None:
@@ -189,10 +203,12 @@ class GPT(nn.Module):
 
     def _angles(self, context: TokenContext) -> tuple[Angles | None, Angles | None]:
         """Return the angles of layers without a window, and of those with one."""
-        if self.rotary is None:
+        if self.rotary is None or self.local_rotary is None:
             return None, None
-        positions, length = context.positions, context.length
-        length = positions.shape[-1] if length is None else length
+        positions = context.positions
+        length = context.length
+        if length is None:
+            length = positions.shape[-1]
         everywhere = self.rotary(positions, length)
         if self.local_rotary is self.rotary:
             return everywhere, everywhere

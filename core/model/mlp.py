@@ -1,7 +1,9 @@
-"""The feed-forward layer: two projections around an activation that may be gated."""
+"""The feed-forward layer: two projections around an activation that may be gated.
 
-import torch
-from torch import nn
+down(f(up(x))), or down(f(gate(x)) * up(x)) where it is gated. Letters: model/shape.py.
+"""
+
+from torch import Tensor, nn
 
 from ..ops import Ops
 from ..parallel.sharding import Sharding
@@ -20,6 +22,10 @@ class MLP(nn.Module):
         self.up = column_parallel(shape.up, sharding, ops, seed)
         self.down = row_parallel(shape.down, sharding, ops, seed)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        activation = self.ops.gated_activation if self.gated else self.ops.activation
-        return self.down(activation(self.up(x), self.kind))
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.up(x)
+        if self.gated:
+            features = self.ops.gated_activation(features, self.kind)
+        else:
+            features = self.ops.activation(features, self.kind)
+        return self.down(features)

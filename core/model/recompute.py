@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ParallelConfig
 
-Layer = Callable[[torch.Tensor], torch.Tensor]
+Layer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Recompute:
         """Return whether attention alone is computed again."""
         return self.granularity == "selective"
 
-    def layers(self, layers: Sequence[Layer], x: torch.Tensor) -> torch.Tensor:
+    def layers(self, layers: Sequence[Layer], x: Tensor) -> Tensor:
         """Pass x through all layers, of which it keeps fewer activations.
 
         uniform keeps the input of each group of `num_layers`; block keeps the inputs of the first
@@ -61,13 +61,13 @@ class Recompute:
         return _through(layers[self.num_layers :], x)
 
 
-def again(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+def again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Compute function(*tensors), keep its inputs alone, and compute it again in backward."""
     # Random state is kept for attention dropout alone; hidden dropout is a function of its place.
     return checkpoint(function, *tensors, use_reentrant=False)
 
 
-def _through(layers: Sequence[Layer], x: torch.Tensor) -> torch.Tensor:
+def _through(layers: Sequence[Layer], x: Tensor) -> Tensor:
     for layer in layers:
         x = layer(x)
     return x

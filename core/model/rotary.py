@@ -1,133 +1,221 @@
-"""Rotary position embedding: the frequencies of a head's dims, scaled for long contexts in five ways, and the angles of positions.
+"""Rotary position embedding: the frequencies of a head's dims, and the angles of positions.
 
-Su et al. 2021. The ways are named and parameterized as in Hugging Face's rope_scaling, so that a configuration from there means the same.
+Dim pair i of a head turns by the angle position * f_i with f_i = base^(-2 i / R), R the dims that
+are rotated (Su et al. 2021, section 3.4). A model trained on short sequences reads longer ones
+better with other frequencies; five ways to scale them are known here:
+
+    default    as they are
+    linear     positions closer together
+    llama3     long wavelengths stretched, short ones kept, a ramp between
+    yarn       the same by turns within the original length, and cos and sin a little larger
+    longrope   factors that were searched for each dim, two lists of them
+
+They are named and parameterized as in Hugging Face's rope_scaling, so that a configuration from
+there means the same. Two models whose frequencies differ in the last bit generate other text, so
+the order of the operations below is that of transformers.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ModelConfig
 
-Angles = tuple[torch.Tensor, torch.Tensor]
+Angles = tuple[Tensor, Tensor]  # cos and sin
+Rule = dict[str, Any]  # a rope_scaling, in Hugging Face's words
+
+
+class Frequencies(NamedTuple):
+    """The inverse frequencies of a kind of layer.
+
+    Fields:
+        short: fp32 [R/2]
+        long: those of longer sequences, fp32 [R/2]; None where they are the same
+        magnitude: what cos and sin are multiplied by
+        original_length: tokens up to which `short` holds, where there is a `long`
+    """
+
+    short: Tensor
+    long: Tensor | None = None
+    magnitude: float = 1.0
+    original_length: int = 0
 
 
 class Rotary(nn.Module):
-    """The angles of one kind of layer: `local`, those with a window where --rotary-base-local gives them a base of their own, or the others."""
+    """The angles of one kind of layer.
+
+    `local` is the kind with a window, where --rotary-base-local gives it a base of its own; its
+    frequencies are not scaled.
+    """
+
+    frequencies: Tensor
+    long_frequencies: Tensor | None
 
     def __init__(self, config: ModelConfig, *, local: bool = False):
         super().__init__()
-        base = config.rotary_base_local if local else config.rotary_base
-        rule = None if local else config.rope_rule
+        base = config.rotary_base
+        rule = config.rope_rule
+        if local and config.rotary_base_local is not None:
+            base = config.rotary_base_local
+            rule = None
         rotated = int(config.head_size * config.rotary_percent)
-        powers = base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
-        short, long, self.magnitude, self.original_length = scaled(powers, base, rule)
-        self.register_buffer("frequencies", short, persistent=False)
-        self.register_buffer("long_frequencies", long, persistent=False)
+        even_dims = torch.arange(0, rotated, 2, dtype=torch.float32)
+        powers = base ** (even_dims / rotated)
+        found = scaled_frequencies(powers, base, rule)
+
+        self.magnitude = found.magnitude
+        self.original_length = found.original_length
+        self.register_buffer("frequencies", found.short, persistent=False)
+        self.register_buffer("long_frequencies", found.long, persistent=False)
 
     def is_long(self, length: int) -> bool:
-        """Whether a sequence of `length` tokens takes the frequencies of long ones."""
+        """Return whether a sequence of `length` tokens takes the frequencies of long ones."""
         return self.long_frequencies is not None and length > self.original_length
 
-    def forward(self, positions: torch.Tensor, length: int) -> Angles:
-        """cos and sin, fp32 [T, R/2] of positions [T], or [B, T, R/2] of [B, T], in a sequence of `length` tokens on all ranks together."""
-        table = positions.to(torch.float32).unsqueeze(-1) * (
-            self.long_frequencies if self.is_long(length) else self.frequencies
-        )
-        return (
-            (table.cos(), table.sin())
-            if self.magnitude == 1.0
-            else (table.cos() * self.magnitude, table.sin() * self.magnitude)
-        )
+    def forward(self, positions: Tensor, length: int) -> Angles:
+        """Compute cos and sin of the angles of positions, fp32.
+
+        Arguments:
+            positions: [T] or [B, T]
+            length: tokens of the whole sequence, on all ranks together
+
+        Returns: [T, R/2] or [B, T, R/2] each.
+        """
+        frequencies = self.frequencies
+        if self.long_frequencies is not None and length > self.original_length:
+            frequencies = self.long_frequencies
+        # In fp32, in which positions up to 2^24 are exact; 16 bits would blur them after 256.
+        table = positions.to(torch.float32).unsqueeze(-1) * frequencies
+        cos = table.cos()
+        sin = table.sin()
+        if self.magnitude == 1.0:
+            return cos, sin
+        return cos * self.magnitude, sin * self.magnitude
 
 
-def scaled(
-    powers: torch.Tensor, base: float, rule: dict[str, Any] | None
-) -> tuple[torch.Tensor, torch.Tensor | None, float, int]:
-    """Inverse frequencies fp32 [R/2] from the powers of the base, those of longer sequences (None: the same), what cos and sin are
-    multiplied by, and up to which length the first ones hold.
+def scaled_frequencies(powers: Tensor, base: float, rule: Rule | None) -> Frequencies:
+    """Return the frequencies of a base, scaled as `rule` says.
+
+    Arguments:
+        powers: base^(2 i / R), fp32 [R/2]
+        base: what they are powers of
+        rule: how they are scaled; None where they are not
     """
     if rule is None or rule["rope_type"] == "default":
-        return 1.0 / powers, None, 1.0, 0
-    if rule["rope_type"] == "longrope":
-        return _longrope(powers, rule)
-    inverse, magnitude = _RULES[rule["rope_type"]](powers, base, rule)
-    return inverse, None, magnitude, 0
+        return Frequencies(1.0 / powers)
+    scale = _RULES[rule["rope_type"]]
+    return scale(powers, base, rule)
 
 
-def _linear(powers: torch.Tensor, base: float, rule: dict[str, Any]) -> tuple[torch.Tensor, float]:
-    """Positions closer together by `factor` (Chen et al. 2023)."""
-    return 1.0 / powers / rule["factor"], 1.0
+def _linear(powers: Tensor, base: float, rule: Rule) -> Frequencies:
+    """Bring positions closer together by `factor` (Chen et al. 2023)."""
+    inverse = 1.0 / powers
+    return Frequencies(inverse / rule["factor"])
 
 
-def _llama3(powers: torch.Tensor, base: float, rule: dict[str, Any]) -> tuple[torch.Tensor, float]:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated: as Llama 3.1 ships it."""
-    inverse, low, high, original = (
-        1.0 / powers,
-        rule["low_freq_factor"],
-        rule["high_freq_factor"],
-        rule["original_max_position_embeddings"],
-    )
-    wavelength = 2 * math.pi / inverse
-    smooth = (original / wavelength - low) / (high - low)
-    blended = (1 - smooth) * inverse / rule["factor"] + smooth * inverse
-    stretched = torch.where(wavelength > original / low, inverse / rule["factor"], blended)
-    return torch.where(wavelength < original / high, inverse, stretched), 1.0
+def _llama3(powers: Tensor, base: float, rule: Rule) -> Frequencies:
+    """Stretch long wavelengths by `factor`, keep short ones, and blend those between.
 
-
-def _yarn(powers: torch.Tensor, base: float, rule: dict[str, Any]) -> tuple[torch.Tensor, float]:
-    """Dims that turn more than beta_fast times within the original length are kept, fewer than beta_slow times stretched, a ramp between.
-
-    Peng et al. 2023, section 3.2; cos and sin grow by 0.1 ln(factor) + 1, section 3.4.
+    As Llama 3.1 ships it.
     """
-    dims, factor, original = (
-        2 * len(powers),
-        rule["factor"],
-        rule["original_max_position_embeddings"],
-    )
-    truncate = rule.get("truncate", True)
-
-    def dim_that_turns(times: float, rounded: Callable[[float], int]) -> float:
-        dim = dims * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
-        return rounded(dim) if truncate else dim
-
-    low = max(dim_that_turns(rule.get("beta_fast") or 32, math.floor), 0)
-    high = min(dim_that_turns(rule.get("beta_slow") or 1, math.ceil), dims - 1)
-    stretch = (
-        (torch.arange(dims // 2, dtype=torch.float32) - low)
-        / (high - low if high != low else 0.001)
-    ).clamp(0, 1)
-    inverse = 1.0 / (factor * powers) * stretch + 1.0 / powers * (1 - stretch)
-    return inverse, _yarn_magnitude(rule)
+    factor = rule["factor"]
+    low = rule["low_freq_factor"]
+    high = rule["high_freq_factor"]
+    original = rule["original_max_position_embeddings"]
+    inverse = 1.0 / powers
+    wavelength = 2 * math.pi / inverse
+    # From 0, where a wave fits `low` times into the original length, to 1, where it fits `high`.
+    smooth = (original / wavelength - low) / (high - low)
+    blended = (1 - smooth) * inverse / factor + smooth * inverse
+    is_long = wavelength > original / low
+    stretched = torch.where(is_long, inverse / factor, blended)
+    is_short = wavelength < original / high
+    found = torch.where(is_short, inverse, stretched)
+    return Frequencies(found)
 
 
-def _yarn_magnitude(rule: dict[str, Any]) -> float:
+def _yarn(powers: Tensor, base: float, rule: Rule) -> Frequencies:
+    """Keep dims that turn more than beta_fast times, stretch those that turn less than beta_slow.
+
+    Turns are counted within the original length; between the two is a ramp. Peng et al. 2023,
+    section 3.2; cos and sin grow by 0.1 ln(factor) + 1, section 3.4.
+    """
+    dims = 2 * len(powers)
+    original = rule["original_max_position_embeddings"]
+    fast = rule.get("beta_fast") or 32
+    slow = rule.get("beta_slow") or 1
+    first = _pair_that_turns(fast, dims, base, original)
+    last = _pair_that_turns(slow, dims, base, original)
+    if rule.get("truncate", True):
+        first = math.floor(first)
+        last = math.ceil(last)
+    first = max(first, 0)
+    last = min(last, dims - 1)
+    width = last - first
+    if width == 0:
+        width = 0.001  # a step instead of a ramp
+    pairs = torch.arange(dims // 2, dtype=torch.float32)
+    # The share of the stretched frequency in each pair: 0 up to `first`, 1 from `last` on.
+    stretch = (pairs - first) / width
+    stretch = stretch.clamp(0, 1)
+    stretched = 1.0 / (rule["factor"] * powers)
+    kept = 1.0 / powers
+    inverse = stretched * stretch + kept * (1 - stretch)
+    return Frequencies(inverse, magnitude=_yarn_magnitude(rule))
+
+
+def _pair_that_turns(times: float, dims: int, base: float, original: int) -> float:
+    """Return the pair of dims, as a fraction, that turns this many times within `original` tokens.
+
+    Pair i turns original / (2 pi base^(2 i / dims)) times; this is that, solved for i.
+    """
+    wavelength = times * 2 * math.pi
+    return dims * math.log(original / wavelength) / (2 * math.log(base))
+
+
+def _yarn_magnitude(rule: Rule) -> float:
+    """Return what cos and sin are multiplied by: as given, or by the logarithm of the factor."""
     if rule.get("attention_factor") is not None:
-        return rule["attention_factor"]
-    factor, scale, of_all = rule["factor"], rule.get("mscale"), rule.get("mscale_all_dim")
-    logarithm = 0.1 * math.log(max(factor, 1.0))
-    return (scale * logarithm + 1) / (of_all * logarithm + 1) if scale and of_all else logarithm + 1
+        return float(rule["attention_factor"])
+    scale = rule.get("mscale")
+    of_all = rule.get("mscale_all_dim")
+    logarithm = 0.1 * math.log(max(rule["factor"], 1.0))
+    if scale and of_all:
+        above = scale * logarithm + 1
+        below = of_all * logarithm + 1
+        return float(above / below)
+    return logarithm + 1
 
 
-def _longrope(
-    powers: torch.Tensor, rule: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor, float, int]:
-    """Searched factors for each dim, one list up to the original length and one beyond it (Ding et al. 2024)."""
-    short, long = (
-        1.0 / (torch.tensor(rule[f"{kind}_factor"], dtype=torch.float32) * powers)
-        for kind in ("short", "long")
-    )
-    original, factor, magnitude = (
-        rule["original_max_position_embeddings"],
-        rule["factor"],
-        rule.get("attention_factor"),
-    )
+def _longrope(powers: Tensor, base: float, rule: Rule) -> Frequencies:
+    """Divide by factors that were searched for each dim, others beyond the original length.
+
+    Ding et al. 2024.
+    """
+    short = torch.tensor(rule["short_factor"], dtype=torch.float32)
+    long = torch.tensor(rule["long_factor"], dtype=torch.float32)
+    original = rule["original_max_position_embeddings"]
+    factor = rule["factor"]
+    magnitude = rule.get("attention_factor")
     if magnitude is None:
-        magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return short, long, magnitude, original
+        magnitude = 1.0
+        if factor > 1:
+            # The longer the sequence, the flatter attention gets; larger cos and sin sharpen it.
+            magnitude = math.sqrt(1 + math.log(factor) / math.log(original))
+    return Frequencies(
+        short=1.0 / (short * powers),
+        long=1.0 / (long * powers),
+        magnitude=magnitude,
+        original_length=original,
+    )
 
 
-_RULES = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+_RULES: dict[str, Callable[[Tensor, float, Rule], Frequencies]] = {
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
+from torch import Tensor
 
 from ..rng import DropoutStream
 from .rotary import Angles
@@ -17,10 +17,10 @@ class Past(Protocol):
     `layer` is the number of the layer in the whole model.
     """
 
-    def step(self, layer: int, x: torch.Tensor, angles: Angles | None) -> torch.Tensor | None:
+    def step(self, layer: int, x: Tensor, angles: Angles | None) -> Tensor | None:
         """Return the block's output for x [B, T, H]; None where the block is to compute it."""
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Take in k and v [B, T, K, D]; return what q [B, T, A, D] sees of all tokens so far."""
 
 
@@ -38,8 +38,8 @@ class TokenContext:
         past: the tokens before these, in generation; None in training
     """
 
-    positions: torch.Tensor
-    documents: torch.Tensor | None = None
+    positions: Tensor
+    documents: Tensor | None = None
     stream: DropoutStream | None = None
     length: int | None = None
     past: Past | None = None
@@ -53,5 +53,5 @@ class Targets(NamedTuple):
         weights: fp32 [B, T/cp]; a label of weight 0 adds nothing, whatever its logits
     """
 
-    labels: torch.Tensor
-    weights: torch.Tensor
+    labels: Tensor
+    weights: Tensor

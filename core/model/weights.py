@@ -1,4 +1,9 @@
-"""Parameters from their shapes: the one place where a ParameterShape becomes a Layout."""
+"""Parameters from their shapes: the one place where a ParameterShape becomes a Layout.
+
+A shape is global and knows no ranks; a layout says what this rank holds of it. So [2 F, H] of two
+parts gate and up, cut by rows, becomes over two ranks of tp a local tensor [F, H]: the upper half
+of gate's rows on rank 0, the lower half on rank 1, and below them the same half of up's.
+"""
 
 from torch import nn
 
@@ -12,21 +17,29 @@ from .shape import LinearShape, ParameterShape, TensorCut
 
 def layout_for(shape: ParameterShape, sharding: Sharding) -> Layout:
     """Return which boxes of the parts this rank holds."""
-    part, tp = shape.parts[0], sharding.tp
+    part = shape.parts[0]
+    tp = sharding.tp
+    role = shape.role
     if shape.cut == TensorCut.ROWS:
-        return Layout.rows_cut(_rows(shape, sharding), part.shape[1:], tp, role=shape.role)
+        rows = _rows_of_parts(shape, sharding)
+        return Layout.rows_cut(rows, part.shape[1:], tp, role=role)
     if shape.cut == TensorCut.COLUMNS:
-        return Layout.columns_cut(part.name, *part.shape, tp, role=shape.role)
+        outputs, inputs = part.shape
+        return Layout.columns_cut(part.name, outputs, inputs, tp, role=role)
     if shape.cut == TensorCut.VOCABULARY:
-        rows, columns = part.shape
+        words, columns = part.shape
         padded = shape.local_numel(tp.size) // columns * tp.size
-        return Layout.vocabulary_cut(part.name, rows, padded, columns, tp, role=shape.role)
+        return Layout.vocabulary_cut(part.name, words, padded, columns, tp, role=role)
+    # Whole on every rank. Its gradient is not where ranks see other heads, or other tokens.
     partial = sharding.sequence_parallel or shape.cut == TensorCut.HEADS
-    return Layout.whole(part.name, part.shape, tp, partial=partial, role=shape.role)
+    return Layout.whole(part.name, part.shape, tp, partial=partial, role=role)
 
 
 def new_parameter(shape: ParameterShape, sharding: Sharding, seed: int | None) -> nn.Parameter:
-    """Make this rank's part of a parameter, with its initial values; seed None leaves them zero."""
+    """Make this rank's part of a parameter, with the initial values that `seed` gives.
+
+    seed None: memory alone, for a checkpoint to be loaded into.
+    """
     init = rng.Init(seed, shape.std, shape.fill)
     return rng.new_parameter(layout_for(shape, sharding), init)
 
@@ -35,7 +48,9 @@ def new_bias(
     shape: ParameterShape | None, sharding: Sharding, seed: int | None
 ) -> nn.Parameter | None:
     """Make a bias, where there is one."""
-    return None if shape is None else new_parameter(shape, sharding, seed)
+    if shape is None:
+        return None
+    return new_parameter(shape, sharding, seed)
 
 
 def column_parallel(
@@ -43,7 +58,8 @@ def column_parallel(
 ) -> ColumnParallelLinear:
     """Make a layer whose weight is cut by rows."""
     weight = new_parameter(shape.weight, sharding, seed)
-    return ColumnParallelLinear(weight, new_bias(shape.bias, sharding, seed), sharding, ops)
+    bias = new_bias(shape.bias, sharding, seed)
+    return ColumnParallelLinear(weight, bias, sharding, ops)
 
 
 def row_parallel(
@@ -51,13 +67,19 @@ def row_parallel(
 ) -> RowParallelLinear:
     """Make a layer whose weight is cut by columns."""
     weight = new_parameter(shape.weight, sharding, seed)
-    return RowParallelLinear(weight, new_bias(shape.bias, sharding, seed), sharding, ops)
+    bias = new_bias(shape.bias, sharding, seed)
+    return RowParallelLinear(weight, bias, sharding, ops)
 
 
-def _rows(shape: ParameterShape, sharding: Sharding) -> dict[str, int | Rows]:
-    """Return the rows of each part; those of shared heads have copies where ranks outnumber heads."""
+def _rows_of_parts(shape: ParameterShape, sharding: Sharding) -> dict[str, int | Rows]:
+    """Return the rows of each part by name.
+
+    Heads that are fewer than the ranks are held by several of them: the ranks of `kv` are copies.
+    """
     found: dict[str, int | Rows] = {}
     for part in shape.parts:
         rows = part.shape[0]
-        found[part.name] = rows if part.shared_heads is None else Rows(rows, sharding.kv)
+        found[part.name] = rows
+        if part.shared_heads is not None:
+            found[part.name] = Rows(rows, sharding.kv)
     return found
