@@ -6,12 +6,8 @@ A family whose tensors are named as Llama's needs nothing here. Another one gets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..config import ModelConfig
-from ..layout import layout_of
-from ..model.gpt import GPT
-from ..ops import Ops
+from ..model.shape import parameter_shapes
 from .families import family_of
 from .name_map import Correspondence, Run
 
@@ -140,13 +136,11 @@ def nanogpt_correspondences(config: ModelConfig, vocab_size: int) -> dict[str, C
 
 def part_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Return every part of a whole model, in its order, with its global shape."""
-    with torch.device("meta"):  # nothing is allocated
-        model = GPT(config, vocab_size, ops=Ops(), seed=None)
-    return {
-        part.name: part.shape
-        for parameter in model.parameters()
-        for part in layout_of(parameter).parts
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for parameter in parameter_shapes(config, vocab_size):
+        for part in parameter.parts:
+            shapes[part.name] = part.shape
+    return shapes
 
 
 def _correspondences(
