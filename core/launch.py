@@ -1,10 +1,15 @@
-"""Where this process stands: its rank, the number of processes, its device. Reads torchrun's or Slurm's variables, sets none but the rendezvous."""
+"""This process among those of its job: its rank, its device, how it meets the others and leaves.
+
+Reads the variables of torchrun or Slurm, and sets none but the meeting point.
+"""
 
 import atexit
 import contextlib
 import os
 import re
 import sys
+import time
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -13,6 +18,12 @@ import torch.distributed as dist
 
 from .config import Config, ConfigError, FlagError, key_value_copies, optimizer_shards
 from .mesh import Mesh
+
+# The newest version of PyTorch (major, minor) that the tests run with.
+TESTED_TORCH = (2, 13)
+# Seconds, more than rank 0 may be behind on a busy machine. A launcher ends all ranks as soon as
+# one has left, and so ends this wait too.
+LAST_TO_LEAVE = 60.0
 
 
 @dataclass(frozen=True)
@@ -24,44 +35,56 @@ class Process:
     local_rank: int = 0
 
 
-def read_environment(env: dict[str, str] | None = None) -> Process:
-    """torchrun's RANK, WORLD_SIZE, LOCAL_RANK first; else the step that srun started; else a single process.
+def read_environment(env: Mapping[str, str] | None = None) -> Process:
+    """Return this process: as torchrun says, else as srun's step says, else a single one.
 
-    A batch script itself also sees SLURM_PROCID, but belongs to no step: it is one process, whatever SLURM_NTASKS says.
+    torchrun sets RANK, WORLD_SIZE and LOCAL_RANK. A Slurm batch script itself also sees
+    SLURM_PROCID, but belongs to no step: it is one process, whatever SLURM_NTASKS says.
     """
     env = os.environ if env is None else env
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Process(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+        local_rank = int(env.get("LOCAL_RANK", 0))
+        return Process(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank)
     if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
-        return Process(
-            int(env["SLURM_PROCID"]),
-            int(env["SLURM_STEP_NUM_TASKS"]),
-            int(env.get("SLURM_LOCALID", 0)),
-        )
+        local_rank = int(env.get("SLURM_LOCALID", 0))
+        return Process(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), local_rank)
     return Process()
 
 
-def threads_of_a_process(env: dict[str, str] | None = None, cores: int | None = None) -> int | None:
-    """How many threads a process should compute with on a CPU, where that is not what it has: its share of the cores it may run on.
+def threads_of_a_process(
+    env: Mapping[str, str] | None = None, cores: int | None = None
+) -> int | None:
+    """Return how many threads a process should compute with on a CPU; None to leave it as it is.
 
-    torchrun gives each of several processes one thread unless OMP_NUM_THREADS is set, whatever number of cores that leaves idle. Any
-    other OMP_NUM_THREADS is the user's word.
+    That is its share of the cores it may run on. torchrun gives each of several processes one
+    thread unless OMP_NUM_THREADS is set, whatever number of cores that leaves idle. Any other
+    OMP_NUM_THREADS is the user's word.
     """
     env = os.environ if env is None else env
-    cores = (
-        len(os.sched_getaffinity(0))
-        if cores is None and hasattr(os, "sched_getaffinity")
-        else cores or os.cpu_count() or 1
-    )
-    share = max(1, cores // int(env.get("LOCAL_WORLD_SIZE", 1)))
     launchers_default = env.get("OMP_NUM_THREADS") == "1" and "TORCHELASTIC_RUN_ID" in env
     if "LOCAL_WORLD_SIZE" not in env or ("OMP_NUM_THREADS" in env and not launchers_default):
         return None
-    return share
+    cores = _usable_cores() if cores is None else cores
+    return max(1, cores // int(env["LOCAL_WORLD_SIZE"]))
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def untested_torch(version: str = torch.__version__) -> str | None:
+    """Return a warning if `version` of PyTorch is newer than the tested ones; else None."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) <= TESTED_TORCH:
+        return None
+    tested = ".".join(map(str, TESTED_TORCH))
+    return f"torch {version} is newer than {tested}, the newest that Trivium is tested with"
 
 
 def plan_mesh(config: Config, process: Process) -> Mesh:
-    """The mesh of a validated configuration, without process groups."""
+    """Return the mesh of a validated configuration, without process groups."""
     parallel = config.parallel
     return Mesh.plan(
         process.world_size,
@@ -75,10 +98,11 @@ def plan_mesh(config: Config, process: Process) -> Mesh:
     )
 
 
-def set_rendezvous(process: Process, env: dict[str, str] | None = None) -> None:
-    """Under srun, name the meeting point that torchrun would have named: the first node of the step, a port made from the job id.
+def set_rendezvous(process: Process, env: MutableMapping[str, str] | None = None) -> None:
+    """Name the meeting point of srun's processes, as torchrun would have named it.
 
-    Raises ConfigError where several processes have none.
+    That is the first node of the step, and a port made from the job id. Raises ConfigError where
+    several processes have no meeting point.
     """
     env = os.environ if env is None else env
     if "SLURM_STEP_NODELIST" in env:
@@ -86,32 +110,52 @@ def set_rendezvous(process: Process, env: dict[str, str] | None = None) -> None:
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
     if process.world_size > 1 and missing and not dist.is_initialized():
-        raise ConfigError(
-            [
-                f"WORLD_SIZE is {process.world_size}, but {' and '.join(missing)} not set; start with torchrun, or export them"
-            ]
-        )
+        problem = f"WORLD_SIZE is {process.world_size}, but {' and '.join(missing)} not set"
+        raise ConfigError([f"{problem}; start with torchrun, or export them"])
 
 
 def missed_meeting(error: RuntimeError, process: Process) -> str | None:
-    """What to tell the user if `error` is that the processes did not all find each other at the start; None for any other error."""
+    """Return what to tell the user if the processes did not all find each other at the start.
+
+    None if `error` is any other one.
+    """
     said = " ".join(str(error).split()).split(", keys: ")[0]
-    if not isinstance(error, dist.DistStoreError | dist.DistNetworkError) and not said.startswith(
-        "Gloo connectFullMesh failed"
-    ):
+    of_the_store = isinstance(error, dist.DistStoreError | dist.DistNetworkError)
+    if not of_the_store and not said.startswith("Gloo connectFullMesh failed"):
         return None
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     return (
-        f"rank {process.rank}: the {process.world_size} processes did not all meet at {where}: {said.rstrip('.')}; "
-        "start all of them where they reach that address, or raise --distributed-timeout-minutes"
+        f"rank {process.rank}: the {process.world_size} processes did not all meet at {where}: "
+        f"{said.rstrip('.')}; start all of them where they reach that address, "
+        "or raise --distributed-timeout-minutes"
     )
 
 
+def tell_error(program: str, message: str, process: Process) -> None:
+    """Write why a program ends to stderr, with the rank in front where it is not 0."""
+    rank = f"[rank {process.rank}] " if process.rank else ""
+    sys.stderr.write(f"{rank}{program}: {message}\n")
+
+
+def wait_to_leave() -> None:
+    """Wait until rank 0 has told the error that all ranks have found, and has ended the job.
+
+    A rank that left first would have its own exit reported by the launcher, and no message.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(LAST_TO_LEAVE)
+
+
 def leave(status: int, process: Process) -> NoReturn:
-    """End this process. One of several at once: gloo's threads may still hold tensors, and an interpreter that goes down meanwhile aborts."""
+    """End this process with an exit status.
+
+    One of several ends at once, without the interpreter's own clean-up: gloo's threads may still
+    hold tensors, and an interpreter that goes down meanwhile aborts. What must not be left undone
+    is done here: loaders end their worker processes, and written lines reach their files.
+    """
     if process.world_size == 1:
         sys.exit(status)
-    atexit._run_exitfuncs()  # the loader ends its processes, writers of logs write what they hold
+    atexit._run_exitfuncs()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -119,7 +163,7 @@ def leave(status: int, process: Process) -> NoReturn:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list: `gpu[003-010,17],login1` gives `gpu003`."""
+    """Return the first host of a Slurm node list: gpu003 of `gpu[003-010,17],login1`."""
     head = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodelist)
     if not head:
         raise ValueError(f"SLURM_STEP_NODELIST {nodelist!r} names no host")
@@ -128,23 +172,23 @@ def first_host(nodelist: str) -> str:
 
 
 def choose_device(requested: str, local_rank: int) -> torch.device:
-    """The device of this process for `--device {auto,cpu,cuda}`; a ROCm build of torch answers to cuda as well.
+    """Return the device of this process for `--device {auto,cpu,cuda}`.
 
-    Raises ConfigError where there is none for any process, FlagError where there is none for this one.
+    A ROCm build of torch answers to cuda as well. Raises ConfigError where no process has such a
+    device, and FlagError where there is none left for this one.
     """
     available = torch.cuda.is_available()
     if requested == "cpu" or (requested == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise ConfigError(
-            [
-                "--device cuda, but torch sees no CUDA or ROCm device here; use --device cpu, or a torch built for your accelerator"
-            ]
-        )
-    if local_rank >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+        problem = "--device cuda, but torch sees no CUDA or ROCm device here"
+        remedy = "use --device cpu, or a torch built for your accelerator"
+        raise ConfigError([f"{problem}; {remedy}"])
+    count = torch.cuda.device_count()
+    if local_rank >= count:
         raise FlagError(
-            f"--device {requested}: local rank {local_rank} has no device of its own; start at most {count} processes on this node"
+            f"--device {requested}: local rank {local_rank} has no device of its own; "
+            f"start at most {count} processes on this node"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trivium.data.indexed import IndexedDataset
 from trivium.interop.pretrained import load_pretrained
-from trivium.train.metrics import read_rows
+from trivium.train.sinks.jsonl import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 # Tests, other people's packages, and files that are tables rather than programs.

@@ -9,6 +9,7 @@ import torch
 from runs import ROOT, SMALL, free_port, rows_of, start_step
 
 import pretrain_gpt
+from trivium import launch
 from trivium.config import ConfigError, flags, resolve
 from trivium.launch import (
     Process,
@@ -200,7 +201,7 @@ def test_an_impossible_number_of_tasks_is_refused_before_any_of_them_meets_anoth
 ):
     """Each task alone: the others never come, and none is waited for. The first one tells."""
     task_of_step(task, 3)
-    monkeypatch.setattr(pretrain_gpt, "LAST_TO_LEAVE", 0.0)
+    monkeypatch.setattr(launch, "LAST_TO_LEAVE", 0.0)
     monkeypatch.setattr(
         torch.distributed,
         "init_process_group",
@@ -218,7 +219,7 @@ def test_a_task_that_is_interrupted_while_the_first_one_tells_ends_quietly(
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain_gpt.time, "sleep", interrupt)
+    monkeypatch.setattr(launch.time, "sleep", interrupt)
     assert pretrain_gpt.cli(IMPOSSIBLE) == 2
     assert capfd.readouterr().err == ""
 

@@ -54,8 +54,9 @@ def build_passes(
     for chunk in range(placement.num_chunks):
         spec = specs[placement.stage(mesh.pp.rank, chunk)]
         tied_weight = None
-        if config.model.tied and chunks and chunks[0].embeds:
-            tied_weight = chunks[0].embedding.weight
+        embedding = chunks[0].embedding if chunks else None
+        if config.model.tied and embedding is not None:
+            tied_weight = embedding.weight
         model = GPT(
             config.model,
             vocab_size,

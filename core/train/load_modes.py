@@ -1,4 +1,4 @@
-"""What --load takes over from a checkpoint, mode by mode, and the schedule of a cooldown."""
+"""The load modes: what --load takes over from a checkpoint, and the schedule of a cooldown."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,77 +15,89 @@ from ..optim.schedule import learning_rate
 
 @dataclass(frozen=True)
 class Restored:
-    """What is restored; the rest is as in a run that begins. `moments`: with the optimizer's step count and the loss scale.
+    """The parts of a run's state that are restored; the others are as in a run that begins.
 
-    `place`: the iteration, and so the place in the learning-rate schedule.
+    weights: the parameters.
+    moments: the optimizer's moments, its count of updates and the loss scale.
+    schedule: the iteration, and with it the place in the learning-rate schedule.
+    data: the samples consumed, and the order that they come in.
     """
 
     weights: bool
     moments: bool
-    place: bool
+    schedule: bool
     data: bool
 
 
 MODES = {
-    "continue": Restored(weights=True, moments=True, place=True, data=True),
-    "model_only": Restored(weights=True, moments=False, place=False, data=False),
-    "model_data": Restored(weights=True, moments=False, place=False, data=True),
-    "model_opt_data": Restored(weights=True, moments=True, place=False, data=True),
-    "optimizer_only": Restored(weights=False, moments=True, place=False, data=False),
-    "transfer": Restored(weights=True, moments=True, place=False, data=False),
-    "transfer_with_lr": Restored(weights=True, moments=True, place=True, data=False),
-    "cooldown": Restored(weights=True, moments=True, place=True, data=True),
+    "continue": Restored(weights=True, moments=True, schedule=True, data=True),
+    "model_only": Restored(weights=True, moments=False, schedule=False, data=False),
+    "model_data": Restored(weights=True, moments=False, schedule=False, data=True),
+    "model_opt_data": Restored(weights=True, moments=True, schedule=False, data=True),
+    "optimizer_only": Restored(weights=False, moments=True, schedule=False, data=False),
+    "transfer": Restored(weights=True, moments=True, schedule=False, data=False),
+    "transfer_with_lr": Restored(weights=True, moments=True, schedule=True, data=False),
+    "cooldown": Restored(weights=True, moments=True, schedule=True, data=True),
 }
 
 
 def load_mode(config: CheckpointConfig) -> str:
-    """The mode asked for; --finetune is Megatron's word for model_only."""
+    """Return the mode asked for; --finetune is Megatron's word for model_only."""
     return config.load_mode or ("model_only" if config.finetune else "continue")
 
 
 def restored_by(config: CheckpointConfig) -> Restored:
-    """What the flags ask for."""
+    """Return what the flags ask to restore."""
     restored = MODES[load_mode(config)]
     return replace(restored, moments=restored.moments and not config.no_load_optim)
 
 
 def table(restored: Restored, *, scaled: bool) -> list[str]:
-    """A line for each thing that makes up a run: restored or fresh. scaled: whether the run has a dynamic loss scale."""
+    """Return a line for each thing that makes up a run: restored or fresh.
+
+    scaled: the run has a dynamic loss scale.
+    """
     word = {True: "restored", False: "fresh"}
     rows = {
         "weights": word[restored.weights],
         "moments and their step count": word[restored.moments],
         "loss scale": word[restored.moments] if scaled else "constant",
-        "iteration and schedule": word[restored.place],
+        "iteration and schedule": word[restored.schedule],
         "data position": word[restored.data],
-        "random state": "a function of seed, iteration and sample: nothing is stored, and --no-load-rng changes nothing",
+        "random state": "a function of seed, iteration and sample: nothing is stored, "
+        "and --no-load-rng changes nothing",
     }
     return [f"   {name:30}{said}" for name, said in rows.items()]
 
 
 def with_cooldown(config: Config) -> tuple[Config, list[str]]:
-    """A resolved configuration whose schedule is the cooldown that --load-mode cooldown asks for, and the problems in making it.
+    """Give a resolved configuration the schedule of --load-mode cooldown.
 
-    From the rate r that the schedule of the checkpoint has after its S iterations, down to --min-lr over N = --cooldown-iters, in the
-    shape of --lr-wsd-decay-style, until iteration S + N. That is a WSD schedule whose stable phase ends at S. Any other mode, and a
-    checkpoint that is not there (load_problems says so), leaves the configuration as it is.
+    The rate falls from r, which the schedule of the checkpoint has after its S iterations, to
+    --min-lr over N = --cooldown-iters, in the shape of --lr-wsd-decay-style, until iteration
+    S + N. That is a WSD schedule whose stable phase ends at S.
+
+    Returns the configuration, and the problems in making it. In any other mode, and where the
+    checkpoint does not exist (load_problems reports that), the configuration is as it was.
     """
     asked, length = config.checkpoint, config.checkpoint.cooldown_iters
     if load_mode(asked) != "cooldown" or not asked.load or not length or length <= 0:
         return config, []
+    root = Path(asked.load)
     try:
-        tries = publish.candidates(Path(asked.load), asked.ckpt_step)
+        tries = publish.candidates(root, asked.ckpt_step)
         if not tries:
             return config, []
-        start, folder = tries[0], publish.locate(Path(asked.load), tries[0])
+        start = tries[0]
+        folder = publish.locate(root, start)
         rate = _rate_after(start, folder)
     except CheckpointError as error:
         return config, [f"--load {asked.load}: {error}"]
     if rate <= 0 or config.optimizer.min_lr > rate:
         least = f"below --min-lr {config.optimizer.min_lr}" if rate > 0 else "at its end"
-        return config, [
-            f"--load-mode cooldown: the rate of {folder} is {rate}, {least}; choose an earlier one by --ckpt-step"
-        ]
+        problem = f"the rate of {folder} is {rate}, {least}"
+        remedy = "choose an earlier one by --ckpt-step"
+        return config, [f"--load-mode cooldown: {problem}; {remedy}"]
     schedule = replace(
         config.optimizer,
         lr=rate,
@@ -96,15 +108,12 @@ def with_cooldown(config: Config) -> tuple[Config, list[str]]:
         lr_warmup_fraction=None,
         lr_warmup_init=0.0,
     )
-    return replace(
-        config,
-        optimizer=schedule,
-        batch=replace(config.batch, train_iters=start + length, train_samples=None),
-    ), []
+    batch = replace(config.batch, train_iters=start + length, train_samples=None)
+    return replace(config, optimizer=schedule, batch=batch), []
 
 
 def _rate_after(iteration: int, folder: Path) -> float:
-    """The rate at which the run that wrote `folder` would have gone on."""
+    """Return the rate at which the run that wrote `folder` would have gone on."""
     schedule = saved_config(folder).optimizer
     if schedule.lr is None or schedule.lr_decay_iters is None:
         raise CheckpointError(f"{folder / CONFIG_FILE} has no schedule")
@@ -112,7 +121,10 @@ def _rate_after(iteration: int, folder: Path) -> float:
 
 
 def to_go_on_with(config: Config) -> Config:
-    """The configuration to save beside a checkpoint, with which --load resumes it: without what was about this run's own beginning."""
+    """Return the configuration to save beside a checkpoint: what --load resumes it with.
+
+    It leaves out how this run itself began.
+    """
     begun = replace(
         config.checkpoint,
         ckpt_step=None,
@@ -125,20 +137,27 @@ def to_go_on_with(config: Config) -> Config:
 
 
 def saved_config(folder: Path) -> Config:
-    """The configuration beside a checkpoint. Raises CheckpointError where there is none that can be read."""
+    """Return the configuration beside a checkpoint.
+
+    Raises CheckpointError where there is none that can be read.
+    """
     return parse_config(read_text(folder / CONFIG_FILE), folder)
 
 
 def parse_config(text: str, folder: Path) -> Config:
-    """The configuration that was saved in `folder`, from its text. Raises CheckpointError where it is none."""
+    """Return the configuration that was saved in `folder`, from its text.
+
+    Raises CheckpointError where the text is no configuration.
+    """
     try:
         return read_config(text)
-    except (yaml.YAMLError, ConfigError, ValueError, RecursionError) as error:
-        reason = (
-            "; ".join(error.problems)
-            if isinstance(error, ConfigError)
-            else " ".join(str(error).split())
-        )
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} is no configuration: {reason.replace('config.yaml', '', 1)}"
-        ) from error
+    except ConfigError as error:
+        raise _no_configuration(folder, "; ".join(error.problems)) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _no_configuration(folder, " ".join(str(error).split())) from error
+
+
+def _no_configuration(folder: Path, reason: str) -> CheckpointError:
+    # The reason names its file once more, as YAML's own messages do.
+    reason = reason.replace("config.yaml", "", 1)
+    return CheckpointError(f"{folder / CONFIG_FILE} is no configuration: {reason}")

@@ -1,83 +1,133 @@
-"""From what a step left on the device to rows on rank 0: read late, measured once, handed to every sink."""
+"""From what a step left on the device to rows on rank 0: read late, measured once, for all sinks.
+
+Reading a number of a step waits until the device has finished it. On an accelerator the rows are
+therefore one step late: the host reads step n when it has already sent off step n + 1.
+"""
 
 import math
 import resource
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 
 from ..config import Config
 from ..estimate.flops import flops_per_token, peak_flops
 from ..mesh import Mesh
-from .metrics import Console, EvaluationRow, MetricsFile, Row, TensorBoard, draw_losses, read_rows
 from .step import StepResult
 
 
+@dataclass(frozen=True)
+class Row:
+    """One iteration, as metrics.jsonl holds it."""
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+    lm_loss: float
+    grad_norm: float
+    learning_rate: float
+    global_batch_size: int
+    iteration_ms: float
+    tokens_per_second: float
+    tflops_per_device: float
+    mfu: float | None
+    mfu_causal: float | None
+    loss_scale: float
+    skipped: int
+    memory_bytes: int
+    no_predictions: bool = False  # said on the console alone
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One evaluation of a split."""
+
+    iteration: int
+    split: str
+    lm_loss: float
+    ppl: float
+
+
+class ReportSink(Protocol):
+    """A place that rows go to."""
+
+    def write(self, row: Row) -> None:
+        """Take the row of one iteration."""
+
+    def evaluation(self, row: EvaluationRow) -> None:
+        """Take the row of one evaluation."""
+
+    def flush(self) -> None:
+        """Put what was taken where a crash cannot lose it; a checkpoint follows."""
+
+    def close(self) -> None:
+        """Finish; nothing is taken after this."""
+
+
+class _Flops(NamedTuple):
+    """Floating-point operations of one token of training."""
+
+    full: float  # attention counted over the whole square of scores
+    causal: float  # attention counted over the visible half
+
+
 class Reporter:
-    """Turns StepResults into Rows, one step late on an accelerator so that the host runs ahead of it."""
+    """Turn StepResults into Rows and hand them to every sink.
+
+    sinks: empty on all ranks but the first, which read their steps all the same.
+    """
 
     def __init__(
-        self, config: Config, mesh: Mesh, device: torch.device, vocab_size: int, iteration: int
+        self,
+        config: Config,
+        mesh: Mesh,
+        device: torch.device,
+        vocab_size: int,
+        sinks: Sequence[ReportSink],
     ):
-        self.config, self.mesh, self.device = config, mesh, device
+        self.device = device
+        self._world_size = mesh.world_size
+        self._sinks = sinks
         self._delay = 0 if device.type == "cpu" else 1
         self._waiting: list[StepResult] = []
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self._peak = peak_flops(name)
-        shape, length = config.model, config.batch.seq_length
-        self._flops, self._causal_flops = (
-            flops_per_token(shape, vocab_size, length, causal=causal) for causal in (False, True)
-        )
-        self._path = metrics_path(config)
-        self._sinks = self._open_sinks(iteration) if mesh.rank == 0 else []
+        self._flops_per_token = partial(flops_per_token, config.model, vocab_size)
+        self._flops: dict[int, _Flops] = {}  # by the length of the samples
         self._started = time.perf_counter()
-
-    def _open_sinks(self, iteration: int) -> list[MetricsFile | Console | TensorBoard]:
-        sinks: list[MetricsFile | Console | TensorBoard] = [Console(self.config, iteration)]
-        if self._path:
-            sinks.append(MetricsFile(self._path, iteration))
-        if self.config.logging.tensorboard_dir:
-            sinks.append(TensorBoard(self.config.logging.tensorboard_dir, iteration))
-        return sinks
 
     def restart_clock(self) -> None:
         """Leave out of the next iteration's time what was not training."""
         self._started = time.perf_counter()
 
     def add(self, result: StepResult) -> bool:
-        """Take in a step; True if one of the steps read so far was asked to be the last."""
+        """Take in a step. Returns whether one of the steps read now was asked to be the last."""
         self._waiting.append(result)
         return self._read(len(self._waiting) - self._delay)
 
     def drain(self) -> bool:
-        """Read everything and put it on the disk; True if a step was asked to be the last."""
+        """Read all steps and flush the sinks. Returns whether one was asked to be the last."""
         stop = self._read(len(self._waiting))
         for sink in self._sinks:
-            if isinstance(sink, MetricsFile):
-                sink.flush()
+            sink.flush()
         return stop
 
     def evaluation(self, iteration: int, split: str, loss: float) -> None:
-        row = EvaluationRow(
-            iteration, split, loss, math.exp(min(loss, 20))
-        )  # not min(20, loss): of a nan that makes 20
+        """Report the loss of a split in nats, with its perplexity."""
+        perplexity = math.exp(min(loss, 20))  # not min(20, loss), which makes 20 of a NaN
+        row = EvaluationRow(iteration, split, loss, perplexity)
         for sink in self._sinks:
             sink.evaluation(row)
 
-    def close(self) -> Path | None:
-        """Finish every sink and draw the curve; the picture's path, if there is one."""
+    def close(self) -> None:
+        """Read all steps and finish every sink."""
         self.drain()
         for sink in self._sinks:
             sink.close()
-        rows = (
-            read_rows(self._path) if self._sinks and self._path else []
-        )  # none where the path is a device
-        if not rows:
-            return None
-        picture = self._path.with_name("loss.png")
-        draw_losses(rows, picture)
-        return picture
 
     def _read(self, count: int) -> bool:
         stop = False
@@ -92,9 +142,10 @@ class Reporter:
         return stop
 
     def _row(self, result: StepResult, seconds: float) -> Row:
-        rate = result.batch.tokens / seconds
         count = result.num_predictions.item()
-        per_device = rate / self.mesh.world_size
+        rate = result.batch.tokens / seconds
+        per_device = rate / self._world_size
+        flops = self._flops_at(result.batch.seq_length)
         return Row(
             iteration=result.progress.iteration,
             consumed_samples=result.progress.consumed_samples,
@@ -105,25 +156,25 @@ class Reporter:
             global_batch_size=result.batch.samples,
             iteration_ms=seconds * 1000,
             tokens_per_second=rate,
-            tflops_per_device=per_device * self._flops / 1e12,
-            mfu=per_device * self._flops / self._peak if self._peak else None,
-            mfu_causal=per_device * self._causal_flops / self._peak if self._peak else None,
+            tflops_per_device=per_device * flops.full / 1e12,
+            mfu=per_device * flops.full / self._peak if self._peak else None,
+            mfu_causal=per_device * flops.causal / self._peak if self._peak else None,
             loss_scale=result.loss_scale.item(),
             skipped=int(result.skipped.item()),
             memory_bytes=_memory(self.device),
             no_predictions=count == 0,
         )
 
-
-def metrics_path(config: Config) -> Path | None:
-    """Where the rows go: --metrics-jsonl, else under --save, else nowhere."""
-    if config.logging.metrics_jsonl:
-        return Path(config.logging.metrics_jsonl)
-    return Path(config.checkpoint.save) / "metrics.jsonl" if config.checkpoint.save else None
+    def _flops_at(self, seq_length: int) -> _Flops:
+        if seq_length not in self._flops:
+            full = self._flops_per_token(seq_length, causal=False)
+            causal = self._flops_per_token(seq_length, causal=True)
+            self._flops[seq_length] = _Flops(full, causal)
+        return self._flops[seq_length]
 
 
 def _memory(device: torch.device) -> int:
-    """Peak memory of this process: the device's allocator, or the resident set on a CPU."""
+    """Return the peak memory of this process in bytes: allocated, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,8 @@
-"""How far a run has come, and the global batch that comes next: the batch is a function of progress.
+"""How far a run has come, and the global batch that comes next.
 
-Everything that depends on the size of a batch (the step, the reports, the evaluation, the amount of
-data, the pipeline's plans) asks `BatchSchedule.batch_at` and keeps no size of its own.
+The batch is a function of progress: everything that depends on its size (the step, the reports,
+the evaluation, the amount of data, the pipeline's plans) asks `BatchSchedule.batch_at`, and keeps
+no size of its own.
 """
 
 from dataclasses import dataclass

@@ -29,6 +29,7 @@ from trivium.data.loader import MicroBatches
 from trivium.launch import Process
 from trivium.mesh import Axis, Mesh
 from trivium.testing import RankError, run_ranks
+from trivium.train import data
 
 RUN = f"{SMALL}{NO_DROPOUT} --mock-data --eval-iters 0 --train-iters 100000"
 SLOW = "a rank hangs or the network is cut; if it is only slow, raise --distributed-timeout-minutes"
@@ -154,7 +155,7 @@ def run_beside_a_hanging_loader(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if mesh.rank == 1:
         Hanging.path, Hanging.stopped = path, stopped
-        pretrain_gpt.MicroBatches = Hanging
+        data.MicroBatches = Hanging
     try:
         with pytest.raises(CommunicationError) as failure:
             pretrain_gpt.main(
@@ -163,7 +164,7 @@ def run_beside_a_hanging_loader(
             )
         return time.time() - path.stat().st_mtime if mesh.rank == 0 else 0.0, str(failure.value)
     finally:
-        pretrain_gpt.MicroBatches = MicroBatches
+        data.MicroBatches = MicroBatches
         if mesh.rank == 0:
             process = int(path.read_text())
             path.unlink()

@@ -14,6 +14,7 @@ from trivium.config import ConfigError, flags, resolve
 from trivium.launch import Process
 from trivium.logs import get_logger
 from trivium.optim.schedule import learning_rate
+from trivium.train import loop, run
 from trivium.train.load_modes import MODES
 from trivium.train.resume import RunState
 from trivium.train.schedule import Progress
@@ -69,7 +70,7 @@ def begin(arguments: str, monkeypatch) -> Begun:
     lines: list[str] = []
     honest = get_logger().info
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain_gpt, "run", look)
+        patch.setattr(loop, "run", look)
         patch.setattr(get_logger(), "info", lambda line: (lines.append(line), honest(line)))
         pretrain_gpt.main(arguments.split(), Process())
     return seen[0]
@@ -109,7 +110,7 @@ def test_a_mode_restores_what_the_table_says_and_nothing_else(
         and not same(fresh.moments, whole.moments)
         and fresh.loss_scale != whole.loss_scale
     )
-    weights, moments, place, data = (whole if restored else fresh for restored in expected)
+    weights, moments, schedule, data = (whole if restored else fresh for restored in expected)
     assert same(found.weights, weights.weights) and same(found.moments, moments.moments)
     assert (found.steps, found.loss_scale) == (moments.steps, moments.loss_scale)
     assert (
@@ -117,7 +118,7 @@ def test_a_mode_restores_what_the_table_says_and_nothing_else(
         and fresh.progress == Progress()
     )
     assert found.progress == Progress(
-        place.progress.iteration, data.progress.consumed_samples, data.progress.consumed_tokens
+        schedule.progress.iteration, data.progress.consumed_samples, data.progress.consumed_tokens
     )
     told = [
         line.split()[-1]
@@ -205,7 +206,7 @@ def test_the_rate_is_that_of_the_saved_schedule_whatever_the_flags_now_say(
     arguments, saved, monkeypatch
 ):
     schedule = resolve(flags.parse(arguments.split()).config, 1).optimizer
-    config = pretrain_gpt.checked(
+    config = run.checked(
         flags.parse(
             f"{arguments} --lr 1 --lr-decay-style constant --load {saved} --ckpt-step 4 --load-mode cooldown --cooldown-iters 7".split()
         ).config,
@@ -222,7 +223,7 @@ def test_the_rate_is_that_of_the_saved_schedule_whatever_the_flags_now_say(
 
 def problems_of(arguments: str) -> str:
     with pytest.raises(ConfigError) as error:
-        pretrain_gpt.checked(flags.parse(arguments.split()).config, 1)
+        run.checked(flags.parse(arguments.split()).config, 1)
     return "\n".join(error.value.problems)
 
 

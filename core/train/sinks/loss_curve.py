@@ -1,0 +1,61 @@
+"""The loss curve of a run as a picture, drawn when the run ends."""
+
+import os
+from pathlib import Path
+
+from ... import logs
+from ..report import EvaluationRow, Row
+from .jsonl import read_rows
+
+
+class LossCurve:
+    """loss.png beside the metrics file, drawn from the rows of all runs that wrote to it."""
+
+    def __init__(self, metrics: Path):
+        self._metrics = metrics
+
+    def write(self, row: Row) -> None:
+        """Ignore the row: the file holds it, and those of earlier starts as well."""
+
+    def evaluation(self, row: EvaluationRow) -> None:
+        """Ignore the row, as `write` does."""
+
+    def flush(self) -> None:
+        """Do nothing: the picture is drawn at the end."""
+
+    def close(self) -> None:
+        """Draw the picture, if the metrics file holds rows; a pipe or a device holds none."""
+        rows = read_rows(self._metrics)
+        if rows:
+            picture = self._metrics.with_name("loss.png")
+            draw_losses(rows, picture)
+            logs.get_logger().info(f" loss curve: {picture}")
+
+
+def draw_losses(rows: list[dict], path: Path) -> None:
+    """Draw the losses of training and validation over the iterations as a PNG."""
+    import matplotlib  # slow to import, and needed once a run
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    curves = (
+        (None, "training", {"linewidth": 1}),
+        ("valid", "validation", {"marker": "o", "markersize": 4}),
+    )
+    for split, label, style in curves:
+        drawn = [row for row in rows if row.get("split") == split and row["lm_loss"] is not None]
+        if drawn:
+            iterations = [row["iteration"] for row in drawn]
+            axes.plot(iterations, [row["lm_loss"] for row in drawn], label=label, **style)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+    plt.close(figure)
