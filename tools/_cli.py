@@ -1,4 +1,8 @@
-"""How every tool ends: one line on stderr for whatever went wrong, status 2 for a bad argument and 1 for anything else."""
+"""Parse arguments and end in the same way in every tool.
+
+Whatever goes wrong is one line on stderr. The exit status is 2 for a bad argument, 1 for any other
+error.
+"""
 
 import argparse
 import os
@@ -11,11 +15,14 @@ from trivium.config import FlagError
 
 
 class BadArgument(ValueError):
-    """An argument of a tool that cannot be meant."""
+    """An argument of a tool that makes no sense."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without the usage lines in front of an error; its epilog is an example, kept as written."""
+    """argparse without the usage lines in front of an error.
+
+    example: a command, printed as it is written at the end of --help
+    """
 
     def __init__(self, description: str, example: str):
         super().__init__(
@@ -26,26 +33,36 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        """Raise BadArgument, which `run` prints."""
         raise BadArgument(message.removeprefix("argument "))
 
 
 def positive(text: str) -> int:
-    """An integer of 1 or more, as an argparse type."""
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
+    """Parse an integer of 1 or more (an argparse type)."""
+    if not is_number(text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number above 0")
     return int(text)
 
 
 def count(text: str) -> int:
-    """An integer of 0 or more, as an argparse type."""
-    if not text.isascii() or not text.isdigit():
+    """Parse an integer of 0 or more (an argparse type)."""
+    if not is_number(text):
         raise argparse.ArgumentTypeError(f"{text} must be a whole number, 0 or more")
     return int(text)
 
 
+def is_number(text: str) -> bool:
+    """Return whether a text has digits alone."""
+    return text.isascii() and text.isdigit()
+
+
 def run(main: Callable[[list[str]], None]) -> NoReturn:
-    """Call `main` with the arguments and exit: 0, 2 on a bad argument, 1 on other errors of value or system, 130 on Ctrl-C."""
-    status, message = 0, ""
+    """Call `main` with the arguments and exit.
+
+    The status is 0; 2 on a bad argument; 1 on other errors of value or system; 130 on Ctrl-C.
+    """
+    status = 0
+    message = ""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -56,12 +73,12 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         message = str(error)
         status = 2 if isinstance(error, BadArgument | FlagError) else 1
     except OSError as error:
-        status, message = (
-            1,
-            f"{error.filename or 'system'}: {(error.strerror or str(error)).lower()}",
-        )
+        what = error.strerror or str(error)
+        message = f"{error.filename or 'system'}: {what.lower()}"
+        status = 1
     except KeyboardInterrupt:
-        status, message = 130, "interrupted"
+        message = "interrupted"
+        status = 130
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)

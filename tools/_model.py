@@ -1,4 +1,4 @@
-"""The flags of every tool that loads a trained model, and what they load."""
+"""Load a trained model by the flags that generate and evaluate share."""
 
 import argparse
 from dataclasses import replace
@@ -15,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_model_flags(parser: Parser) -> None:
-    """--load and how: iteration, tokenizer, device, number format, kernels."""
+    """Add --load and how to load: iteration, tokenizer, device, number format, kernels."""
     parser.add_argument(
         "--load", type=Path, required=True, help="SAVE, SAVE/iter_N or a Hugging Face folder"
     )
@@ -37,7 +37,7 @@ def add_model_flags(parser: Parser) -> None:
 
 
 def load_model(options: argparse.Namespace) -> Pretrained:
-    """The model that the flags name, on its device."""
+    """Return the model that the flags name, on its device."""
     if not options.load.is_dir():
         raise BadArgument(f"--load {options.load}: no such folder")
     device = choose_device(options.device, local_rank=0)
@@ -51,7 +51,7 @@ def load_model(options: argparse.Namespace) -> Pretrained:
 
 
 def load_tokenizer(pretrained: Pretrained, options: argparse.Namespace) -> Tokenizer:
-    """The tokenizer the model was trained with, or the one that the flags name in its place."""
+    """Return the tokenizer of the model's training, or the one that the flags name instead."""
     described = pretrained.tokenizer
     if options.tokenizer_model:
         described = replace(described, tokenizer_model=options.tokenizer_model)
