@@ -1,7 +1,8 @@
-"""core/ installs as `trivium`, kernels/triton/ as `trivium.kernels`, csrc/ as the native module `trivium._native`.
+"""Install core/ as `trivium`, kernels/triton/ as `trivium.kernels`, csrc/ as `trivium._native`.
 
-The native module needs only a C++17 compiler: no torch headers, no CUDA. It is optional: without a compiler the
-install succeeds and the numpy and PyTorch references run in its place, with a notice at start-up.
+The native module needs only a C++17 compiler: no torch headers, no CUDA. It is optional: without a
+compiler the install succeeds, and the numpy and PyTorch references run in its place, with a notice
+at start-up.
 """
 
 from pathlib import Path
@@ -20,7 +21,8 @@ native = Pybind11Extension(
     depends=HEADERS,
     include_dirs=["csrc"],
     cxx_std=17,
-    # No -march: the CPU kernels choose their instruction set at run time. A square root that may set errno is not vectorised.
+    # No -march: the CPU kernels choose their instruction set at run time.
+    # -fno-math-errno: a square root that may set errno is not vectorised.
     extra_compile_args=["-O3", "-fno-math-errno"],
     optional=True,
 )

@@ -1,9 +1,12 @@
 #!/bin/bash
-# Two nodes on one Linux machine, as root: two network namespaces, joined by one cable, train together on the CPU through torchrun.
-#   examples/two_nodes.sh --preset tiny --mock-data --tokenizer-type NullTokenizer --vocab-size 256 --seq-length 64 --lr 1e-3 \
-#       --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --log-interval 5 --eval-iters 0 --pipeline-model-parallel-size 2
-# Its arguments are pretrain_gpt.py's. PROCESSES=2 starts two processes on each node; ranks 0 and 1 are on the first node, so that
-# --tensor-model-parallel-size 2 stays inside of nodes. To see a network fail, run one of the commands that it prints first.
+# Train on two nodes of one Linux machine, as root: two network namespaces, joined by one cable, run
+# on the CPU through torchrun.
+#   examples/two_nodes.sh --preset tiny --mock-data --tokenizer-type NullTokenizer \
+#       --vocab-size 256 --seq-length 64 --lr 1e-3 --micro-batch-size 2 --global-batch-size 8 \
+#       --train-iters 20 --log-interval 5 --eval-iters 0 --pipeline-model-parallel-size 2
+# The arguments are pretrain_gpt.py's. PROCESSES=2 starts two processes on each node. Ranks 0 and 1
+# are on the first node, so that --tensor-model-parallel-size 2 stays inside of nodes. To see a
+# network fail, run one of the commands that this script prints first.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -33,21 +36,29 @@ cleanup() {
 start_node() {
     local k=$1
     shift
-    { ip netns exec "${nodes[k]}" "$python" -m torch.distributed.run --nnodes 2 --node-rank "$k" --nproc-per-node "${PROCESSES:-1}" \
-        --master-addr "${addresses[0]}" --master-port 29500 "$root/pretrain_gpt.py" "$@" 2>&1 >&3 3>&- | sed -u "s/^/node $k | /" >&2 3>&-; } \
-        3>&1 | sed -u "s/^/node $k | /"
+    local run=("$python" -m torch.distributed.run --nnodes 2 --node-rank "$k"
+        --nproc-per-node "${PROCESSES:-1}"
+        --master-addr "${addresses[0]}" --master-port 29500 "$root/pretrain_gpt.py" "$@")
+    {
+        ip netns exec "${nodes[k]}" "${run[@]}" 2>&1 >&3 3>&- |
+            sed -u "s/^/node $k | /" >&2 3>&-
+    } 3>&1 | sed -u "s/^/node $k | /"
 }
 
 [ "$(uname)" = Linux ] || refuse "network namespaces are Linux's"
 [ "$(id -u)" = 0 ] || refuse "network namespaces need root; try sudo"
 command -v ip > /dev/null || refuse "there is no ip command; install iproute2"
-command -v "$python" > /dev/null || refuse "there is no $python; run make setup, or name a Python with PYTHON=..."
+command -v "$python" > /dev/null ||
+    refuse "there is no $python; run make setup, or name a Python with PYTHON=..."
 
 trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
-for node in "${nodes[@]}"; do ip netns add "$node" || refuse "no network namespace can be made here"; done
-ip link add cable netns "${nodes[0]}" type veth peer name cable netns "${nodes[1]}" || refuse "no pair of virtual interfaces can be made here"
+for node in "${nodes[@]}"; do
+    ip netns add "$node" || refuse "no network namespace can be made here"
+done
+ip link add cable netns "${nodes[0]}" type veth peer name cable netns "${nodes[1]}" ||
+    refuse "no pair of virtual interfaces can be made here"
 for k in 0 1; do
     ip -n "${nodes[k]}" address add "${addresses[k]}/24" dev cable
     ip -n "${nodes[k]}" link set cable up
@@ -55,11 +66,16 @@ for k in 0 1; do
 done
 echo "two nodes: ${nodes[*]}"
 echo "to cut the cable: ip -n ${nodes[1]} link set cable down"
-# Lost both ways: were it one way alone, the first node to give up could still tell the other by closing its connections.
-lose() { echo "ip -n ${nodes[$1]} neighbour replace ${addresses[$2]} lladdr 02:00:00:00:00:01 dev cable nud permanent"; }
+# Lost both ways: were it one way alone, the first node to give up could still tell the other by
+# closing its connections.
+lose() {
+    local nobody="lladdr 02:00:00:00:00:01 dev cable nud permanent"
+    echo "ip -n ${nodes[$1]} neighbour replace ${addresses[$2]} $nobody"
+}
 echo "to lose what it carries: $(lose 0 1); $(lose 1 0)"
 
-# Gloo would take the address that the host name stands for, which is the same one on both nodes, and reaches neither.
+# Gloo would take the address that the host name stands for: it is the same one on both nodes, and
+# reaches neither.
 export GLOO_SOCKET_IFNAME=cable
 # Both nodes would claim the same GPUs.
 export CUDA_VISIBLE_DEVICES=

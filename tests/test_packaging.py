@@ -1,4 +1,4 @@
-"""What a wheel holds and that it works from anywhere, with a compiler and without."""
+"""A wheel holds what it should and works from anywhere, with a compiler and without."""
 
 import os
 import shutil
@@ -13,31 +13,29 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("core", "kernels", "csrc", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
-def build_wheel(folder, **environment):
-    """A wheel of a copy of the sources, so that the build leaves nothing in the checkout, and its unpacked contents."""
-    pytest.importorskip("pybind11")
-    source = folder / "source"
+def copy_sources(target: Path) -> None:
+    """Copy the sources, so that a build leaves nothing in the checkout."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    target.mkdir()
     for name in SOURCES:
         path = ROOT / name
-        ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-        shutil.copytree(path, source / name, ignore=ignore) if path.is_dir() else shutil.copy(
-            path, source / name
-        )
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        str(folder),
-        str(source),
-    ]
+        if path.is_dir():
+            shutil.copytree(path, target / name, ignore=ignore)
+        else:
+            shutil.copy(path, target / name)
+
+
+def build_wheel(folder: Path, **environment: str) -> tuple[Path, list[str]]:
+    """Build a wheel; return where it is unpacked, and the names of its files."""
+    pytest.importorskip("pybind11")
+    source = folder / "source"
+    copy_sources(source)
+    options = ["-q", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-m", "pip", "wheel", *options, "-w", str(folder), str(source)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("trivium*.whl")
@@ -46,23 +44,31 @@ def build_wheel(folder, **environment):
         return folder / "unpacked", archive.namelist()
 
 
-# An editable install finds `trivium._native` in the checkout even when `trivium` itself came from elsewhere.
-WITHOUT_THE_CHECKOUT = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if not f.__module__.startswith('__editable__')]\n"
+# An editable install finds `trivium._native` in the checkout even when `trivium` itself came from
+# elsewhere.
+WITHOUT_THE_CHECKOUT = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if not f.__module__.startswith('__editable__')]
+"""
 
 
-def python(code, cwd, path):
-    """Run code in a process that finds modules on `path` before anything installed, and nothing of ours elsewhere."""
-    code = WITHOUT_THE_CHECKOUT + code
+def python(code: str, cwd: Path, path: Path | str) -> str:
+    """Run code in a process that finds modules on `path` first, and no others of ours."""
     environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", WITHOUT_THE_CHECKOUT + code],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel(tmp_path_factory) -> tuple[Path, list[str]]:
+    """Build a wheel with the native module."""
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler on this machine")
     return build_wheel(tmp_path_factory.mktemp("wheel"))
@@ -70,14 +76,11 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_the_engine_the_kernels_and_the_native_module(wheel):
     _, names = wheel
-    assert {"trivium/__init__.py", "trivium/ops/ops.py", "trivium/kernels/rms_norm.py"} <= set(
-        names
-    )
+    expected = {"trivium/__init__.py", "trivium/ops/ops.py", "trivium/kernels/rms_norm.py"}
+    assert expected <= set(names)
     assert [name for name in names if name.startswith("trivium/_native") and name.endswith(".so")]
-    sources = {
-        "trivium/" + path.relative_to(ROOT / "core").as_posix()
-        for path in (ROOT / "core").rglob("*.py")
-    }
+    core = ROOT / "core"
+    sources = {f"trivium/{path.relative_to(core).as_posix()}" for path in core.rglob("*.py")}
     assert sources <= set(names)
 
 
@@ -97,14 +100,14 @@ def test_unpacked_wheel_works_from_another_folder(wheel, tmp_path):
 
 def test_kernels_of_hugging_face_is_found_from_the_checkout():
     pytest.importorskip("kernels")
-    file = python(
-        "from kernels import get_kernel; import kernels; print(kernels.__file__)", ROOT, ""
-    )
+    code = "from kernels import get_kernel; import kernels; print(kernels.__file__)"
+    file = python(code, ROOT, "")
     assert ROOT / "kernels" not in Path(file).parents
 
 
 def test_install_without_a_compiler_goes_on_without_the_native_module(tmp_path):
     unpacked, names = build_wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent")
     assert not [name for name in names if name.endswith(".so")]
-    code = "import trivium.ops as o, torch; print(o.select_ops('auto', torch.device('cpu'), torch.float32).kernels)"
+    chosen = "select_ops('auto', torch.device('cpu'), torch.float32)"
+    code = f"import trivium.ops as ops, torch; print(ops.{chosen}.kernels)"
     assert python(code, tmp_path, unpacked) == "torch"
