@@ -1,4 +1,4 @@
-"""What a run is: frozen values, made from flags and YAML files. No torch in here."""
+"""The configuration of a run: frozen values, made from flags and YAML files, without torch."""
 
 from .defaults import data_parallel_size, key_value_copies, optimizer_shards, resolve
 from .errors import ConfigError, FlagError
@@ -19,6 +19,7 @@ from .fields import (
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
+    flag_of,
     wrong_types,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
     "ParallelConfig",
     "PrecisionConfig",
     "data_parallel_size",
+    "flag_of",
     "key_value_copies",
     "optimizer_shards",
     "resolve",

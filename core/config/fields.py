@@ -1,18 +1,17 @@
 """What a run is, as frozen values: one dataclass per subject, a sentence per field.
 
-Flags and YAML keys are made from these fields (flags.py). A field has the type that it has in a run,
-that is after `resolve` and `validate`. So `num_layers: int = option(None, ...)` is a number that the
-user must give or that a default rule fills in: None stands for "not given" until then. A field that
-may stay None in a run says so in its type: `int | None`.
+Flags and YAML keys are made from these fields (flags.py): a new field is a new flag. A field has
+the type that it has in a run, that is after `resolve` and `validate`. So `num_layers: int =
+option(None, ...)` is a number that the user must give or that a default rule fills in: None stands
+for "not given" until then. A field that may stay None in a run says so in its type: `int | None`.
 """
 
-import ast
 import json
 from dataclasses import dataclass, field, fields
 from math import ceil, isfinite
 from typing import Any, NamedTuple, get_args
 
-from .errors import FlagError
+from .windows import layers_with_window, tokens_before
 
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
 # What each optimizer keeps of every parameter beside its fp32 master, as checkpoints name it.
@@ -91,7 +90,8 @@ class ModelConfig:
     hidden_size: int = option(None, "Width of the residual stream.")
     ffn_hidden_size: int = option(
         None,
-        "Width of the feed-forward layer; 4h if not given, int(8h/3/64)*64 with --swiglu or --geglu.",
+        "Width of the feed-forward layer; 4h if not given, int(8h/3/64)*64 with --swiglu or "
+        "--geglu.",
     )
     num_attention_heads: int = option(None, "Number of query heads.")
     kv_channels: int = option(None, "Size of one head; hidden size / heads if not given.")
@@ -116,7 +116,8 @@ class ModelConfig:
     )
     rope_scaling: str | None = option(
         None,
-        "Another scaling of the rotary frequencies, as JSON in Hugging Face's words: rope_type linear, llama3, yarn or longrope (new).",
+        "Another scaling of the rotary frequencies, as JSON in Hugging Face's words: rope_type "
+        "linear, llama3, yarn or longrope (new).",
     )
     rotary_base_local: float | None = option(
         None,
@@ -169,7 +170,8 @@ class ModelConfig:
     )
     window_attn_skip_freq: str | None = option(
         None,
-        "Which layers have the window: N, all but every N-th, or a list of 1 (window) and 0 such as [1]*3+[0]; all if not given.",
+        "Which layers have the window: N, all but every N-th, or a list of 1 (window) and 0 such "
+        "as [1]*3+[0]; all if not given.",
     )
     scale_embeddings: bool = option(False, "Multiply the embeddings by sqrt(hidden size) (new).")
     untie_embeddings_and_output_weights: bool = option(
@@ -181,33 +183,40 @@ class ModelConfig:
     )
     init_method_std: float = option(
         0.02,
-        "Standard deviation of the initial weights; residual projections start at this / sqrt(2 layers).",
+        "Standard deviation of the initial weights; residual projections start at this / sqrt(2 "
+        "layers).",
     )
     hf_model_type: str | None = option(
         None,
-        "Family of Hugging Face's that --save-hf exports; if not given, that of --hf-config, or the first that has such a model (new).",
+        "Family of Hugging Face's that --save-hf exports; if not given, that of --hf-config, or "
+        "the first that has such a model (new).",
     )
     attention_dropout: float = option(0.1, "Dropout of the attention probabilities.")
     hidden_dropout: float = option(0.1, "Dropout of the embeddings and of each residual branch.")
 
     @property
     def head_size(self) -> int:
+        """Return D, the size of one head."""
         return self.kv_channels
 
     @property
     def num_kv_heads(self) -> int:
+        """Return K, the number of key-value heads."""
         return self.num_query_groups if self.group_query_attention else self.num_attention_heads
 
     @property
     def linear_bias(self) -> bool:
+        """Return whether linear layers have a bias, unless another switch gives them one."""
         return not self.disable_bias_linear
 
     @property
     def qkv_bias(self) -> bool:
+        """Return whether the query, key and value projections have a bias."""
         return self.linear_bias or self.add_qkv_bias
 
     @property
     def attention_out_bias(self) -> bool:
+        """Return whether the output projection of attention has a bias."""
         return self.linear_bias or self.add_attn_out_bias
 
     @property
@@ -217,7 +226,7 @@ class ModelConfig:
 
     @property
     def gated(self) -> bool:
-        """Return whether the feed-forward layer is mlp.down(activation(mlp.gate(x)) * mlp.up(x))."""
+        """Return whether the feed-forward layer is down(activation(gate(x)) * up(x))."""
         return self._feed_forward.gated
 
     @property
@@ -233,43 +242,30 @@ class ModelConfig:
 
     @property
     def rope_rule(self) -> dict[str, Any] | None:
-        """How the rotary frequencies are scaled, in Hugging Face's words; None where they are not."""
+        """Return how rotary frequencies are scaled, in Hugging Face's words; None for not."""
         if self.use_rope_scaling:
             return {"rope_type": "llama3", "factor": self.rope_scaling_factor} | LLAMA3_ROPE
         return json.loads(self.rope_scaling) if self.rope_scaling else None
 
     def window(self, layer: int) -> int | None:
-        """How many tokens a query of `layer` sees, itself included; None where it sees all before it. Megatron's W,0 makes W + 1.
+        """Return how many tokens a query of `layer` sees, itself included; None for all before it.
 
-        Raises ValueError for a --window-size or --window-attn-skip-freq that cannot be read.
+        Megatron's W,0 is a window of W + 1 tokens. Raises FlagError for a --window-size or
+        --window-attn-skip-freq that cannot be read.
         """
         if self.window_size is None:
             return None
-        match _value_of(self.window_size):
-            case (int() as left, 0) if left >= 0:
-                pattern = self.window_attn_skip_freq
-            case _:
-                raise FlagError(f"--window-size {self.window_size} is not W,0 with W of at least 0")
-        match _value_of(pattern or "1"):
-            case int() as period if period > 0:
-                windowed = pattern is None or (layer + 1) % period > 0
-            case list() as layers if len(layers) == self.num_layers and all(
-                item in (0, 1) for item in layers
-            ):
-                windowed = layers[layer] == 1
-            case _:
-                expected = (
-                    f"N, or a 0 or 1 for each of the {self.num_layers} layers such as [1]*3+[0]"
-                )
-                raise FlagError(f"--window-attn-skip-freq {pattern} is not {expected}")
-        return left + 1 if windowed else None
+        before = tokens_before(self.window_size)
+        has_window = layers_with_window(self.window_attn_skip_freq, self.num_layers, layer)
+        return before + 1 if has_window else None
 
     @property
     def tied(self) -> bool:
+        """Return whether the output head is the embedding."""
         return not self.untie_embeddings_and_output_weights
 
     def padded_vocabulary(self, vocab_size: int, tp: int) -> int:
-        """Rows of the embedding for a vocabulary of `vocab_size`."""
+        """Return the rows of the embedding for a vocabulary of `vocab_size`."""
         multiple = self.make_vocab_size_divisible_by * tp
         return ceil(vocab_size / multiple) * multiple
 
@@ -287,7 +283,8 @@ class ParallelConfig:
     )
     pipeline_schedule: str | None = option(
         None,
-        "Order of the pipeline's work; 1f1b, or interleaved with several chunks, if not given (new).",
+        "Order of the pipeline's work; 1f1b, or interleaved with several chunks, if not given "
+        "(new).",
         PIPELINE_SCHEDULES,
     )
     num_layers_per_virtual_pipeline_stage: int | None = option(
@@ -313,7 +310,8 @@ class ParallelConfig:
     )
     cp_comm_type: str = option(
         "p2p",
-        "How keys and values reach the other context-parallel processes: ring, all-gather or all-to-all.",
+        "How keys and values reach the other context-parallel processes: ring, all-gather or "
+        "all-to-all.",
         ("p2p", "allgather", "a2a"),
     )
     use_distributed_optimizer: bool = option(
@@ -321,7 +319,8 @@ class ParallelConfig:
     )
     data_parallel_sharding_strategy: str = option(
         None,
-        "What data-parallel processes share out; optim with --use-distributed-optimizer, else no_shard, if not given.",
+        "What data-parallel processes share out; optim with --use-distributed-optimizer, else "
+        "no_shard, if not given.",
         SHARDING_STRATEGIES,
     )
     num_distributed_optimizer_instances: int = option(
@@ -332,7 +331,8 @@ class ParallelConfig:
     )
     overlap_param_gather: bool = option(
         False,
-        "Gather updated weights while the next forward pass runs, with --use-distributed-optimizer.",
+        "Gather updated weights while the next forward pass runs, with "
+        "--use-distributed-optimizer.",
     )
     ddp_bucket_size: int | None = option(
         None,
@@ -359,7 +359,8 @@ class ParallelConfig:
     )
     compile: bool = option(
         False,
-        "Compile the layers with torch.compile; what passes between ranks and into gradients stays outside (new).",
+        "Compile the layers with torch.compile; what passes between ranks and into gradients "
+        "stays outside (new).",
     )
     deterministic_mode: bool = option(
         False, "Only deterministic kernels; an operation without one is an error."
@@ -367,7 +368,8 @@ class ParallelConfig:
     device: str = option("auto", "Where to run (new).", ("auto", "cpu", "cuda"))
     kernels: str = option(
         "auto",
-        "Implementation of the fused operations: auto, torch, triton or native, and after commas OP=ONE for single ones (new).",
+        "Implementation of the fused operations: auto, torch, triton or native, and after commas "
+        "OP=ONE for single ones (new).",
     )
     attention_backend: str = option(
         "auto",
@@ -504,21 +506,19 @@ class DataConfig:
     merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer.")
     vocab_size: int | None = option(
         None,
-        "NullTokenizer: ids run from 0 to this - 1, the end of document is this. Others: may only enlarge.",
+        "NullTokenizer: ids run from 0 to this - 1, the end of document is this. Others: may only "
+        "enlarge.",
     )
 
     @property
     def tokenizer(self) -> dict[str, Any]:
-        """The five tokenizer flags, as data.tokenizer.build_tokenizer takes them."""
+        """Return the five tokenizer flags, as data.tokenizer.build_tokenizer takes them."""
         return {
-            name: getattr(self, name)
-            for name in (
-                "tokenizer_type",
-                "tokenizer_model",
-                "vocab_file",
-                "merge_file",
-                "vocab_size",
-            )
+            "tokenizer_type": self.tokenizer_type,
+            "tokenizer_model": self.tokenizer_model,
+            "vocab_file": self.vocab_file,
+            "merge_file": self.merge_file,
+            "vocab_size": self.vocab_size,
         }
 
 
@@ -542,16 +542,19 @@ class CheckpointConfig:
     )
     save_retain_interval: int | None = option(
         None,
-        "Keep the newest checkpoint and those of iterations that this number divides; delete the others.",
+        "Keep the newest checkpoint and those of iterations that this number divides; delete the "
+        "others.",
     )
     save_keep_best: int | None = option(
         None,
-        "Keep the newest checkpoint and this many of the lowest validation loss; delete the others (new).",
+        "Keep the newest checkpoint and this many of the lowest validation loss; delete the "
+        "others (new).",
     )
     ckpt_step: int | None = option(None, "Load this iteration and no other.")
     load_mode: str | None = option(
         None,
-        "What --load takes over, by the table in docs/checkpoints.md; continue (everything), or model_only with --finetune, if not given (new).",
+        "What --load takes over, by the table in docs/checkpoints.md; continue (everything), or "
+        "model_only with --finetune, if not given (new).",
         (
             "continue",
             "model_only",
@@ -571,7 +574,8 @@ class CheckpointConfig:
     no_load_optim: bool = option(False, "Leave the optimizer's moments as they start.")
     exit_on_missing_checkpoint: bool = option(
         True,
-        "A missing --load is an error; Megatron's way, to start from scratch, is --no-exit-on-missing-checkpoint.",
+        "A missing --load is an error; Megatron's way, to start from scratch, is "
+        "--no-exit-on-missing-checkpoint.",
     )
     save_hf: str | None = option(
         None, "At the end, export the weights as a Hugging Face folder (new)."
@@ -608,65 +612,56 @@ class Config:
 
     @staticmethod
     def of(values: dict[str, Any]) -> "Config":
-        """From field names to values, whatever the section; names that no section has are the caller's error."""
+        """Return a configuration of field names and values, whatever their sections.
+
+        Names that no section has are the caller's error.
+        """
         sections = {}
-        for section in fields(Config):
-            names = {f.name for f in fields(section.type)}
-            sections[section.name] = section.type(
-                **{name: value for name, value in values.items() if name in names}
-            )
+        for name, section in SECTIONS.items():
+            names = {item.name for item in fields(section)}
+            own = {key: value for key, value in values.items() if key in names}
+            sections[name] = section(**own)
         return Config(**sections)
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """Plain nested values, section by section, as the resolved configuration is printed and saved."""
-        plain = {}
-        for section in fields(self):
-            value = getattr(self, section.name)
-            items = {f.name: getattr(value, f.name) for f in fields(value)}
-            plain[section.name] = {
-                name: list(item) if isinstance(item, tuple) else item
-                for name, item in items.items()
-            }
-        return plain
+        """Return plain nested values, as the resolved configuration is printed and saved."""
+        return {name: _plain(getattr(self, name)) for name in SECTIONS}
+
+
+# Section -> its class.
+SECTIONS: dict[str, Any] = {item.name: type(item.default) for item in fields(Config)}
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    values = {item.name: getattr(section, item.name) for item in fields(section)}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
+    }
+
+
+def flag_of(field_name: str) -> str:
+    """Return the flag of a field: --num-layers for num_layers."""
+    return "--" + field_name.replace("_", "-")
 
 
 def wrong_types(section: Any) -> list[str]:
-    """Values of a section that did not come through flags and are not what their fields hold: each field with its value."""
+    """Return what a section that did not come through flags holds of the wrong type.
+
+    Each as "field is value".
+    """
     found = []
     for item in fields(section):
-        value, kinds = getattr(section, item.name), get_args(item.type) or (item.type,)
-        if value is None and item.default is None:
-            continue
-        whole = float in kinds and type(value) is int
-        if not whole and (
-            type(value) not in kinds or (isinstance(value, float) and not isfinite(value))
-        ):
+        value = getattr(section, item.name)
+        if not _is_of_type(value, item):
             found.append(f"{item.name} is {value!r}")
     return found
 
 
-def _value_of(text: str) -> int | list | tuple | None:
-    """A whole number, or a list of them that may be multiplied and joined, as Megatron writes patterns of layers; None for anything else."""
-
-    def value(tree: ast.expr) -> Any:
-        match tree:
-            case ast.Constant(value=int() as number):
-                return number
-            case ast.List(elts=items):
-                return [value(item) for item in items]
-            case ast.Tuple(elts=items):
-                return tuple(value(item) for item in items)
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return value(left) + value(right)
-            case ast.BinOp(
-                left=ast.List() | ast.BinOp() as left,
-                op=ast.Mult(),
-                right=ast.Constant(value=int() as times),
-            ) if times <= 1000:
-                return value(left) * times
-        raise ValueError
-
-    try:
-        return value(ast.parse(text.strip(), mode="eval").body)
-    except (ValueError, SyntaxError, TypeError, RecursionError):
-        return None
+def _is_of_type(value: Any, item: Any) -> bool:
+    if value is None and item.default is None:
+        return True  # not given
+    kinds = get_args(item.type) or (item.type,)
+    if float in kinds and type(value) is int:
+        return True
+    is_finite = not isinstance(value, float) or isfinite(value)
+    return type(value) in kinds and is_finite
