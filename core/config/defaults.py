@@ -92,9 +92,13 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
     1 where the sizes do not divide it (validate says so).
     """
-    per_model = (
+    return max(1, world_size // max(1, model_parallel_size(parallel)))
+
+
+def model_parallel_size(parallel: ParallelConfig) -> int:
+    """Return how many processes share one copy of the model, each sample's tokens included."""
+    return (
         parallel.tensor_model_parallel_size
         * parallel.pipeline_model_parallel_size
         * parallel.context_parallel_size
     )
-    return max(1, world_size // max(1, per_model))

@@ -66,6 +66,14 @@ ACTIVATIONS = {
     "geglu": Activation(GELU, gated=True),
     "squared_relu": Activation("squared_relu", gated=False),
 }
+# Kind of tokenizer -> the fields that it needs.
+TOKENIZERS: dict[str, tuple[str, ...]] = {
+    "HuggingFaceTokenizer": ("tokenizer_model",),
+    "SentencePieceTokenizer": ("tokenizer_model",),
+    "TikTokenizer": ("tokenizer_model",),
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "NullTokenizer": ("vocab_size",),
+}
 SHARDING_STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 
 
@@ -490,17 +498,7 @@ class DataConfig:
     eod_mask_loss: bool = option(
         False, "Leave predictions made from an end-of-document token out of the loss."
     )
-    tokenizer_type: str = option(
-        None,
-        "Kind of tokenizer.",
-        (
-            "HuggingFaceTokenizer",
-            "SentencePieceTokenizer",
-            "TikTokenizer",
-            "GPT2BPETokenizer",
-            "NullTokenizer",
-        ),
-    )
+    tokenizer_type: str = option(None, "Kind of tokenizer.", tuple(TOKENIZERS))
     tokenizer_model: str | None = option(None, "Folder or file of the tokenizer.")
     vocab_file: str | None = option(None, "vocab.json of GPT2BPETokenizer.")
     merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer.")
