@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from typing import Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .layout import LaidOut
 
@@ -79,7 +79,7 @@ class Owner(Protocol):
     def wait_for_weights(self) -> None:
         """Return when the weights are those of the last update."""
 
-    def gradient_of(self, slot: int) -> torch.Tensor:
+    def gradient_of(self, slot: int) -> Tensor:
         """Return fp32 memory in the parameter's shape, for the next gradient to be added to.
 
         slot: which of the owner's parameters.
@@ -101,12 +101,12 @@ class Sink:
         self.owner = owner
         self.slot = slot
 
-    def add(self, gradient: torch.Tensor) -> None:
+    def add(self, gradient: Tensor) -> None:
         """Add a finished gradient."""
         self.owner.gradient_of(self.slot).add_(gradient)
         self.owner.wrote()
 
-    def memory(self) -> torch.Tensor:
+    def memory(self) -> Tensor:
         """Return the fp32 memory to add one gradient to, in one or more steps; then call wrote."""
         return self.owner.gradient_of(self.slot)
 
@@ -126,12 +126,12 @@ def attach_sink(parameter: nn.Parameter, sink: Sink) -> None:
     cast(ManagedParameter, parameter).sink = sink
 
 
-def sink_of(parameter: torch.Tensor) -> Sink | None:
+def sink_of(parameter: Tensor) -> Sink | None:
     """Return the parameter's sink, None where no optimizer owns its memory."""
     return getattr(parameter, "sink", None)
 
 
-def ready_sink(parameter: torch.Tensor) -> Sink | None:
+def ready_sink(parameter: Tensor) -> Sink | None:
     """Wait until the parameter's last update has arrived, then return its sink, if any.
 
     For use inside an autograd function, which brings the gradient to the sink itself.
@@ -143,7 +143,7 @@ def ready_sink(parameter: torch.Tensor) -> Sink | None:
 
 
 @torch.compiler.disable
-def use(parameter: nn.Parameter) -> torch.Tensor:
+def use(parameter: nn.Parameter) -> Tensor:
     """Return the parameter for use in plain operations; autograd's gradient goes to its sink."""
     sink = ready_sink(parameter)
     return parameter if sink is None else _Use.apply(parameter, sink)

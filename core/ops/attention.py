@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -55,16 +56,16 @@ class AttentionOps(ProductOps):
 
     def attention(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         *,
         causal: bool,
-        mask: torch.Tensor | None = None,
+        mask: Tensor | None = None,
         dropout: float = 0.0,
         scale: float | None = None,
         softcap: float | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Compute softmax(q k^T * scale) v: [B, T, A, D].
 
         q: [B, T, A, D].
@@ -101,14 +102,14 @@ class AttentionOps(ProductOps):
 
     def _by_torch(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
         causal: bool,
         dropout: float,
         scale: float | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Call torch's scaled_dot_product_attention, which wants [B, A, T, D]."""
         group = q.shape[2] // k.shape[2]
         if mask is not None and group > 1 and q.device.type != "cpu":
@@ -132,15 +133,15 @@ class AttentionOps(ProductOps):
     @torch.no_grad()
     def attention_block(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         *,
         causal: bool,
         scale: float | None = None,
         softcap: float | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Attend to some of the keys: returns o [B, T, A, D] and lse [B, A, T] to merge it by.
 
         lse is the natural log of the sum of exp(score), in fp32 (float64 of float64). A query that
@@ -165,17 +166,17 @@ class AttentionOps(ProductOps):
     @torch.no_grad()
     def attention_block_backward(
         self,
-        do: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        lse: torch.Tensor,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
         *,
         causal: bool,
         scale: float | None = None,
         softcap: float | None = None,
-        mask: torch.Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> reference.Tensors3:
         """Compute what one block adds to dq, dk and dv, in the dtype of q.
 
@@ -193,9 +194,7 @@ class AttentionOps(ProductOps):
         dq, dk, dv = _flash_backward(wide_do, wide_q, wide_k, wide_v, wide_o, lse, causal, scale)
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
-    def attention_merge_(
-        self, o: torch.Tensor, lse: torch.Tensor, block_o: torch.Tensor, block_lse: torch.Tensor
-    ) -> None:
+    def attention_merge_(self, o: Tensor, lse: Tensor, block_o: Tensor, block_lse: Tensor) -> None:
         """Fold one more block into o and lse, both in place.
 
         The block weighs exp(block_lse) / (exp(lse) + exp(block_lse)), computed as a sigmoid: nothing
@@ -208,7 +207,7 @@ class AttentionOps(ProductOps):
         o.lerp_(block_o.to(o.dtype), weight.transpose(1, 2).unsqueeze(-1))
         lse.copy_(torch.logaddexp(lse, block_lse))
 
-    def _flash_serves(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    def _flash_serves(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Return whether torch's own flash kernel may be called for these, as attention_block does."""
         if _BACKENDS[self.attention_backend] is SDPBackend.MATH:
             return False
@@ -239,7 +238,7 @@ def _check(
     queries: int,
     keys: int,
     causal: bool,
-    mask: torch.Tensor | None,
+    mask: Tensor | None,
     dropout: float,
     softcap: float | None,
 ) -> None:
@@ -318,8 +317,8 @@ def _restricted_to(backend: str) -> AbstractContextManager:
 
 
 def _flash_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
     """Call torch's kernel as attention_block needs it: [B, A, T, D], of any strides but in D."""
     kernel = _aten(_CPU_FLASH if q.device.type == "cpu" else _GPU_FLASH)
     heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -328,12 +327,12 @@ def _flash_forward(
 
 
 def _flash_backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
     causal: bool,
     scale: float | None,
 ) -> reference.Tensors3:
@@ -353,5 +352,5 @@ def _flash_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _aten(name: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+def _aten(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return getattr(torch.ops.aten, name)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import reference
 
@@ -45,7 +46,7 @@ def keep_freed_memory() -> bool:
 class _NoContext:
     """Takes what a forward pass would keep for its backward, and forgets it."""
 
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
 
 
@@ -63,23 +64,19 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 @torch.compiler.disable
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute reference.rms_norm in one pass. Raises TypeError unless x is fp32 or bf16."""
     return _apply(_Norm, x, None, weight.to(x.dtype), None, eps, False)
 
 
 @torch.compiler.disable
-def add_rms_norm(
-    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Compute reference.add_rms_norm in one pass."""
     return _apply(_Norm, x, branch, weight.to(x.dtype), None, eps, False)
 
 
 @torch.compiler.disable
-def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
-) -> torch.Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Compute reference.layer_norm in one pass."""
     bias = None if bias is None else bias.to(x.dtype)
     return _apply(_Norm, x, None, weight.to(x.dtype), bias, eps, True)
@@ -87,12 +84,12 @@ def layer_norm(
 
 @torch.compiler.disable
 def add_layer_norm(
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Compute reference.add_layer_norm in one pass."""
     bias = None if bias is None else bias.to(x.dtype)
     return _apply(_Norm, x, branch, weight.to(x.dtype), bias, eps, True)
@@ -154,7 +151,7 @@ def has_activation(kind: str) -> bool:
 
 
 @torch.compiler.disable
-def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+def activation(x: Tensor, kind: str) -> Tensor:
     """Compute reference.activation in one pass."""
     if not has_activation(kind):
         return reference.activation(x, kind)
@@ -162,7 +159,7 @@ def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 @torch.compiler.disable
-def gated_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+def gated_activation(x: Tensor, kind: str) -> Tensor:
     """Compute reference.gated_activation in one pass."""
     if not has_activation(kind):
         return reference.gated_activation(x, kind)
@@ -225,9 +222,7 @@ class _GatedActivation(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def rope(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
-) -> torch.Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Compute reference.rope with the angles left in fp32."""
     return _apply(_Rope, x, cos, sin, interleaved)
 
@@ -250,10 +245,10 @@ class _Rope(torch.autograd.Function):
 
 @torch.compiler.disable
 def split_heads(
-    heads: torch.Tensor,
+    heads: Tensor,
     sizes: tuple[int, int, int],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: Tensor,
+    sin: Tensor,
     interleaved: bool = False,
 ) -> reference.Tensors3:
     """Compute reference.split_heads, rotating the heads of q and k where they stand."""
@@ -286,13 +281,13 @@ class _SplitHeads(torch.autograd.Function):
 
 
 def _rotated(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    x: Tensor,
+    y: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     interleaved: bool,
     direction: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     """Fill y with the rotated heads of x and return it.
 
     x, y: [B, T, A, D] of any strides but in D; y may be x.
@@ -319,14 +314,14 @@ def _rotated(
     return y
 
 
-def _strides(x: torch.Tensor) -> tuple[int, ...]:
+def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
 # --- products of few rows, steps of a block ---
 
 
-def few_rows_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """Compute reference.few_rows_product, summing in fp32; without a gradient."""
     x = x.contiguous()
     weight = weight.contiguous()
@@ -368,7 +363,7 @@ class BlockShape:
 
 
 def block_step(
-    shape: BlockShape, weights: Sequence[torch.Tensor | None], sequences: int
+    shape: BlockShape, weights: Sequence[Tensor | None], sequences: int
 ) -> "BlockStep | None":
     """Return a call that passes one more token of each sequence through a block.
 
@@ -397,7 +392,7 @@ class BlockStep:
     is seen.
     """
 
-    def __init__(self, shape: BlockShape, weights: Sequence[torch.Tensor | None]):
+    def __init__(self, shape: BlockShape, weights: Sequence[Tensor | None]):
         values = asdict(shape)
         values["window"] = shape.window or 0
         values["scale"] = shape.size**-0.5 if shape.scale is None else shape.scale
@@ -409,13 +404,13 @@ class BlockStep:
 
     def __call__(
         self,
-        x: torch.Tensor,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
         length: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the block's output [B, 1, H].
 
         x: [B, 1, H].
@@ -440,9 +435,7 @@ class BlockStep:
 # --- cross-entropy ---
 
 
-def cross_entropy_statistics(
-    logits: torch.Tensor, column: torch.Tensor, real: int
-) -> reference.Tensors3:
+def cross_entropy_statistics(logits: Tensor, column: Tensor, real: int) -> reference.Tensors3:
     """Compute reference.cross_entropy_statistics in one pass over the logits."""
     rows = logits.shape[0]
     highest = torch.empty(rows, dtype=torch.float32)
@@ -457,11 +450,11 @@ def cross_entropy_statistics(
 
 
 def cross_entropy_gradient_(
-    logits: torch.Tensor,
-    column: torch.Tensor,
-    highest: torch.Tensor,
-    scale: torch.Tensor,
-    target_gradient: torch.Tensor,
+    logits: Tensor,
+    column: Tensor,
+    highest: Tensor,
+    scale: Tensor,
+    target_gradient: Tensor,
     real: int,
 ) -> None:
     """Compute reference.cross_entropy_gradient_ in one pass over the logits."""
@@ -476,7 +469,7 @@ def cross_entropy_gradient_(
 # --- the optimizer's passes over flat memory ---
 
 
-def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Compute reference.squared_norm: fp32 inside short runs of elements, fp64 between them."""
     threads = torch.get_num_threads()
     squares = [_native.squared_norm(t.data_ptr(), t.numel(), threads) for t in tensors]
@@ -484,11 +477,11 @@ def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def adamw_(
-    masters: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    grads: torch.Tensor,
-    weights: torch.Tensor,
+    masters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grads: Tensor,
+    weights: Tensor,
     terms: reference.AdamWTerms,
 ) -> None:
     """Compute reference.adamw_ in one pass. Raises TypeError unless weights are fp32 or bf16."""
@@ -504,7 +497,7 @@ def adamw_(
 # --- helpers ---
 
 
-def _kernel(name: str, *tensors: torch.Tensor) -> Callable[..., None]:
+def _kernel(name: str, *tensors: Tensor) -> Callable[..., None]:
     """Return the kernel for the dtype that all of these have; TypeError where there is none."""
     dtype = tensors[0].dtype
     if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
@@ -520,5 +513,5 @@ def _kind(name: str) -> Any:
     return getattr(_native.Activation, name)
 
 
-def _addresses(*tensors: torch.Tensor | None) -> tuple[int, ...]:
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)

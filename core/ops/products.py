@@ -12,6 +12,7 @@ change of this file alone. None of them records a gradient: autograd functions a
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -28,18 +29,18 @@ class ProductOps:
     few_rows: int
 
     @staticmethod
-    def few_rows_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
         """Compute x W^T for few rows: see reference.few_rows_product."""
         raise NotImplementedError
 
-    def operand(self, x: torch.Tensor) -> torch.Tensor:
+    def operand(self, x: Tensor) -> Tensor:
         """Return x as products take it: in fp32 where 16-bit numbers are multiplied so.
 
         The functions below do this themselves. Do it before them only to do it once for several.
         """
         return x.float() if self.fp32_matmul and x.dtype in _SIXTEEN_BITS else x
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """Compute x W^T.
 
         x: [..., I].
@@ -51,20 +52,16 @@ class ProductOps:
             return F.linear(self.operand(x), self.operand(weight)).to(x.dtype)
         return F.linear(x, weight)
 
-    def input_gradient(
-        self, dy: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def input_gradient(self, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute dx = dy W in `dtype`: [..., O] x [O, I] -> [..., I]."""
         return (self.operand(dy) @ self.operand(weight)).to(dtype)
 
-    def weight_gradient(
-        self, dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def weight_gradient(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute dW = dy^T x in `dtype`: [..., O] and [..., I] -> [O, I]."""
         rows = self.operand(dy).flatten(0, -2)
         return (rows.t() @ self.operand(x).flatten(0, -2)).to(dtype)
 
-    def add_weight_gradient_(self, main: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
+    def add_weight_gradient_(self, main: Tensor, dy: Tensor, x: Tensor) -> None:
         """Add dW = dy^T x to fp32 memory [O, I]; in fp32 the product itself accumulates."""
         dy = self.operand(dy).flatten(0, -2)
         x = self.operand(x).flatten(0, -2)
@@ -73,14 +70,10 @@ class ProductOps:
         else:
             main.add_(dy.t() @ x)
 
-    def product_into(
-        self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
+    def product_into(self, out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Write x W^T into `out` [N, O] and return it; x [N, I] and weight are operands already."""
         return torch.mm(x, weight.t(), out=out)
 
-    def input_gradient_into(
-        self, out: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
+    def input_gradient_into(self, out: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
         """Write dy W into `out` [N, I] and return it; dy [N, O] and weight are operands already."""
         return torch.mm(dy, weight, out=out)

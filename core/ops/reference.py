@@ -11,19 +11,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..config.sizes import ELEMENTS_IN_CACHE, LOGITS_IN_CACHE
 
 # Stands in for the -inf of a query that sees nothing: -inf less -inf would be NaN.
 _LOWEST = torch.finfo(torch.float32).min
 
-Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors3 = tuple[Tensor, Tensor, Tensor]
 
 
 # --- norms ---
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide x by its root mean square and scale it (Zhang and Sennrich 2019).
 
     The division is done in fp32 (float64 stays) and rounded to x's dtype before the weight, as
@@ -38,29 +39,25 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight.to(x.dtype) * x_hat
 
 
-def add_rms_norm(
-    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + branch and the rms_norm of it; kernels do both in one pass over memory."""
     total = x + branch
     return total, rms_norm(total, weight, eps)
 
 
-def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
-) -> torch.Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Bring x [..., H] to mean 0 and variance 1, then apply weight and bias [H] in x's dtype."""
     bias = None if bias is None else bias.to(x.dtype)
     return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias, eps)
 
 
 def add_layer_norm(
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return x + branch and the layer_norm of it; kernels do both in one pass over memory."""
     total = x + branch
     return total, layer_norm(total, weight, bias, eps)
@@ -69,9 +66,7 @@ def add_layer_norm(
 # --- rotary positions ---
 
 
-def rope(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
-) -> torch.Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate the first R of the D dims of every head (Su et al. 2021, section 3.4).
 
     Here cos and sin are cast to x's dtype, as Hugging Face does; kernels leave them in fp32 and
@@ -85,10 +80,10 @@ def rope(
 
 
 def split_heads(
-    heads: torch.Tensor,
+    heads: Tensor,
     sizes: tuple[int, int, int],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: Tensor,
+    sin: Tensor,
     interleaved: bool = False,
 ) -> Tensors3:
     """Split packed heads into q, k and v, with q and k under rope.
@@ -119,14 +114,12 @@ class _Rope(torch.autograd.Function):
         return _rotate(dy, cos, -sin, ctx.interleaved), None, None, None
 
 
-def _per_head(table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _per_head(table: Tensor, dtype: torch.dtype) -> Tensor:
     """[T, R/2] -> [T, 1, R/2], [B, T, R/2] -> [B, T, 1, R/2]: the same angles for every head."""
     return table.to(dtype).unsqueeze(-2)
 
 
-def _rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
-) -> torch.Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     half = cos.shape[-1]
     first, second = _pairs(x, half, interleaved)
     y = torch.empty_like(x)
@@ -137,7 +130,7 @@ def _rotate(
     return y
 
 
-def _pairs(x: torch.Tensor, half: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _pairs(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Return views of the two coordinates of each rotated plane."""
     if interleaved:
         return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
@@ -147,16 +140,16 @@ def _pairs(x: torch.Tensor, half: int, interleaved: bool) -> tuple[torch.Tensor,
 # --- activations ---
 
 
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _squared_relu(x: torch.Tensor) -> torch.Tensor:
+def _squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
 # Every kind of activation there is. A kind that a kernel lacks runs here, on any --kernels.
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": _gelu_tanh,  # GPT-2 and Megatron's fused kernel (Hendrycks and Gimpel 2016)
     "gelu_erf": F.gelu,  # the same by the error function
@@ -164,12 +157,12 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+def activation(x: Tensor, kind: str) -> Tensor:
     """Apply the function ACTIVATIONS[kind] to every element."""
     return ACTIVATIONS[kind](x)
 
 
-def gated_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+def gated_activation(x: Tensor, kind: str) -> Tensor:
     """Compute f(gate) * up for x [..., 2F], gate before up: [..., F].
 
     SwiGLU is kind silu, GEGLU either GELU (Shazeer 2020).
@@ -181,7 +174,7 @@ def gated_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
 # --- products of few rows, steps of a block ---
 
 
-def few_rows_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """Compute x W^T for few rows, where reading the weight is nearly all the work.
 
     x: [..., I].
@@ -190,7 +183,7 @@ def few_rows_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x, weight)
 
 
-def block_step(shape: object, weights: Sequence[torch.Tensor | None], sequences: int) -> None:
+def block_step(shape: object, weights: Sequence[Tensor | None], sequences: int) -> None:
     """Return None: plain PyTorch runs a block op by op. See cpu.block_step."""
     return None
 
@@ -199,7 +192,7 @@ def block_step(shape: object, weights: Sequence[torch.Tensor | None], sequences:
 
 
 @torch.no_grad()
-def cross_entropy_statistics(logits: torch.Tensor, column: torch.Tensor, real: int) -> Tensors3:
+def cross_entropy_statistics(logits: Tensor, column: Tensor, real: int) -> Tensors3:
     """Compute what the loss and its gradient are made of, from some columns of the logits.
 
     Returns, each fp32 [N]: the maximum (-inf where real is 0); the sum of exp(logit - maximum) over
@@ -228,11 +221,11 @@ def cross_entropy_statistics(logits: torch.Tensor, column: torch.Tensor, real: i
 
 @torch.no_grad()
 def cross_entropy_gradient_(
-    logits: torch.Tensor,
-    column: torch.Tensor,
-    highest: torch.Tensor,
-    scale: torch.Tensor,
-    target_gradient: torch.Tensor,
+    logits: Tensor,
+    column: Tensor,
+    highest: Tensor,
+    scale: Tensor,
+    target_gradient: Tensor,
     real: int,
 ) -> None:
     """Overwrite the logits with their gradient: exp(logit - highest) * scale, rounded once.
@@ -256,7 +249,7 @@ def cross_entropy_gradient_(
         logits[rows, real:] = 0
 
 
-def _in_cache(logits: torch.Tensor) -> list[slice]:
+def _in_cache(logits: Tensor) -> list[slice]:
     """Return slices of rows whose elementwise passes stay in a CPU's cache; on a device, one."""
     n, columns = logits.shape
     on_cpu = logits.device.type == "cpu"
@@ -268,14 +261,14 @@ def _in_cache(logits: torch.Tensor) -> list[slice]:
 
 
 def attention_block(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     causal: bool,
     scale: float | None,
     softcap: float | None = None,
-    mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Compute AttentionOps.attention_block, storing every score in fp32 (float64 stays).
 
     A query that sees nothing gets o = 0 and lse = -inf.
@@ -288,16 +281,16 @@ def attention_block(
 
 
 def attention_block_backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
     causal: bool,
     scale: float | None,
     softcap: float | None = None,
-    mask: torch.Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensors3:
     """Compute AttentionOps.attention_block_backward (Dao 2023, section 3.1).
 
@@ -322,13 +315,13 @@ def attention_block_backward(
 
 
 def _scores(
-    q: torch.Tensor,
-    k: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
     causal: bool,
     scale: float | None,
     softcap: float | None,
-    mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """Compute the scores [B, K, A/K, T, S], and with a softcap its derivative.
 
     A/K query heads share a key head. A score is -inf where the query does not see the key.
@@ -349,7 +342,7 @@ def _scores(
     return scores, slope
 
 
-def _scale(q: torch.Tensor, scale: float | None) -> float:
+def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
@@ -357,7 +350,7 @@ def _scale(q: torch.Tensor, scale: float | None) -> float:
 
 
 @torch.no_grad()
-def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the squared 2-norm of contiguous fp32 tensors together, 0-d fp64 on their device."""
     return torch.stack(torch._foreach_norm(list(tensors))).double().square().sum()
 
@@ -375,10 +368,10 @@ class AdamWTerms:
     lr_decay: 1 - lr * weight_decay.
     """
 
-    step_size: torch.Tensor
-    root_correction: torch.Tensor
-    grad_scale: torch.Tensor
-    skip: torch.Tensor
+    step_size: Tensor
+    root_correction: Tensor
+    grad_scale: Tensor
+    skip: Tensor
     lr_decay: float
     beta1: float
     beta2: float
@@ -386,15 +379,15 @@ class AdamWTerms:
 
     @staticmethod
     def at(
-        step: torch.Tensor,
+        step: Tensor,
         *,
         lr: float,
         beta1: float,
         beta2: float,
         eps: float,
         weight_decay: float,
-        grad_scale: torch.Tensor,
-        skip: torch.Tensor,
+        grad_scale: Tensor,
+        skip: Tensor,
     ) -> "AdamWTerms":
         """Compute the terms of update number `step`, 0-d, counted from 1."""
         # In fp64, as torch.optim computes them on the host: 1 - 0.999**t in fp32 has lost three
@@ -414,11 +407,11 @@ class AdamWTerms:
 
 @torch.no_grad()
 def adamw_(
-    masters: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    grads: torch.Tensor,
-    weights: torch.Tensor,
+    masters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grads: Tensor,
+    weights: Tensor,
     terms: AdamWTerms,
 ) -> None:
     """Update flat buffers in place by AdamW (Loshchilov and Hutter 2019), as torch.optim.AdamW.
@@ -454,11 +447,11 @@ def adamw_(
 
 
 def check_flat(
-    masters: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    grads: torch.Tensor,
-    weights: torch.Tensor,
+    masters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grads: Tensor,
+    weights: Tensor,
 ) -> None:
     """Raise ValueError on buffers with gaps or of different sizes.
 

@@ -5,6 +5,7 @@ kernel of our own would be a wall.
 """
 
 import torch
+from torch import Tensor
 
 from . import reference
 
@@ -22,27 +23,25 @@ def interpreted() -> bool:
     return AVAILABLE and _rms_norm.INTERPRETED
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute reference.rms_norm in one kernel."""
     if torch.compiler.is_compiling():
         return reference.rms_norm(x, weight, eps)
     return _rms_norm.rms_norm(x, weight.to(x.dtype), eps)
 
 
-def add_rms_norm(
-    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + branch and the rms_norm of it."""
     total = x + branch
     return total, rms_norm(total, weight, eps)
 
 
 def adamw_(
-    masters: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    grads: torch.Tensor,
-    weights: torch.Tensor,
+    masters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grads: Tensor,
+    weights: Tensor,
     terms: reference.AdamWTerms,
 ) -> None:
     """Compute reference.adamw_ in one launch."""

@@ -1,21 +1,29 @@
-"""Context parallelism: the tokens of a sequence cut over ranks, and causal attention across the cuts in three ways.
+"""Context parallelism: the tokens of a sequence cut over ranks, and causal attention across the cuts.
 
-Causal attention gives late tokens more work than early ones. Hence zig-zag: with n ranks the sequence is cut into 2n chunks, and
-rank r holds the r-th from the front and the r-th from the back, T/n tokens with the same number of visible keys on every rank
-(Llama 3, Dubey et al. 2024, section 3.3.2; Brandon et al. 2023 balance by striping single tokens instead).
+Causal attention gives late tokens more work than early ones. Hence zig-zag: with n ranks the
+sequence is cut into 2n chunks, and rank r holds the r-th from the front and the r-th from the back.
+With n = 2 and chunks 0 1 2 3, rank 0 holds 0 and 3, rank 1 holds 1 and 2: T/n tokens each, with the
+same number of visible keys (Llama 3, Dubey et al. 2024, section 3.3.2; Brandon et al. 2023 balance
+by striping single tokens instead).
 
-Which way, by the words of Megatron's --cp-comm-type, with T/n tokens, A query heads and K key-value heads on each rank:
+There are three ways, by the words of Megatron's --cp-comm-type. Each rank starts with T/n tokens of
+A query heads and K key-value heads.
 
-p2p        keys and values travel round a ring while each rank computes (Liu et al. 2023). Memory T/n; any number of heads.
-allgather  every rank holds all keys and values of a layer (Dubey et al. 2024). Memory T for 2K heads; any mask, dropout.
-a2a        heads are exchanged for tokens and back (Ulysses: Jacobs et al. 2023). A multiple of n heads; any mask, dropout.
+p2p        keys and values travel round a ring while each rank computes (Liu et al. 2023).
+           Memory T/n; any number of heads; no documents, no dropout.
+allgather  every rank holds all keys and values of a layer (Dubey et al. 2024).
+           Memory T for 2K heads; any mask, dropout.
+a2a        heads are exchanged for tokens and back (Ulysses: Jacobs et al. 2023).
+           A multiple of n heads; any mask, dropout.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from math import gcd
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..comm import all_to_all, start_all_gather, start_receive, start_reduce_scatter, start_send
 from ..config import FlagError
@@ -23,48 +31,61 @@ from ..mesh import Axis
 from ..ops import AttentionRule, Ops
 
 _PLAIN = AttentionRule()
+_EVERYTHING = slice(None)
 
 
-def token_positions(seq_length: int, cp: Axis, device: torch.device | None = None) -> torch.Tensor:
-    """The places in the sequence of the tokens that this rank of `cp` holds, in its order: int64 [T/cp].
+def token_positions(seq_length: int, cp: Axis, device: torch.device | None = None) -> Tensor:
+    """Return the places in the sequence of the tokens that this rank holds: int64 [T/cp].
 
+    They are in the order in which it holds them.
     Raises FlagError where the sequence cannot be cut into two chunks a rank.
     """
     if cp.size == 1:
         return torch.arange(seq_length, device=device)
-    if seq_length % (2 * cp.size):
-        below = seq_length // (2 * cp.size) * 2 * cp.size
-        near = ", ".join(str(length) for length in (below, below + 2 * cp.size) if length)
+    chunks = 2 * cp.size
+    if seq_length % chunks:
+        below = seq_length // chunks * chunks
+        near = ", ".join(str(length) for length in (below, below + chunks) if length)
         raise FlagError(
-            f"--seq-length {seq_length} is not a multiple of 2 x --context-parallel-size {cp.size} = {2 * cp.size}; nearest that work: {near}"
+            f"--seq-length {seq_length} is not a multiple of "
+            f"2 x --context-parallel-size {cp.size} = {chunks}; nearest that work: {near}"
         )
-    chunks = torch.arange(seq_length, device=device).view(2 * cp.size, -1)
-    return torch.cat([chunks[i] for i in _chunks_of(cp)])
+    whole = torch.arange(seq_length, device=device).view(chunks, -1)
+    return torch.cat([whole[chunk] for chunk in _chunks_of(cp)])
 
 
-def local_tokens(x: torch.Tensor, cp: Axis) -> torch.Tensor:
-    """This rank's tokens of x [B, T, ...]: [B, T/cp, ...], in the order of token_positions."""
-    return x if cp.size == 1 else x[:, token_positions(x.shape[1], cp, x.device)]
+def local_tokens(x: Tensor, cp: Axis) -> Tensor:
+    """Return this rank's tokens of x [B, T, ...]: [B, T/cp, ...], as token_positions has them."""
+    if cp.size == 1:
+        return x
+    return x[:, token_positions(x.shape[1], cp, x.device)]
 
 
 @torch.compiler.disable
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     cp: Axis,
     comm_type: str,
     ops: Ops,
     rule: AttentionRule = _PLAIN,
-    documents: torch.Tensor | None = None,
+    documents: Tensor | None = None,
     dropout: float = 0.0,
-) -> torch.Tensor:
-    """Causal attention over the whole sequence of q [B, T/cp, A, D], k and v [B, T/cp, K, D], this rank's zig-zag tokens: [B, T/cp, A, D].
+) -> Tensor:
+    """Attend causally over the whole sequence: [B, T/cp, A, D] of this rank's zig-zag tokens.
 
-    rule: what else is done to the scores. documents: int [B, T] of the whole sequence, equal on all ranks: a token sees only tokens of its
-    own document. dropout: of the attention weights; its masks come from torch's generator and so depend on the layout, and are independent
-    between ranks only if their generators are. Every rank of `cp` must call this, forward and backward.
+    Every rank of `cp` must call this, forward and backward.
+
+    q: [B, T/cp, A, D].
+    k, v: [B, T/cp, K, D].
+    comm_type: p2p, allgather or a2a.
+    rule: what else is done to the scores.
+    documents: int [B, T] of the whole sequence, equal on all ranks; a token sees only tokens of its
+        own document.
+    dropout: of the attention weights. Its masks come from torch's generator, so they depend on the
+        layout; they are independent between ranks only if the generators are.
     Raises FlagError, naming flags and remedy, on what comm_type cannot do.
     """
     if comm_type not in _WAYS:
@@ -73,130 +94,191 @@ def attention(
         return causal(q, k, v, ops, rule, documents, dropout)
     if q.shape[1] % 2 or k.shape[1] != q.shape[1]:
         raise ValueError(
-            f"{q.shape[1]} queries and {k.shape[1]} keys on one rank of {cp.name} are not two zig-zag chunks of each, as local_tokens gives"
+            f"{q.shape[1]} queries and {k.shape[1]} keys on one rank of {cp.name} are not "
+            "two zig-zag chunks of each, as local_tokens gives"
         )
     return _WAYS[comm_type](q, k, v, cp, ops, rule, documents, dropout)
 
 
 def causal(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     ops: Ops,
     rule: AttentionRule = _PLAIN,
-    documents: torch.Tensor | None = None,
+    documents: Tensor | None = None,
     dropout: float = 0.0,
-) -> torch.Tensor:
-    """Attention of the last T of S consecutive tokens, q [B, T, A, D], to all of them, k and v [B, S, K, D]; documents [B, S]."""
-    length, scores = k.shape[1], {"scale": rule.scale, "softcap": rule.softcap, "dropout": dropout}
-    past, window = (
-        length - q.shape[1],
-        rule.window if rule.window is not None and rule.window < length else None,
+) -> Tensor:
+    """Attend from the last T of S consecutive tokens to all of them: [B, T, A, D].
+
+    q: [B, T, A, D].
+    k, v: [B, S, K, D].
+    documents: int [B, S].
+    """
+    length = k.shape[1]
+    past = length - q.shape[1]
+    window = rule.window
+    if window is not None and window >= length:
+        window = None
+    mask = None
+    if documents is not None or window is not None:
+        places = torch.arange(length, device=q.device)
+        mask = _sees(places[past:], places, window)
+        if documents is not None:
+            mask = mask & (documents[:, past:, None] == documents[:, None, :])
+    return ops.attention(
+        q,
+        k,
+        v,
+        causal=mask is None,
+        mask=mask,
+        dropout=dropout,
+        scale=rule.scale,
+        softcap=rule.softcap,
     )
-    if documents is None and window is None:
-        return ops.attention(q, k, v, causal=True, **scores)
-    places = torch.arange(length, device=q.device)
-    mask = _sees(places[past:], places, window)
-    if documents is not None:
-        mask = mask & (documents[:, past:, None] == documents[:, None, :])
-    return ops.attention(q, k, v, causal=False, mask=mask, **scores)
 
 
-def _sees(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
-    """bool [1, T, S]: which keys at places [S] the queries at places [T] see."""
+def _sees(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Return which keys at places [S] the queries at places [T] see: bool [1, T, S]."""
     distance = queries[None, :, None] - keys[None, None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
+# --- p2p: the ring ---
+
+
 def _by_ring(
-    q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, documents: torch.Tensor | None, dropout: float
-) -> torch.Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cp: Axis,
+    ops: Ops,
+    rule: AttentionRule,
+    documents: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Attend to each rank's keys as they come by."""
     other = "use --cp-comm-type allgather or a2a"
     if documents is not None:
         raise FlagError(
-            f"--cp-comm-type p2p with --reset-attention-mask: the ring's blocks are whole or causal, never cut by documents; {other}"
+            "--cp-comm-type p2p with --reset-attention-mask: "
+            f"the ring's blocks are whole or causal, never cut by documents; {other}"
         )
     if dropout > 0.0:
-        flags = f"--cp-comm-type p2p with --attention-dropout {dropout}"
         raise FlagError(
-            f"{flags}: the ring's backward cannot draw the masks of its forward again; {other}, or --attention-dropout 0"
+            f"--cp-comm-type p2p with --attention-dropout {dropout}: the ring's backward "
+            f"cannot draw the masks of its forward again; {other}, or --attention-dropout 0"
         )
     return _Ring.apply(q, k, v, cp, ops, rule)
 
 
 class _Ring(torch.autograd.Function):
-    """Step i of n: attend to the keys and values of rank r - i while those of rank r - i - 1 arrive (Liu et al. 2023, section 3).
+    """Attention round a ring (Liu et al. 2023, section 3).
 
-    Sums over the blocks, o forward, dq, dk and dv backward, are kept in fp32 (float64 of float64). Kept for the backward: this
-    rank's own q, k, v, o and lse. The backward sends k and v round once more, and the sums of dk and dv after them, which so
-    come to n hops and end on the rank that owns them. A block that no window reaches is sent on, and not computed.
+    In step i of n, rank r attends to the keys and values of rank r - i while those of rank
+    r - i - 1 arrive. A block that no query of this rank sees is sent on and not computed.
+
+    Kept for the backward: this rank's own q, k, v, o and lse. The backward sends k and v round once
+    more, and the sums of dk and dv after them, which so come to n hops and end on the rank that owns
+    them. Sums over the blocks, o forward, dq, dk and dv backward, are fp32 (float64 of float64).
     """
 
     @staticmethod
     def forward(ctx, q, k, v, cp, ops, rule):
-        kv, o, lse = torch.stack((k, v)), None, None
+        kv = torch.stack((k, v))
+        o = lse = None
         for step in range(cp.size):
+            # Phase 1: the next rank's keys set out before this step's work begins.
             arriving = _start_hop(kv, cp) if step + 1 < cp.size else None
-            source = (cp.rank - step) % cp.size
-            rows, columns = _visible(cp.rank, source, q.shape[1])
-            told = _told(rule, cp, source, rows, columns, q)
-            if told is not None:
-                block_o, block_lse = ops.attention_block(q[:, rows], *kv[:, :, columns], **told)
+            # Phase 2: this step's block, with o and lse of its own.
+            block = _block_of(cp, step, q, rule)
+            if block.rule is not None:
+                keys, values = kv[:, :, block.columns]
+                found = ops.attention_block(q[:, block.rows], keys, values, **block.rule)
+                # Phase 3: merged into o and lse. Step 0 is a rank's own block, and all of it.
                 if step == 0:
-                    o, lse = block_o.to(block_lse.dtype), block_lse
+                    o, lse = found[0].to(found[1].dtype), found[1]
                 else:
-                    ops.attention_merge_(o[:, rows], lse[:, :, rows], block_o, block_lse)
+                    ops.attention_merge_(o[:, block.rows], lse[:, :, block.rows], *found)
             kv = arriving() if arriving else None
         o = o.to(q.dtype)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.cp, ctx.ops, ctx.rule = cp, ops, rule
+        ctx.cp = cp
+        ctx.ops = ops
+        ctx.rule = rule
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        (q, k, v, o, lse), cp, rule = ctx.saved_tensors, ctx.cp, ctx.rule
-        do, kv = do.contiguous(), torch.stack((k, v))
-        dq, summed = torch.zeros_like(q, dtype=lse.dtype), None
+        q, k, v, o, lse = ctx.saved_tensors
+        cp = ctx.cp
+        do = do.contiguous()
+        kv = torch.stack((k, v))
+        dq = torch.zeros_like(q, dtype=lse.dtype)
+        summed = None
         for step in range(cp.size):
+            # Phase 1: the next rank's keys set out.
             arriving = _start_hop(kv, cp) if step + 1 < cp.size else None
-            source = (cp.rank - step) % cp.size
-            rows, columns = _visible(cp.rank, source, q.shape[1])
-            told, block_dkv = _told(rule, cp, source, rows, columns, q), []
-            if told is not None:
-                block = (do[:, rows], q[:, rows], *kv[:, :, columns], o[:, rows], lse[:, :, rows])
-                block_dq, *block_dkv = ctx.ops.attention_block_backward(*block, **told)
+            # Phase 2: this step's block, from the merged o and lse.
+            block = _block_of(cp, step, q, ctx.rule)
+            block_dk = block_dv = None
+            if block.rule is not None:
+                rows = block.rows
+                keys, values = kv[:, :, block.columns]
+                of_queries = (o[:, rows], lse[:, :, rows])
+                block_dq, block_dk, block_dv = ctx.ops.attention_block_backward(
+                    do[:, rows], q[:, rows], keys, values, *of_queries, **block.rule
+                )
                 dq[:, rows] += block_dq
-            # What the ranks before this one found for these keys: on its way since their last step, during this one's work.
+            # Phase 3: the sums for these keys from the ranks before this one. They have been under
+            # way since those ranks' last step, during this one's work.
             dkv = summed() if summed else torch.zeros_like(kv, dtype=lse.dtype)
-            for total, part in zip(
-                dkv, block_dkv, strict=False
-            ):  # nothing to add for a block that no query sees
-                total[:, columns] += part
+            if block_dk is not None:
+                dkv[0][:, block.columns] += block_dk
+                dkv[1][:, block.columns] += block_dv
             summed = _start_hop(dkv, cp)
             kv = arriving() if arriving else None
         dk, dv = summed()
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _told(
-    rule: AttentionRule, cp: Axis, source: int, rows: slice, columns: slice, q: torch.Tensor
-) -> dict | None:
-    """What the ops are told of a block beside its tensors: the keys `columns` of rank `source`, the queries `rows` of q [B, T/cp, A, D] here.
+class _Block(NamedTuple):
+    """One step's share of the attention of a rank.
 
-    None where no query sees a key. A window is a mask only where its edge crosses the block.
+    rows: which of this rank's queries take part.
+    columns: which of the source's keys.
+    rule: what attention_block is told beside the tensors; None where no query sees a key.
+    """
+
+    rows: slice
+    columns: slice
+    rule: dict | None
+
+
+def _block_of(cp: Axis, step: int, q: Tensor, rule: AttentionRule) -> _Block:
+    """Return the block of one step of the ring, for queries q [B, T/cp, A, D]."""
+    source = (cp.rank - step) % cp.size
+    rows, columns = _visible(cp.rank, source, q.shape[1])
+    return _Block(rows, columns, _told(rule, cp, source, rows, columns, q))
+
+
+def _told(
+    rule: AttentionRule, cp: Axis, source: int, rows: slice, columns: slice, q: Tensor
+) -> dict | None:
+    """Return the arguments of attention_block that are no tensors of the block.
+
+    The block is the queries `rows` of this rank and the keys `columns` of rank `source`. None where
+    no query sees a key. A window is a mask only where its edge crosses the block.
     """
     told = {"causal": source == cp.rank, "scale": rule.scale, "softcap": rule.softcap}
     if rule.window is None:
         return told
     length = q.shape[1] * cp.size
-    queries, keys = (
-        token_positions(length, cp)[rows],
-        token_positions(length, replace(cp, rank=source))[columns],
-    )
-    mask = _sees(
-        queries, keys, rule.window
-    )  # on the host: what it decides must not wait for a device
+    queries = token_positions(length, cp)[rows]
+    keys = token_positions(length, replace(cp, rank=source))[columns]
+    # On the host: what the mask decides must not wait for a device.
+    mask = _sees(queries, keys, rule.window)
     if not mask.any():
         return None
     if torch.equal(mask, _sees(queries, keys, None)):
@@ -205,25 +287,30 @@ def _told(
 
 
 def _visible(rank: int, source: int, tokens: int) -> tuple[slice, slice]:
-    """Which of a rank's queries see which keys of `source`, both [tokens]; on the diagonal, source == rank, causally.
+    """Return which of a rank's queries see which keys of `source`, both of [tokens].
 
-    Of an earlier rank the first chunk lies before both of ours and the second after both; of a later rank both chunks lie between
-    ours. So every other rank is half the work of a whole block, on every rank.
+    On the diagonal, source == rank, they see them causally. Of an earlier rank the first chunk lies
+    before both of ours and the second after both; of a later rank both chunks lie between ours. So
+    every other rank is half the work of a whole block, on every rank.
     """
-    half, everything = tokens // 2, slice(None)
+    half = tokens // 2
     if source == rank:
-        return everything, everything
-    return (everything, slice(half)) if source < rank else (slice(half, None), everything)
+        return _EVERYTHING, _EVERYTHING
+    return (_EVERYTHING, slice(half)) if source < rank else (slice(half, None), _EVERYTHING)
 
 
-def _start_hop(outgoing: torch.Tensor, cp: Axis) -> Callable[[], torch.Tensor]:
-    """Send a contiguous tensor to the next rank and receive the previous one's of the same shape; call what is returned for that.
+def _start_hop(outgoing: Tensor, cp: Axis) -> Callable[[], Tensor]:
+    """Send a contiguous tensor to the next rank and receive one like it from the previous rank.
 
-    `outgoing` may be read in between, not written. Even ranks send first and odd ranks receive first: over NCCL messages wait in
-    line, and a ring in which everyone's send is first in line never moves. Two ranks that are each other's both neighbours too.
+    Call what is returned for the tensor received. Until then `outgoing` may be read, not written.
+
+    Even ranks send first and odd ranks receive first. Over NCCL messages wait in line, and a ring
+    in which everyone's send is first in line never moves; the same holds for two ranks that are each
+    other's next and previous.
     """
     incoming = torch.empty_like(outgoing)
-    following, previous = (cp.rank + 1) % cp.size, (cp.rank - 1) % cp.size
+    following = (cp.rank + 1) % cp.size
+    previous = (cp.rank - 1) % cp.size
     if cp.rank % 2 == 0:
         send = start_send(outgoing, cp, following)
         receive = start_receive(incoming, cp, previous)
@@ -231,17 +318,30 @@ def _start_hop(outgoing: torch.Tensor, cp: Axis) -> Callable[[], torch.Tensor]:
         receive = start_receive(incoming, cp, previous)
         send = start_send(outgoing, cp, following)
 
-    def wait() -> torch.Tensor:
+    def wait() -> Tensor:
         send.wait()
         return receive.wait()
 
     return wait
 
 
+# --- allgather ---
+
+
 def _by_gathered_keys(
-    q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, documents: torch.Tensor | None, dropout: float
-) -> torch.Tensor:
-    """Each of this rank's two chunks of queries sees the sequence up to its own end: two causal calls."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cp: Axis,
+    ops: Ops,
+    rule: AttentionRule,
+    documents: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Gather all keys and values, then make two causal calls.
+
+    Each of this rank's two chunks of queries sees the sequence up to its own end.
+    """
     whole = _Gather.apply(torch.cat((k, v), dim=2), cp)
     keys, values = whole.split((k.shape[2], v.shape[2]), dim=2)
     outputs = []
@@ -253,10 +353,11 @@ def _by_gathered_keys(
 
 
 class _Gather(torch.autograd.Function):
-    """[B, T/cp, ...] of zig-zag tokens -> [B, T, ...] in order. The gradient is summed over the ranks and cut again.
+    """[B, T/cp, ...] of zig-zag tokens -> [B, T, ...] in order.
 
-    It is summed in fp32: in bf16 each of the n - 1 additions would round, in an order that is the transport's affair. Costs twice the
-    bytes of the forward; the ring's sums of dk and dv are fp32 as well.
+    The gradient is summed over the ranks and cut again. The sum is in fp32: in bf16 each of the
+    n - 1 additions would round, in an order that is the transport's affair. It costs twice the bytes
+    of the forward; the ring's sums of dk and dv are fp32 as well.
     """
 
     @staticmethod
@@ -271,26 +372,41 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad):
         wide = torch.promote_types(grad.dtype, torch.float32)
         parts = _zigzag(grad.to(wide), ctx.cp)
-        return start_reduce_scatter(parts, ctx.cp).wait()[0].to(grad.dtype), None
+        own = start_reduce_scatter(parts, ctx.cp).wait()[0]
+        return own.to(grad.dtype), None
+
+
+# --- a2a: heads for tokens ---
 
 
 def _by_exchanged_heads(
-    q, k, v, cp: Axis, ops: Ops, rule: AttentionRule, documents: torch.Tensor | None, dropout: float
-) -> torch.Tensor:
-    """All tokens of A/cp query heads, and of their key-value heads: each repeated until cp divides their number.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cp: Axis,
+    ops: Ops,
+    rule: AttentionRule,
+    documents: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Exchange heads for tokens: all tokens of A/cp query heads, and of their key-value heads.
 
-    That number, the least common multiple of K and cp, divides A too, so the repeated heads group as the others do.
+    Key-value heads are repeated until cp divides their number. That number, the least common
+    multiple of K and cp, divides A too, so the repeated heads group as the others do.
     """
-    n, heads, kv_heads = cp.size, q.shape[2], k.shape[2]
+    n = cp.size
+    heads = q.shape[2]
     if heads % n:
         raise FlagError(
-            f"--cp-comm-type a2a: {heads} attention heads on a tensor-parallel rank cannot be cut over --context-parallel-size {n}; "
-            f"use a context-parallel size that divides {heads}, or --cp-comm-type p2p or allgather"
+            f"--cp-comm-type a2a: {heads} attention heads on a tensor-parallel rank "
+            f"cannot be cut over --context-parallel-size {n}; use a context-parallel size that "
+            f"divides {heads}, or --cp-comm-type p2p or allgather"
         )
-    k, v = (_repeated(t, n // gcd(kv_heads, n)) for t in (k, v))
-    to_send = torch.cat(
-        [t.unflatten(2, (n, -1)) for t in (q, k, v)], dim=3
-    )  # one message: q, k and v heads for each rank
+    times = n // gcd(k.shape[2], n)
+    k = _repeated(k, times)
+    v = _repeated(v, times)
+    # One message: the q, k and v heads for each rank, side by side.
+    to_send = torch.cat([t.unflatten(2, (n, -1)) for t in (q, k, v)], dim=3)
     whole = _Exchange.apply(to_send, cp, _to_heads, _to_tokens)
     q, k, v = whole.split([t.shape[2] // n for t in (q, k, v)], dim=2)
     o = causal(q, k, v, ops, rule, documents, dropout)
@@ -298,11 +414,15 @@ def _by_exchanged_heads(
 
 
 class _Exchange(torch.autograd.Function):
-    """`there` forward, `back` backward: a permutation of elements over ranks, whose transpose is its inverse."""
+    """`there` forward, `back` backward.
+
+    Both permute elements over ranks, and the transpose of a permutation is its inverse.
+    """
 
     @staticmethod
     def forward(ctx, x, cp, there, back):
-        ctx.cp, ctx.back = cp, back
+        ctx.cp = cp
+        ctx.back = back
         return there(x, cp)
 
     @staticmethod
@@ -311,36 +431,47 @@ class _Exchange(torch.autograd.Function):
         return ctx.back(grad, ctx.cp), None, None, None
 
 
-def _to_heads(x: torch.Tensor, cp: Axis) -> torch.Tensor:
-    """[B, T/cp, cp, h, D] of zig-zag tokens and the heads for each rank -> [B, T, h, D], this rank's heads of all tokens in order."""
+def _to_heads(x: Tensor, cp: Axis) -> Tensor:
+    """[B, T/cp, cp, h, D] -> [B, T, h, D].
+
+    From zig-zag tokens with the heads for each rank to this rank's heads of all tokens, in order.
+    """
     return _in_order(all_to_all(x.movedim(2, 0), cp))
 
 
-def _to_tokens(x: torch.Tensor, cp: Axis) -> torch.Tensor:
-    """The inverse of _to_heads."""
+def _to_tokens(x: Tensor, cp: Axis) -> Tensor:
+    """Invert _to_heads."""
     return all_to_all(_zigzag(x, cp), cp).movedim(0, 2)
 
 
-def _in_order(parts: torch.Tensor) -> torch.Tensor:
+def _in_order(parts: Tensor) -> Tensor:
     """[cp, B, T/cp, ...], the zig-zag tokens of each rank -> [B, T, ...]."""
     early, late = parts.chunk(2, dim=2)
     return torch.cat((early, late.flip(0))).transpose(0, 1).flatten(1, 2)
 
 
-def _zigzag(x: torch.Tensor, cp: Axis) -> torch.Tensor:
-    """The inverse of _in_order."""
-    early, late = x.unflatten(1, (2 * cp.size, -1)).transpose(0, 1).chunk(2)
+def _zigzag(x: Tensor, cp: Axis) -> Tensor:
+    """Invert _in_order."""
+    chunks = x.unflatten(1, (2 * cp.size, -1)).transpose(0, 1)
+    early, late = chunks.chunk(2)
     return torch.cat((early, late.flip(0)), dim=2)
 
 
 def _chunks_of(cp: Axis) -> tuple[int, int]:
-    """Which two of the sequence's 2 x cp chunks this rank holds."""
+    """Return which two of the sequence's 2 x cp chunks this rank holds."""
     return cp.rank, 2 * cp.size - 1 - cp.rank
 
 
-def _repeated(x: torch.Tensor, times: int) -> torch.Tensor:
-    """Each head of x [B, T, K, D] `times` over, side by side. Expanded, so that the gradient is one sum, rounded once."""
+def _repeated(x: Tensor, times: int) -> Tensor:
+    """Return each head of x [B, T, K, D] `times` over, side by side.
+
+    Expanded, so that the gradient is one sum, rounded once.
+    """
     return x.unsqueeze(3).expand(-1, -1, -1, times, -1).flatten(2, 3)
 
 
-_WAYS = {"p2p": _by_ring, "allgather": _by_gathered_keys, "a2a": _by_exchanged_heads}
+_WAYS: dict[str, Callable[..., Tensor]] = {
+    "p2p": _by_ring,
+    "allgather": _by_gathered_keys,
+    "a2a": _by_exchanged_heads,
+}

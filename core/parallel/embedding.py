@@ -1,8 +1,7 @@
 """The token embedding, its vocabulary cut over an axis; a tied head multiplies by the same weight."""
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .. import comm
 from ..gradients import use
@@ -22,7 +21,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.weight, self.sharding = weight, sharding
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         weight = use(self.weight)
         tp = self.sharding.tp
         if tp.size == 1:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import comm
 from ..gradients import Sink, ready_sink, use
@@ -43,7 +43,7 @@ class ColumnParallelLinear(nn.Module):
         self.sharding = sharding
         self.ops = ops
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         multiply = _column_parallel if torch.is_grad_enabled() else _column_product
         y = multiply(x, self.weight, self.sharding, self.ops)
         return y if self.bias is None else y + use(self.bias)
@@ -68,15 +68,13 @@ class RowParallelLinear(nn.Module):
         self.sharding = sharding
         self.ops = ops
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         multiply = _row_parallel if torch.is_grad_enabled() else _row_product
         y = multiply(x, self.weight, self.sharding, self.ops)
         return y if self.bias is None else y + use(self.bias)
 
 
-def column_parallel(
-    x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops
-) -> torch.Tensor:
+def column_parallel(x: Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops) -> Tensor:
     """Compute x W^T as ColumnParallelLinear does, for a weight [O/tp, I] that lives elsewhere."""
     multiply = _column_parallel if torch.is_grad_enabled() else _column_product
     return multiply(x, weight, sharding, ops)
@@ -147,9 +145,7 @@ class _RowParallel(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def _column_product(
-    x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops
-) -> torch.Tensor:
+def _column_product(x: Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops) -> Tensor:
     """Compute _ColumnParallel where no gradient is wanted, without autograd's bookkeeping."""
     ready_sink(weight)
     if sharding.sequence_parallel:
@@ -158,9 +154,7 @@ def _column_product(
 
 
 @torch.compiler.disable
-def _row_product(
-    x: torch.Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops
-) -> torch.Tensor:
+def _row_product(x: Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops) -> Tensor:
     """Compute _RowParallel where no gradient is wanted, without autograd's bookkeeping."""
     ready_sink(weight)
     y = ops.product(x, weight)
@@ -179,9 +173,7 @@ def _is_held(sink: Sink | None) -> bool:
     return sink is not None and sink.owner.deferral.held is not None
 
 
-def _weight_gradient(
-    ctx, weight: torch.Tensor, dy: torch.Tensor, x: Callable[[], torch.Tensor]
-) -> torch.Tensor | None:
+def _weight_gradient(ctx, weight: Tensor, dy: Tensor, x: Callable[[], Tensor]) -> Tensor | None:
     """Bring dW = dy^T x to the sink, or return it to autograd where there is no sink.
 
     To the sink it goes at once or when the schedule says.

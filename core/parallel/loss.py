@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import comm
 from ..config.sizes import LOGITS_AT_A_TIME
@@ -46,8 +46,8 @@ class _Task:
     learns: gradients are wanted.
     """
 
-    labels: torch.Tensor
-    weights: torch.Tensor
+    labels: Tensor
+    weights: Tensor
     vocab_size: int
     sharding: Sharding
     ops: Ops
@@ -56,15 +56,15 @@ class _Task:
 
 
 def head_loss(
-    x: torch.Tensor,
+    x: Tensor,
     weight: nn.Parameter,
-    labels: torch.Tensor,
-    weights: torch.Tensor,
+    labels: Tensor,
+    weights: Tensor,
     vocab_size: int,
     sharding: Sharding,
     ops: Ops,
     softcap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Compute the logits' cross-entropy with the labels.
 
     Returns the sum over all labels of weights * loss, 0-d fp32, and the losses, fp32 [B, T], which
@@ -151,14 +151,14 @@ class _HeadLoss(torch.autograd.Function):
         return dx * grad.to(dx.dtype), dw, None
 
 
-def _sum_over_tp(dx: torch.Tensor, sharding: Sharding) -> torch.Tensor:
+def _sum_over_tp(dx: Tensor, sharding: Sharding) -> Tensor:
     """Sum what each rank's columns contribute to the gradient of x [B, T, H]."""
     if sharding.sequence_parallel:
         return comm.start_reduce_tokens(dx, sharding.tp)()
     return comm.all_reduce(dx, sharding.tp)
 
 
-def _gradient_memory(weight: torch.Tensor, sink: Sink | None) -> torch.Tensor | None:
+def _gradient_memory(weight: Tensor, sink: Sink | None) -> Tensor | None:
     """Return the fp32 memory in which dW adds up over the chunks; None where it is not wanted."""
     if sink is not None:
         return sink.memory()
@@ -173,7 +173,7 @@ class _Columns(NamedTuple):
     """
 
     real: int
-    of_label: torch.Tensor
+    of_label: Tensor
 
 
 def _own_columns(task: _Task, count: int) -> _Columns:
@@ -183,9 +183,7 @@ def _own_columns(task: _Task, count: int) -> _Columns:
     return _Columns(real, torch.where(here, task.labels - first, -1))
 
 
-def _logits_of(
-    flat: torch.Tensor, table: torch.Tensor, ops: Ops
-) -> Iterator[tuple[slice, torch.Tensor]]:
+def _logits_of(flat: Tensor, table: Tensor, ops: Ops) -> Iterator[tuple[slice, Tensor]]:
     """Yield the rows of each chunk and their logits, in memory that the next chunk overwrites."""
     tokens, columns = flat.shape[0], table.shape[0]
     at_a_time = LOGITS_AT_A_TIME["cpu" if flat.device.type == "cpu" else "gpu"]
@@ -196,7 +194,7 @@ def _logits_of(
         yield rows, ops.product_into(memory[: rows.stop - start], flat[rows], table)
 
 
-def _cap_(logits: torch.Tensor, softcap: float | None, learns: bool) -> torch.Tensor | None:
+def _cap_(logits: Tensor, softcap: float | None, learns: bool) -> Tensor | None:
     """Replace the logits by c tanh(logit / c), and return its derivative 1 - tanh^2 if it learns."""
     if softcap is None:
         return None
@@ -206,9 +204,7 @@ def _cap_(logits: torch.Tensor, softcap: float | None, learns: bool) -> torch.Te
     return slope
 
 
-def _over(
-    tp: Axis, highest: torch.Tensor, rest: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _over(tp: Axis, highest: Tensor, rest: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Turn the statistics of one rank's columns into those of all columns.
 
     m = max over ranks of m_r,  s = sum over ranks of s_r exp(m_r - m).  The label stands on one

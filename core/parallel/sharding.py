@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from ..config import ParallelConfig
 from ..mesh import Axis, Mesh
@@ -40,7 +40,7 @@ class Sharding:
             parallel.cp_comm_type,
         )
 
-    def own_tokens(self, positions: torch.Tensor) -> torch.Tensor:
+    def own_tokens(self, positions: Tensor) -> Tensor:
         """Of the positions [..., T/cp] of this rank, those [..., T/cp/tp] whose norms and dropout it computes."""
         return (
             positions.tensor_split(self.tp.size, dim=-1)[self.tp.rank]

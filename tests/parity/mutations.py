@@ -183,8 +183,8 @@ MUTATIONS = {
     ),
     "ring sees later keys of earlier ranks": Mutation(
         context._visible,
-        "(everything, slice(half))",
-        "(everything, everything)",
+        "(_EVERYTHING, slice(half))",
+        "(_EVERYTHING, _EVERYTHING)",
         Case(2, f"{CP} 2"),
     ),
     "ring forgets the gradients of other ranks": Mutation(
