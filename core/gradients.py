@@ -13,8 +13,8 @@ dtype, with hooks that say when it is there. That is not enough for three reason
 The idea. A parameter that an optimizer owns has a Sink, its way to the owner's memory. Every use of
 the parameter is one of two: a linear layer or the head computes the product dy^T x and adds it to
 the sink's memory, at once or when the schedule says; everything else (a norm's weight, a bias, an
-embedding) calls `use`, which lets autograd compute the gradient and then adds it. Autograd itself is
-told that the parameter has no gradient. The owner counts what was written.
+embedding) calls `use`, which lets autograd compute the gradient and then adds it. Autograd itself
+is told that the parameter has no gradient. The owner counts what was written.
 
     bucket = Bucket([scale], ...)      # attaches a sink to the parameter `scale`
     y = x * use(scale)                 # waits until the last update's weights have arrived

@@ -10,6 +10,7 @@ Letters: B batch, T queries, S keys, A query heads, K key-value heads, D head si
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ class AttentionOps(ProductOps):
         _check(queries, keys, causal, mask, dropout, softcap)
         dtype = q.dtype
         q, k, v = self.operand(q), self.operand(k), self.operand(v)
-        # torch's is_causal aligns the first query with the first key, which is right for T = S only.
+        # torch's is_causal aligns the first query with the first key, which is right only if T = S.
         if causal and 1 < queries < keys:
             plain = softcap is None and dropout == 0.0
             if plain and self._flash_serves(q, k, v) and not torch.compiler.is_compiling():
@@ -157,10 +158,11 @@ class AttentionOps(ProductOps):
         mask: bool [B, T, S].
         scale, softcap: as for attention.
         """
-        if softcap is not None or mask is not None or not self._flash_serves(q, k, v):
+        stored = softcap is not None or mask is not None
+        if stored or not self._flash_serves(q, k, v):
             return reference.attention_block(q, k, v, causal, scale, softcap, mask)
-        wide_q, wide_k, wide_v = self.operand(q), self.operand(k), self.operand(v)
-        o, lse = _flash_forward(wide_q, wide_k, wide_v, causal, scale)
+        inputs = [self.operand(tensor) for tensor in (q, k, v)]
+        o, lse = _flash_forward(inputs, causal, scale)
         return o.to(q.dtype), lse
 
     @torch.no_grad()
@@ -177,7 +179,7 @@ class AttentionOps(ProductOps):
         scale: float | None = None,
         softcap: float | None = None,
         mask: Tensor | None = None,
-    ) -> reference.Tensors3:
+    ) -> tuple[Tensor, ...]:
         """Compute what one block adds to dq, dk and dv, in the dtype of q.
 
         o and lse are those of all blocks merged: with them a weight is exp(score - lse) whichever
@@ -185,20 +187,20 @@ class AttentionOps(ProductOps):
 
         do: the gradient of o, [B, T, A, D].
         """
-        if softcap is not None or mask is not None or not self._flash_serves(q, k, v):
+        stored = softcap is not None or mask is not None
+        if stored or not self._flash_serves(q, k, v):
             return reference.attention_block_backward(
                 do, q, k, v, o, lse, causal, scale, softcap, mask
             )
-        wide_q, wide_k, wide_v = self.operand(q), self.operand(k), self.operand(v)
-        wide_do, wide_o = self.operand(do), self.operand(o)
-        dq, dk, dv = _flash_backward(wide_do, wide_q, wide_k, wide_v, wide_o, lse, causal, scale)
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+        inputs = [self.operand(tensor) for tensor in (do, q, k, v, o)]
+        gradients = _flash_backward(inputs, lse, causal, scale)
+        return tuple(gradient.to(q.dtype) for gradient in gradients)
 
     def attention_merge_(self, o: Tensor, lse: Tensor, block_o: Tensor, block_lse: Tensor) -> None:
         """Fold one more block into o and lse, both in place.
 
-        The block weighs exp(block_lse) / (exp(lse) + exp(block_lse)), computed as a sigmoid: nothing
-        overflows, and both weights sum to 1 whatever rounding is in a large lse.
+        The block weighs exp(block_lse) / (exp(lse) + exp(block_lse)), computed as a sigmoid:
+        nothing overflows, and both weights sum to 1 whatever rounding is in a large lse.
 
         o: [B, T, A, D] in the dtype of lse.
         lse: [B, A, T].
@@ -208,19 +210,24 @@ class AttentionOps(ProductOps):
         lse.copy_(torch.logaddexp(lse, block_lse))
 
     def _flash_serves(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Return whether torch's own flash kernel may be called for these, as attention_block does."""
+        """Return whether torch's own flash kernel may be called for these."""
         if _BACKENDS[self.attention_backend] is SDPBackend.MATH:
             return False
-        if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        if any(tensor.stride(-1) != 1 for tensor in (q, k, v)):
             return False
-        if q.device.type == "cpu":
+        kind = q.device.type
+        if kind == "cpu":
             return hasattr(torch.ops.aten, _CPU_FLASH) and q.is_floating_point()
+        if kind != "cuda" or not hasattr(torch.ops.aten, _GPU_FLASH):
+            return False
         # torch pads odd head sizes, but only behind scaled_dot_product_attention.
-        if q.device.type != "cuda" or q.shape[-1] % 8 or not hasattr(torch.ops.aten, _GPU_FLASH):
+        if q.shape[-1] % 8:
             return False
         grouped = q.shape[2] != k.shape[2]
-        heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return can_use_flash_attention(SDPAParams(*heads_first, None, 0.0, False, grouped))
+        parameters = SDPAParams(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, 0.0, False, grouped
+        )
+        return can_use_flash_attention(parameters)
 
 
 def check_backend(backend: str, device: torch.device) -> None:
@@ -265,11 +272,11 @@ class _LaterQueries(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, ops, scale):
-        past = k.shape[1] - q.shape[1]
-        o, lse = ops.attention_block(q, k[:, :past], v[:, :past], causal=False, scale=scale)
+        early, late = _cut(q, k, v)
+        o, lse = ops.attention_block(q, *early, causal=False, scale=scale)
         o = o.to(lse.dtype)
-        late = ops.attention_block(q, k[:, past:], v[:, past:], causal=True, scale=scale)
-        ops.attention_merge_(o, lse, *late)
+        square = ops.attention_block(q, *late, causal=True, scale=scale)
+        ops.attention_merge_(o, lse, *square)
         o = o.to(q.dtype)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.ops = ops
@@ -280,15 +287,19 @@ class _LaterQueries(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        past = k.shape[1] - q.shape[1]
-        block = ctx.ops.attention_block_backward
-        dq, dk, dv = block(do, q, k[:, :past], v[:, :past], o, lse, causal=False, scale=ctx.scale)
-        late_dq, late_dk, late_dv = block(
-            do, q, k[:, past:], v[:, past:], o, lse, causal=True, scale=ctx.scale
-        )
+        early, late = _cut(q, k, v)
+        block = partial(ctx.ops.attention_block_backward, scale=ctx.scale)
+        dq, dk, dv = block(do, q, *early, o, lse, causal=False)
+        late_dq, late_dk, late_dv = block(do, q, *late, o, lse, causal=True)
         dk = torch.cat((dk, late_dk), dim=1)
         dv = torch.cat((dv, late_dv), dim=1)
         return dq + late_dq, dk, dv, None, None
+
+
+def _cut(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return keys and values before the queries' own positions, and those at them."""
+    past = k.shape[1] - q.shape[1]
+    return (k[:, :past], v[:, :past]), (k[:, past:], v[:, past:])
 
 
 class _SoftCapped(torch.autograd.Function):
@@ -317,39 +328,41 @@ def _restricted_to(backend: str) -> AbstractContextManager:
 
 
 def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
+    inputs: list[Tensor], causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Call torch's kernel as attention_block needs it: [B, A, T, D], of any strides but in D."""
-    kernel = _aten(_CPU_FLASH if q.device.type == "cpu" else _GPU_FLASH)
-    heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    """Call torch's kernel for attention_block.
+
+    inputs: q, k, v as attention_block takes them. The kernel wants [B, A, T, D], of any strides but
+        in D.
+    """
+    on_cpu = inputs[0].device.type == "cpu"
+    kernel = _aten(_CPU_FLASH if on_cpu else _GPU_FLASH)
+    heads_first = [tensor.transpose(1, 2) for tensor in inputs]
     o, lse, *_ = kernel(*heads_first, 0.0, causal, scale=scale)
     return o.transpose(1, 2), lse
 
 
 def _flash_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float | None,
-) -> reference.Tensors3:
-    """Call torch's kernel as attention_block_backward needs it."""
-    inputs = [tensor.transpose(1, 2) for tensor in (do, q, k, v, o)]
+    inputs: list[Tensor], lse: Tensor, causal: bool, scale: float | None
+) -> list[Tensor]:
+    """Call torch's kernel for attention_block_backward: dq, dk, dv.
+
+    inputs: do, q, k, v, o as attention_block_backward takes them.
+    """
+    _, q, k, _, _ = inputs
+    heads_first = [tensor.transpose(1, 2) for tensor in inputs]
     if q.device.type == "cpu":
         kernel = _aten(_CPU_FLASH + "_backward")
-        dq, dk, dv = kernel(*inputs, lse, 0.0, causal, scale=scale)
+        gradients = kernel(*heads_first, lse, 0.0, causal, scale=scale)
     else:
         # Without dropout the generator's state is not read, but its type is checked.
         kind = torch.int64 if torch.version.hip else torch.uint64
         state = torch.empty((), dtype=kind, device=q.device)
-        lengths = (None, None, q.shape[1], k.shape[1])  # no packed sequences
+        rest = (None, None, q.shape[1], k.shape[1], 0.0, causal, state, state)
         lse = lse.contiguous()  # the kernel goes by its address alone
         kernel = _aten(_GPU_FLASH + "_backward")
-        dq, dk, dv = kernel(*inputs, lse, *lengths, 0.0, causal, state, state, scale=scale)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+        gradients = kernel(*heads_first, lse, *rest, scale=scale)
+    return [gradient.transpose(1, 2) for gradient in gradients]
 
 
 def _aten(name: str) -> Callable[..., tuple[Tensor, ...]]:

@@ -66,20 +66,23 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 @torch.compiler.disable
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute reference.rms_norm in one pass. Raises TypeError unless x is fp32 or bf16."""
-    return _apply(_Norm, x, None, weight.to(x.dtype), None, eps, False)
+    weight = weight.to(x.dtype)
+    return _apply(_Norm, x, None, weight, None, eps, False)
 
 
 @torch.compiler.disable
 def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Compute reference.add_rms_norm in one pass."""
-    return _apply(_Norm, x, branch, weight.to(x.dtype), None, eps, False)
+    weight = weight.to(x.dtype)
+    return _apply(_Norm, x, branch, weight, None, eps, False)
 
 
 @torch.compiler.disable
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Compute reference.layer_norm in one pass."""
     bias = None if bias is None else bias.to(x.dtype)
-    return _apply(_Norm, x, None, weight.to(x.dtype), bias, eps, True)
+    weight = weight.to(x.dtype)
+    return _apply(_Norm, x, None, weight, bias, eps, True)
 
 
 @torch.compiler.disable
@@ -92,7 +95,8 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Compute reference.add_layer_norm in one pass."""
     bias = None if bias is None else bias.to(x.dtype)
-    return _apply(_Norm, x, branch, weight.to(x.dtype), bias, eps, True)
+    weight = weight.to(x.dtype)
+    return _apply(_Norm, x, branch, weight, bias, eps, True)
 
 
 class _Norm(torch.autograd.Function):
@@ -172,8 +176,9 @@ class _Activation(torch.autograd.Function):
         x = x.contiguous()
         y = torch.empty_like(x)
         if x.numel():
+            threads = torch.get_num_threads()
             kernel = _kernel("activation_forward", x)
-            kernel(_kind(kind), *_addresses(x, y), x.numel(), torch.get_num_threads())
+            kernel(_kind(kind), *_addresses(x, y), x.numel(), threads)
         ctx.save_for_backward(x)
         ctx.kind = kind
         return y
@@ -185,8 +190,9 @@ class _Activation(torch.autograd.Function):
         dy = dy.contiguous()
         dx = torch.empty_like(x)
         if x.numel():
+            threads = torch.get_num_threads()
             kernel = _kernel("activation_backward", x)
-            kernel(_kind(ctx.kind), *_addresses(dy, x, dx), x.numel(), torch.get_num_threads())
+            kernel(_kind(ctx.kind), *_addresses(dy, x, dx), x.numel(), threads)
         return dx, None
 
 
@@ -198,8 +204,9 @@ class _GatedActivation(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], columns)
         if x.numel():
             sizes = (y.numel() // columns, columns)
+            threads = torch.get_num_threads()
             kernel = _kernel("gated_forward", x)
-            kernel(_kind(kind), *_addresses(x, y), *sizes, torch.get_num_threads())
+            kernel(_kind(kind), *_addresses(x, y), *sizes, threads)
         ctx.save_for_backward(x)
         ctx.kind = kind
         return y
@@ -213,8 +220,9 @@ class _GatedActivation(torch.autograd.Function):
         if x.numel():
             columns = dy.shape[-1]
             sizes = (dy.numel() // columns, columns)
+            threads = torch.get_num_threads()
             kernel = _kernel("gated_backward", x)
-            kernel(_kind(ctx.kind), *_addresses(dy, x, dx), *sizes, torch.get_num_threads())
+            kernel(_kind(ctx.kind), *_addresses(dy, x, dx), *sizes, threads)
         return dx, None
 
 
@@ -240,7 +248,8 @@ class _Rope(torch.autograd.Function):
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
         dx = torch.empty(dy.shape, dtype=dy.dtype)
-        return _rotated(dy, dx, cos, sin, ctx.interleaved, -1.0), None, None, None
+        _rotated(dy, dx, cos, sin, ctx.interleaved, -1.0)
+        return dx, None, None, None
 
 
 @torch.compiler.disable
@@ -256,7 +265,10 @@ def split_heads(
 
 
 class _SplitHeads(torch.autograd.Function):
-    """Rotates in place forward; backward brings the three gradients, rotated back, into one tensor."""
+    """q, k and v of packed heads, rotated in place.
+
+    Backward brings the three gradients, rotated back, into one tensor.
+    """
 
     @staticmethod
     def forward(ctx, heads, sizes, cos, sin, interleaved):
@@ -264,7 +276,8 @@ class _SplitHeads(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.sizes = sizes
         ctx.interleaved = interleaved
-        turning = heads[:, :, : sizes[0] + sizes[1]]
+        a, k, _ = sizes
+        turning = heads[:, :, : a + k]
         _rotated(turning, turning, cos, sin, interleaved)
         return heads.split(sizes, dim=2)
 
@@ -272,7 +285,8 @@ class _SplitHeads(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk, dv):
         cos, sin = ctx.saved_tensors
-        packed = dq.new_empty(*dq.shape[:2], sum(ctx.sizes), dq.shape[3])
+        batch, tokens, _, size = dq.shape
+        packed = dq.new_empty(batch, tokens, sum(ctx.sizes), size)
         into_q, into_k, into_v = packed.split(ctx.sizes, dim=2)
         _rotated(dq, into_q, cos, sin, ctx.interleaved, -1.0)
         _rotated(dk, into_k, cos, sin, ctx.interleaved, -1.0)
@@ -325,11 +339,12 @@ def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """Compute reference.few_rows_product, summing in fp32; without a gradient."""
     x = x.contiguous()
     weight = weight.contiguous()
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    outputs, inputs = weight.shape
+    y = x.new_empty(*x.shape[:-1], outputs)
     if y.numel():
-        rows = y.numel() // weight.shape[0]
+        sizes = (y.numel() // outputs, outputs, inputs)
         kernel = _kernel("few_rows_product", x, weight)
-        kernel(*_addresses(x, weight, y), rows, *weight.shape, torch.get_num_threads())
+        kernel(*_addresses(x, weight, y), *sizes, torch.get_num_threads())
     return y
 
 
@@ -424,7 +439,8 @@ class BlockStep:
             raise ValueError(f"a cache of {keys.shape[1]} places is full")
         x = x.contiguous()
         y = torch.empty_like(x)
-        angles = (*_addresses(cos, sin), 0 if cos is None else cos.shape[-1])
+        half = 0 if cos is None else cos.shape[-1]
+        angles = (*_addresses(cos, sin), half)
         held = (*_addresses(keys, values), keys.shape[1], length)
         weights = _addresses(*self._weights)
         batch = (*_addresses(x, y), x.shape[0])
@@ -472,8 +488,10 @@ def cross_entropy_gradient_(
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Compute reference.squared_norm: fp32 inside short runs of elements, fp64 between them."""
     threads = torch.get_num_threads()
-    squares = [_native.squared_norm(t.data_ptr(), t.numel(), threads) for t in tensors]
-    return torch.tensor(sum(squares), dtype=torch.float64)
+    total = 0.0
+    for tensor in tensors:
+        total += _native.squared_norm(tensor.data_ptr(), tensor.numel(), threads)
+    return torch.tensor(total, dtype=torch.float64)
 
 
 def adamw_(
@@ -491,7 +509,8 @@ def adamw_(
     buffers = _addresses(masters, exp_avg, exp_avg_sq, grads, copy)
     scalars = _addresses(terms.step_size, terms.root_correction, terms.grad_scale, terms.skip)
     constants = (terms.lr_decay, terms.beta1, terms.beta2, terms.eps)
-    kernel(*buffers, *scalars, *constants, masters.numel(), torch.get_num_threads())
+    size = masters.numel()
+    kernel(*buffers, *scalars, *constants, size, torch.get_num_threads())
 
 
 # --- helpers ---
@@ -501,10 +520,11 @@ def _kernel(name: str, *tensors: Tensor) -> Callable[..., None]:
     """Return the kernel for the dtype that all of these have; TypeError where there is none."""
     dtype = tensors[0].dtype
     if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
-        found = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
+        kind, _, _ = name.partition("_")
+        found = sorted({str(tensor.dtype) for tensor in tensors})
         raise TypeError(
-            f"the native {name.partition('_')[0]} kernels take tensors of one dtype, "
-            f"float32 or bfloat16; got {found}"
+            f"the native {kind} kernels take tensors of one dtype, "
+            f"float32 or bfloat16; got {', '.join(found)}"
         )
     return getattr(_native, f"{name}_{DTYPES[dtype]}")
 

@@ -1,4 +1,4 @@
-"""The door to every op of a model and its optimizer, each bound to the implementation of this run."""
+"""The door to every op of a model and its optimizer, bound to the implementations of this run."""
 
 from dataclasses import dataclass, field
 from types import ModuleType

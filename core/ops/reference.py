@@ -34,7 +34,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     weight: [H], cast to x's dtype.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    mean_square = wide.square().mean(-1, keepdim=True)
+    inverse = torch.rsqrt(mean_square + eps)
     x_hat = (wide * inverse).to(x.dtype)
     return weight.to(x.dtype) * x_hat
 
@@ -76,7 +77,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     cos, sin: of the angles, [T, R/2] or [B, T, R/2].
     interleaved: dim 2i turns with dim 2i + 1; else dim i with dim i + R/2, as in Llama.
     """
-    return _Rope.apply(x, _per_head(cos, x.dtype), _per_head(sin, x.dtype), interleaved)
+    cos = _per_head(cos, x.dtype)
+    sin = _per_head(sin, x.dtype)
+    return _Rope.apply(x, cos, sin, interleaved)
 
 
 def split_heads(
@@ -93,7 +96,9 @@ def split_heads(
     cos, sin, interleaved: as for rope.
     """
     q, k, v = heads.split(sizes, dim=2)
-    return rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved), v
+    q = rope(q, cos, sin, interleaved)
+    k = rope(k, cos, sin, interleaved)
+    return q, k, v
 
 
 class _Rope(torch.autograd.Function):
@@ -126,15 +131,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     y_first, y_second = _pairs(y, half, interleaved)
     y_first.copy_(first * cos - second * sin)
     y_second.copy_(second * cos + first * sin)
-    y[..., 2 * half :] = x[..., 2 * half :]
+    rotated = 2 * half
+    y[..., rotated:] = x[..., rotated:]
     return y
 
 
 def _pairs(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Return views of the two coordinates of each rotated plane."""
+    rotated = x[..., : 2 * half]
     if interleaved:
-        return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
-    return x[..., :half], x[..., half : 2 * half]
+        return rotated[..., 0::2], rotated[..., 1::2]
+    return rotated[..., :half], rotated[..., half:]
 
 
 # --- activations ---
@@ -202,7 +209,8 @@ def cross_entropy_statistics(logits: Tensor, column: Tensor, real: int) -> Tenso
     logits: [N, C]; the first `real` columns count, the others are padding.
     column: int64 [N], where the label stands, -1 where it is not among these columns.
     """
-    highest = torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
+    rows_in_all, _ = logits.shape
+    highest = torch.zeros(rows_in_all, dtype=torch.float32, device=logits.device)
     rest = torch.zeros_like(highest)
     target = torch.zeros_like(highest)
     if real == 0:
@@ -212,7 +220,8 @@ def cross_entropy_statistics(logits: Tensor, column: Tensor, real: int) -> Tenso
         here = (column[rows] >= 0).unsqueeze(1)
         place = column[rows].clamp(min=0).unsqueeze(1)
         torch.amax(x, dim=1, out=highest[rows])
-        target[rows] = torch.where(here, x.gather(1, place), 0.0).squeeze(1)
+        of_label = torch.where(here, x.gather(1, place), 0.0)
+        target[rows] = of_label.squeeze(1)
         terms = torch.exp(x - highest[rows].unsqueeze(1))
         without_label = torch.where(here, 0.0, terms.gather(1, place))
         rest[rows] = terms.scatter(1, place, without_label).sum(dim=1)
@@ -252,9 +261,11 @@ def cross_entropy_gradient_(
 def _in_cache(logits: Tensor) -> list[slice]:
     """Return slices of rows whose elementwise passes stay in a CPU's cache; on a device, one."""
     n, columns = logits.shape
-    on_cpu = logits.device.type == "cpu"
-    step = max(1, LOGITS_IN_CACHE // max(columns, 1)) if on_cpu else max(n, 1)
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    step = max(n, 1)
+    if logits.device.type == "cpu":
+        step = max(1, LOGITS_IN_CACHE // max(columns, 1))
+    starts = range(0, n, step)
+    return [slice(start, min(start + step, n)) for start in starts]
 
 
 # --- attention in blocks ---
@@ -275,9 +286,11 @@ def attention_block(
     """
     scores, _ = _scores(q, k, causal, scale, softcap, mask)
     lse = scores.logsumexp(-1)
-    weights = (scores - lse.clamp(min=_LOWEST).unsqueeze(-1)).exp()
+    finite = lse.clamp(min=_LOWEST)
+    weights = (scores - finite.unsqueeze(-1)).exp()
     o = torch.einsum("bkgts,bskd->btkgd", weights, v.to(scores.dtype))
-    return o.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
+    o = o.flatten(2, 3).to(q.dtype)
+    return o, lse.flatten(1, 2)
 
 
 def attention_block_backward(
@@ -291,7 +304,7 @@ def attention_block_backward(
     scale: float | None,
     softcap: float | None = None,
     mask: Tensor | None = None,
-) -> Tensors3:
+) -> tuple[Tensor, ...]:
     """Compute AttentionOps.attention_block_backward (Dao 2023, section 3.1).
 
     With p = exp(score - lse) and dp = do v^T:  ds = p (dp - do o),  dq = ds k,  dk = ds^T q,
@@ -299,19 +312,22 @@ def attention_block_backward(
     """
     scores, slope = _scores(q, k, causal, scale, softcap, mask)
     heads = (k.shape[2], -1)
-    wide_q = q.to(scores.dtype).unflatten(2, heads)
-    wide_do = do.to(scores.dtype).unflatten(2, heads)
-    wide_o = o.to(scores.dtype).unflatten(2, heads)
-    p = (scores - lse.unflatten(1, heads).unsqueeze(-1)).exp()
-    dp = torch.einsum("btkgd,bskd->bkgts", wide_do, v.to(p.dtype))
-    do_times_o = (wide_do * wide_o).sum(-1).permute(0, 2, 3, 1).unsqueeze(-1)
+    wide = scores.dtype
+    wide_q = q.to(wide).unflatten(2, heads)
+    wide_do = do.to(wide).unflatten(2, heads)
+    wide_o = o.to(wide).unflatten(2, heads)
+    grouped_lse = lse.unflatten(1, heads)
+    p = (scores - grouped_lse.unsqueeze(-1)).exp()
+    dp = torch.einsum("btkgd,bskd->bkgts", wide_do, v.to(wide))
+    do_times_o = (wide_do * wide_o).sum(-1)
+    do_times_o = do_times_o.permute(0, 2, 3, 1).unsqueeze(-1)
     ds = p * (dp - do_times_o) * _scale(q, scale)
     if slope is not None:
         ds = ds * slope
-    dq = torch.einsum("bkgts,bskd->btkgd", ds, k.to(p.dtype)).flatten(2, 3)
+    dq = torch.einsum("bkgts,bskd->btkgd", ds, k.to(wide)).flatten(2, 3)
     dk = torch.einsum("bkgts,btkgd->bskd", ds, wide_q)
     dv = torch.einsum("bkgts,btkgd->bskd", p, wide_do)
-    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+    return tuple(gradient.to(q.dtype) for gradient in (dq, dk, dv))
 
 
 def _scores(
@@ -328,17 +344,19 @@ def _scores(
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(wide).unflatten(2, (k.shape[2], -1))
-    scores = torch.einsum("btkgd,bskd->bkgts", grouped, k.to(wide)) * _scale(q, scale)
+    scores = torch.einsum("btkgd,bskd->bkgts", grouped, k.to(wide))
+    scores = scores * _scale(q, scale)
     slope = None
     if softcap is not None:
         tanh = torch.tanh(scores / softcap)
         scores = softcap * tanh
         slope = 1 - tanh.square()
     if causal:
-        hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(hidden, float("-inf"))
+        square = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+        scores = scores.masked_fill(square.triu(1), -torch.inf)
     if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+        hidden = ~mask[:, None, None]
+        scores = scores.masked_fill(hidden, -torch.inf)
     return scores, slope
 
 
@@ -352,7 +370,8 @@ def _scale(q: Tensor, scale: float | None) -> float:
 @torch.no_grad()
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the squared 2-norm of contiguous fp32 tensors together, 0-d fp64 on their device."""
-    return torch.stack(torch._foreach_norm(list(tensors))).double().square().sum()
+    norms = torch.stack(torch._foreach_norm(list(tensors)))
+    return norms.double().square().sum()
 
 
 @dataclass(frozen=True)
@@ -427,8 +446,9 @@ def adamw_(
     """
     check_flat(masters, exp_avg, exp_avg_sq, grads, weights)
     skip = terms.skip
-    chunk = ELEMENTS_IN_CACHE if masters.device.type == "cpu" else max(1, masters.numel())
-    for start in range(0, masters.numel(), chunk):
+    size = masters.numel()
+    chunk = ELEMENTS_IN_CACHE if masters.device.type == "cpu" else max(1, size)
+    for start in range(0, size, chunk):
         part = slice(start, start + chunk)
         p, w = masters[part], weights[part]
         m, v = exp_avg[part], exp_avg_sq[part]

@@ -1,4 +1,4 @@
-"""Context parallelism: the tokens of a sequence cut over ranks, and causal attention across the cuts.
+"""Context parallelism: a sequence's tokens cut over ranks, and causal attention across the cuts.
 
 Causal attention gives late tokens more work than early ones. Hence zig-zag: with n ranks the
 sequence is cut into 2n chunks, and rank r holds the r-th from the front and the r-th from the back.
@@ -178,9 +178,10 @@ class _Ring(torch.autograd.Function):
     In step i of n, rank r attends to the keys and values of rank r - i while those of rank
     r - i - 1 arrive. A block that no query of this rank sees is sent on and not computed.
 
-    Kept for the backward: this rank's own q, k, v, o and lse. The backward sends k and v round once
-    more, and the sums of dk and dv after them, which so come to n hops and end on the rank that owns
-    them. Sums over the blocks, o forward, dq, dk and dv backward, are fp32 (float64 of float64).
+    Kept for the backward: this rank's own q, k, v, o and lse. The backward sends k and v round
+    once more, and the sums of dk and dv after them, which so come to n hops and end on the rank
+    that owns them. Sums over the blocks, o forward, dq, dk and dv backward, are fp32 (float64 of
+    float64).
     """
 
     @staticmethod
@@ -305,8 +306,8 @@ def _start_hop(outgoing: Tensor, cp: Axis) -> Callable[[], Tensor]:
     Call what is returned for the tensor received. Until then `outgoing` may be read, not written.
 
     Even ranks send first and odd ranks receive first. Over NCCL messages wait in line, and a ring
-    in which everyone's send is first in line never moves; the same holds for two ranks that are each
-    other's next and previous.
+    in which everyone's send is first in line never moves; the same holds for two ranks that are
+    each other's next and previous.
     """
     incoming = torch.empty_like(outgoing)
     following = (cp.rank + 1) % cp.size
@@ -356,8 +357,8 @@ class _Gather(torch.autograd.Function):
     """[B, T/cp, ...] of zig-zag tokens -> [B, T, ...] in order.
 
     The gradient is summed over the ranks and cut again. The sum is in fp32: in bf16 each of the
-    n - 1 additions would round, in an order that is the transport's affair. It costs twice the bytes
-    of the forward; the ring's sums of dk and dv are fp32 as well.
+    n - 1 additions would round, in an order that is the transport's affair. It costs twice the
+    bytes of the forward; the ring's sums of dk and dv are fp32 as well.
     """
 
     @staticmethod

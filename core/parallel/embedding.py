@@ -1,4 +1,4 @@
-"""The token embedding, its vocabulary cut over an axis; a tied head multiplies by the same weight."""
+"""The token embedding, its vocabulary cut over an axis; a tied head has the same weight."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ class VocabParallelEmbedding(nn.Module):
 
     def __init__(self, weight: nn.Parameter, sharding: Sharding):
         super().__init__()
-        self.weight, self.sharding = weight, sharding
+        self.weight = weight
+        self.sharding = sharding
 
     def forward(self, tokens: Tensor) -> Tensor:
         weight = use(self.weight)

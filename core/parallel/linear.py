@@ -1,4 +1,4 @@
-"""Linear layers cut over an axis: by rows of the weight (column parallel) or by columns (row parallel).
+"""Linear layers cut over an axis: by rows of the weight (column parallel) or by its columns (row).
 
 I input and O output features; otherwise the letters of model/shape.py.
 
@@ -55,8 +55,8 @@ class RowParallelLinear(nn.Module):
     x: [B, T, I/tp].
     y: [B, T, O] on every rank, or [B, T/tp, O] with sequence parallel: the sum over tp.
 
-    The bias is whole on every rank and added once, after the sum. With sequence parallel a rank sees
-    only its tokens' share of the bias' gradient.
+    The bias is whole on every rank and added once, after the sum. With sequence parallel a rank
+    sees only its tokens' share of the bias' gradient.
     """
 
     def __init__(

@@ -195,7 +195,7 @@ def _logits_of(flat: Tensor, table: Tensor, ops: Ops) -> Iterator[tuple[slice, T
 
 
 def _cap_(logits: Tensor, softcap: float | None, learns: bool) -> Tensor | None:
-    """Replace the logits by c tanh(logit / c), and return its derivative 1 - tanh^2 if it learns."""
+    """Replace the logits by c tanh(logit / c); return its derivative 1 - tanh^2 if it learns."""
     if softcap is None:
         return None
     logits.div_(softcap).tanh_()

@@ -12,11 +12,12 @@ _TP, _KV, _CP, _EMBEDDING = (Axis(name) for name in ("tp", "kv", "cp", "embeddin
 
 @dataclass(frozen=True)
 class Sharding:
-    """The axes a layer is cut over; `Sharding()` is a whole model in one process.
+    """The axes that a layer is cut over; `Sharding()` is a whole model in one process.
 
-    tp: heads, features and vocabulary; with `sequence_parallel` also the tokens of norms and dropout. kv: the ranks of tp with the
-    same key-value heads. cp: tokens everywhere, its keys and values exchanged as `cp_comm_type` says. embedding: the pipeline
-    ranks that hold a tied embedding.
+    tp: heads, features and vocabulary; with sequence_parallel also the tokens of norms and dropout.
+    kv: the ranks of tp with the same key-value heads.
+    cp: tokens everywhere; keys and values are exchanged as cp_comm_type says.
+    embedding: the pipeline ranks that hold a tied embedding.
     """
 
     tp: Axis = _TP
@@ -28,22 +29,24 @@ class Sharding:
 
     @staticmethod
     def of(mesh: Mesh, parallel: ParallelConfig) -> "Sharding":
-        """What `mesh` and the flags make of it. Sequence parallel over one rank is none."""
+        """Return what `mesh` and the flags make of it. Sequence parallel over one rank is none."""
         # zb-v turns round at the last rank: embedding and head are stages of the first one.
-        embedding = Axis("embedding") if parallel.pipeline_schedule == "zb-v" else mesh.embedding
+        turns_round = parallel.pipeline_schedule == "zb-v"
         return Sharding(
-            mesh.tp,
-            mesh.kv,
-            mesh.cp,
-            embedding,
-            parallel.sequence_parallel and mesh.tp.size > 1,
-            parallel.cp_comm_type,
+            tp=mesh.tp,
+            kv=mesh.kv,
+            cp=mesh.cp,
+            embedding=Axis("embedding") if turns_round else mesh.embedding,
+            sequence_parallel=parallel.sequence_parallel and mesh.tp.size > 1,
+            cp_comm_type=parallel.cp_comm_type,
         )
 
     def own_tokens(self, positions: Tensor) -> Tensor:
-        """Of the positions [..., T/cp] of this rank, those [..., T/cp/tp] whose norms and dropout it computes."""
-        return (
-            positions.tensor_split(self.tp.size, dim=-1)[self.tp.rank]
-            if self.sequence_parallel
-            else positions
-        )
+        """Return the positions whose norms and dropout this rank computes.
+
+        positions: [..., T/cp], those of this rank of cp; with sequence parallel each rank of tp has
+            its own [..., T/cp/tp] of them.
+        """
+        if not self.sequence_parallel:
+            return positions
+        return positions.tensor_split(self.tp.size, dim=-1)[self.tp.rank]

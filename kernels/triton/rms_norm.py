@@ -127,7 +127,8 @@ def _backward_wide(dy, x, weight, rstd, mean, dx, partial, rows, columns, BLOCK:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalize the last dim of x [..., H] and scale it by weight [H], in fp32 arithmetic.
 
-    x and weight are of one dtype: fp32, bf16 or fp16. Runs on the current device, which must be x's.
+    x and weight are of one dtype: fp32, bf16 or fp16. Runs on the current device, which must be
+    x's.
     """
     return _RMSNorm.apply(x, weight, eps)
 

@@ -173,9 +173,9 @@ def test_attention_with_a_mask_matches_float64(backend, dtype, kv_heads):
 def test_the_calls_for_a_gpu_fit_this_torch():
     """On tensors without memory: arguments, their order and the shapes that come back. What the kernels compute is for tests on a GPU."""
     q, k, v, do = (t.to("meta") for t in problem(6, 6, 2, torch.bfloat16))
-    o, lse = attention._flash_forward(q, k, v, True, 0.3)
+    o, lse = attention._flash_forward([q, k, v], True, 0.3)
     assert (o.shape, lse.shape, lse.dtype) == (q.shape, (2, 4, 6), torch.float32)
-    grads = attention._flash_backward(do, q, k, v, o, lse, True, 0.3)
+    grads = attention._flash_backward([do, q, k, v, o], lse, True, 0.3)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
     masked = Ops().attention(
         q, k, v, causal=False, mask=torch.ones(2, 6, 6, dtype=torch.bool, device="meta")
