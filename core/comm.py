@@ -76,7 +76,7 @@ def start_reduce_scatter(tensor: torch.Tensor, axis: Axis) -> Pending:
     """
     if axis.size == 1:
         return Pending(tensor)
-    own = share(tensor, axis)
+    own = own_slice(tensor, axis)
     return _start(
         axis,
         "reduce-scatter",
@@ -90,7 +90,7 @@ def start_all_gather(tensor: torch.Tensor, axis: Axis) -> Pending:
     """Fill `tensor` [size * n, ...] with the n rows that each rank of `axis` already holds in their place."""
     if axis.size == 1:
         return Pending(tensor)
-    own = share(tensor, axis)
+    own = own_slice(tensor, axis)
     return _start(
         axis,
         "all-gather",
@@ -138,7 +138,7 @@ def start_receive(buffer: torch.Tensor, axis: Axis, source: int) -> Pending:
     )
 
 
-def share(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+def own_slice(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """This rank's rows of a tensor [size * n, ...] that is cut over `axis`: a view."""
     rows = tensor.shape[0] // axis.size
     return tensor[axis.rank * rows : (axis.rank + 1) * rows]

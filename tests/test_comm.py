@@ -17,7 +17,7 @@ from trivium.comm import (
     CommunicationError,
     all_reduce,
     all_to_all,
-    share,
+    own_slice,
     start_all_gather,
     start_all_reduce,
     start_gather_tokens,
@@ -49,7 +49,7 @@ def plain(mesh: Mesh) -> dict[str, torch.Tensor]:
         given(mesh.rank, 2 * n, 3),
         torch.full((2 * n, 3), torch.nan),
     )
-    share(gathered, axis).copy_(given(mesh.rank, 2, 3))
+    own_slice(gathered, axis).copy_(given(mesh.rank, 2, 3))
     cut, whole = given(mesh.rank, 2, 2, 3), given(mesh.rank, 2, 2 * n, 3)
     pending = {
         "started sum": start_all_reduce(summed, axis),
@@ -74,7 +74,7 @@ def plain(mesh: Mesh) -> dict[str, torch.Tensor]:
         and found["all-gather"] is gathered
         and torch.equal(cut, given(mesh.rank, 2, 2, 3))
     )
-    assert found["reduce-scatter"].data_ptr() == share(scattered, axis).data_ptr()
+    assert found["reduce-scatter"].data_ptr() == own_slice(scattered, axis).data_ptr()
     assert all(p.wait() is found[name] for name, p in pending.items()), "waiting again"
     assert all(p.work is None and not p.buffers for p in pending.values()), "buffers are kept alive"
     return found
@@ -212,7 +212,9 @@ def test_at_size_one_every_other_form_does_too():
     axis, x = Mesh.plan(1, 0).tp, torch.ones(1, 2, 3)
     for start in (start_all_reduce, start_reduce_scatter, start_all_gather):
         assert start(x, axis).wait() is x
-    assert all_reduce(x, axis) is x and all_to_all(x, axis) is x and torch.equal(share(x, axis), x)
+    assert (
+        all_reduce(x, axis) is x and all_to_all(x, axis) is x and torch.equal(own_slice(x, axis), x)
+    )
     assert start_gather_tokens(x, axis)() is x and start_reduce_tokens(x, axis)() is x
 
 

@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "pipeline.split": {"config", "pipeline.placement"},
     "pipeline.from_flags": {"config", "pipeline.placement", "pipeline.split"},
     "pipeline.runtime": {"mesh", "comm", "gradients", "pipeline.actions", "pipeline.plan"},
-    "optim": {"layout", "mesh", "comm", "gradients", "ops", "precision", "state"},
+    "optim": {"layout", "role", "mesh", "comm", "gradients", "ops", "precision", "state"},
     "checkpoint": {"layout", "mesh", "comm"},
     "parallel": FOUNDATION,
     "model": FOUNDATION | {"parallel"},

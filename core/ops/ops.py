@@ -101,28 +101,6 @@ class Ops(AttentionOps):
             chosen["block_step"] = "torch"
         return chosen
 
-    @torch.no_grad()
-    def sgd_(
-        self,
-        masters: torch.Tensor,
-        momentum: torch.Tensor,
-        grads: torch.Tensor,
-        weights: torch.Tensor,
-        *,
-        lr: float,
-        momentum_factor: float,
-        weight_decay: float,
-        grad_scale: torch.Tensor,
-        skip: torch.Tensor,
-    ) -> None:
-        """One update by SGD with momentum and coupled weight decay, as torch.optim.SGD; buffers, grad_scale and skip as for adamw_."""
-        step = momentum_factor * momentum + grads * grad_scale + weight_decay * masters
-        updated = masters - lr * step
-        torch.where(skip, weights, updated.to(weights.dtype), out=weights)
-        torch.where(skip, momentum, step, out=momentum)
-        if weights.data_ptr() != masters.data_ptr():
-            torch.where(skip, masters, updated, out=masters)
-
     def describe(self) -> str:
         """Return one line for the log: what each op runs on."""
         parts = []

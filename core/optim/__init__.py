@@ -1,1 +1,1 @@
-"""Flat buffers, schedules, clipping and the update."""
+"""Flat buffers, reductions, the learning rate and the update of weights."""

@@ -1,4 +1,4 @@
-"""The update of flat buckets by AdamW or SGD, with a step count and a skip that live on the device."""
+"""The update of this rank's shards, with a step count and a skip that live on the device."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,18 +6,25 @@ import torch
 
 from ..config import OPTIMIZER_STATE, OptimizerConfig
 from ..layout import Piece
-from ..ops import AdamWTerms, Ops
+from ..ops import Ops
 from ..state import StateItem
-from .buckets import Shard
+from .buckets import Shard, Span
+from .groups import weight_decay_of
 from .reduce import reduce_gradients
+from .rules import FlatMemory, Step, rule_named
 
 
 class Optimizer:
-    """Updates the fp32 masters of this rank's shards, rounds the working weights from them and gathers those of the other shards.
+    """Updates the fp32 masters of this rank's shards, and the working weights of all shards.
 
-    A step has three phases: `begin` before the first micro-batch, `reduce` after the last one, then the caller derives norm, clip
-    factor and skip from the gradients on the device, and `update` applies them (or, where skip is true, changes nothing at all).
-    AdamW: Loshchilov and Hutter 2019. SGD with momentum and coupled weight decay, as torch.optim.SGD.
+    An update has three phases:
+    1. `begin`, before the first micro-batch.
+    2. `reduce`, after the last one. The caller then derives norm, clip factor and skip from the
+       gradients, on the device.
+    3. `update` applies them by the rule of --optimizer; or, if skip is true, changes nothing.
+
+    state: what the rule keeps of each shard's weights, by name.
+    steps: updates so far, not counting those skipped; 0-d int64.
     """
 
     def __init__(
@@ -29,78 +36,72 @@ class Optimizer:
         *,
         overlap_gather: bool = False,
     ):
-        self.buckets, self.config, self.ops, self.overlap_gather = (
-            buckets,
-            config,
-            ops,
-            overlap_gather,
-        )
-        self.moments = [
-            {name: torch.zeros_like(bucket.masters) for name in OPTIMIZER_STATE[config.optimizer]}
-            for bucket in buckets
+        self.buckets = buckets
+        self.config = config
+        self.ops = ops
+        self.overlap_gather = overlap_gather
+        self.rule = rule_named(config.optimizer)
+        if self.rule.WHOLE_MATRICES:
+            _check_whole(buckets, config.optimizer)
+        names = OPTIMIZER_STATE[config.optimizer]
+        self.state = [
+            {name: torch.zeros_like(bucket.masters) for name in names} for bucket in buckets
         ]
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def begin(self, micro_batches: int) -> None:
-        """An update of so many micro-batches begins: gradients are zero."""
+        """Start an update of so many micro-batches from gradients of zero."""
         for bucket in self.buckets:
             bucket.begin(micro_batches)
 
     def reduce(self) -> None:
-        """The gradients of the whole batch, each shard where it is updated."""
+        """Leave each shard with the gradients of the whole batch."""
         reduce_gradients(self.buckets)
 
+    @torch.no_grad()
     def update(self, lr: float, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
-        """One update with the gradients times grad_scale (0-d fp32). skip (0-d bool): leave weights, moments and step count as they are."""
+        """Update the weights once.
+
+        grad_scale: factor on the gradients; 0-d fp32.
+        skip: leave weights, state and step count as they are; 0-d bool.
+        """
         self.steps += (~skip).to(self.steps.dtype)
-        for bucket, moments in zip(self.buckets, self.moments, strict=True):
-            for elements, weight_decay in (
-                (slice(0, bucket.decayed), self.config.weight_decay),
-                (slice(bucket.decayed, None), 0.0),
-            ):
-                flat = [
-                    memory[elements]
-                    for memory in (
-                        bucket.masters,
-                        *moments.values(),
-                        bucket.gradients,
-                        bucket.own_weights,
-                    )
-                ]
-                if flat[0].numel():
-                    self._apply(
-                        *flat, lr=lr, weight_decay=weight_decay, grad_scale=grad_scale, skip=skip
-                    )
+        step = Step(lr, self.steps, grad_scale, skip)
+        for bucket, state in zip(self.buckets, self.state, strict=True):
+            for span in bucket.spans:
+                memory = self._memory(bucket, state, span)
+                self.rule.update(memory, step, self.config, self.ops)
         self._gather(wait=not self.overlap_gather)
 
-    def _apply(self, *flat: torch.Tensor, **now: float | torch.Tensor) -> None:
-        config = self.config
-        if config.optimizer == "sgd":
-            self.ops.sgd_(*flat, momentum_factor=config.sgd_momentum, **now)
-        else:
-            terms = AdamWTerms.at(
-                self.steps,
-                beta1=config.adam_beta1,
-                beta2=config.adam_beta2,
-                eps=config.adam_eps,
-                **now,
-            )
-            self.ops.adamw_(*flat, terms)
+    def _memory(self, bucket: Shard, state: dict[str, torch.Tensor], span: Span) -> FlatMemory:
+        # Cut anew in each update: the memory of ZeRO-3 may move between two.
+        elements = slice(span.start, span.stop)
+        return FlatMemory(
+            masters=bucket.masters[elements],
+            state={name: tensor[elements] for name, tensor in state.items()},
+            gradients=bucket.gradients[elements],
+            weights=bucket.own_weights[elements],
+            weight_decay=weight_decay_of(span.group, self.config),
+        )
 
     def weight_pieces(self) -> Iterator[Piece]:
-        """The fp32 masters of this rank's shards under their plain names."""
+        """Return the fp32 masters of this rank's shards, under their plain names."""
         for bucket in self.buckets:
             yield from bucket.pieces(bucket.masters)
 
     def moment_pieces(self) -> Iterator[Piece]:
-        """The moments, named `optim.exp_avg.NAME`, `optim.exp_avg_sq.NAME` or `optim.momentum.NAME`."""
-        for bucket, moments in zip(self.buckets, self.moments, strict=True):
-            for name, moment in moments.items():
-                yield from bucket.pieces(moment, f"optim.{name}.")
+        """Return the rule's state, named such as `optim.exp_avg.NAME` or `optim.momentum.NAME`."""
+        for bucket, state in zip(self.buckets, self.state, strict=True):
+            for name, tensor in state.items():
+                yield from bucket.pieces(tensor, f"optim.{name}.")
 
     def state_items(self) -> list[StateItem]:
         """Return what a run's state says of the optimizer beside tensors: its count of updates."""
-        return [StateItem("optimizer_steps", lambda: self.steps.item(), self.steps.fill_)]
+
+        def load(steps: int) -> None:
+            self.steps.fill_(steps)
+
+        return [StateItem("optimizer_steps", lambda: self.steps.item(), load)]
 
     def masters_loaded(self) -> None:
         """Round the working weights from masters that a checkpoint was read into."""
@@ -114,3 +115,14 @@ class Optimizer:
         if wait:
             for bucket in self.buckets:
                 bucket.wait_for_weights()
+
+
+def _check_whole(buckets: Sequence[Shard], optimizer: str) -> None:
+    """Raise ValueError if a rule that needs whole matrices is given shards that may cut them."""
+    for bucket in buckets:
+        shards = bucket.reduction.shards.size
+        if shards > 1:
+            raise ValueError(
+                f"--optimizer {optimizer} needs whole matrices, but its state is cut over {shards}"
+                " processes; use --data-parallel-sharding-strategy no_shard"
+            )

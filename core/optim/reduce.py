@@ -1,4 +1,9 @@
-"""From each rank's gradients to those of the whole batch: over data parallel, over twins, and over the tensor axis where ranks saw a share."""
+"""From each rank's gradients to those of the whole batch, their norm, and the factor that clips it.
+
+1. Over data parallel and twins: `reduce_gradients` has each bucket do it (buckets.py).
+2. Over an axis whose ranks each saw a share, such as the tokens of sequence parallel: `sum_partial`.
+3. The norm: `squared_norm` of what this rank counts; the sum over all ranks is the whole.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,25 +12,49 @@ import torch
 
 from .. import comm
 from ..mesh import Axis
+from ..ops import Ops
 from .buckets import Shard
 
 
-def reduce_gradients(buckets: Sequence[Shard]) -> None:
-    """Once the backward passes of an update are done: leave every bucket with its shard of the true gradients."""
-    for bucket in reversed(buckets):  # backward finished the last ones first
-        bucket.start_reduction()
-    for bucket in reversed(buckets):
-        bucket.finish()
-    sum_partial(buckets)
+def reduce_gradients(shards: Sequence[Shard]) -> None:
+    """Leave every shard with the gradients of the whole batch, once all backward passes are done."""
+    for shard in reversed(shards):  # backward finished the last ones first
+        shard.start_reduction()
+    for shard in reversed(shards):
+        shard.finish()
+    sum_partial(shards)
 
 
-def sum_partial(buckets: Sequence[Shard]) -> None:
-    """Sum what is partial over an axis, such as the gradient of a norm that saw a rank's tokens alone: one all-reduce per axis."""
-    partial: dict[Axis, list[torch.Tensor]] = defaultdict(list)
-    for bucket in buckets:
-        for part, start, stop in bucket.parts():
-            if part.partial.size > 1:
-                partial[part.partial].append(bucket.gradients[start:stop])
-    for axis, views in partial.items():
-        total = comm.all_reduce(torch.cat(views), axis)
-        torch._foreach_copy_(views, list(total.split([view.numel() for view in views])))
+def sum_partial(shards: Sequence[Shard]) -> None:
+    """Sum gradients of which each rank of an axis has a share: one all-reduce per axis."""
+    views: dict[Axis, list[torch.Tensor]] = defaultdict(list)
+    for shard in shards:
+        for axis, start, stop in shard.partial_sums:
+            views[axis].append(shard.gradients[start:stop])
+    for axis, shares in views.items():
+        total = comm.all_reduce(torch.cat(shares), axis)
+        torch._foreach_copy_(shares, list(total.split([share.numel() for share in shares])))
+
+
+def squared_norm(shards: Sequence[Shard], device: torch.device, ops: Ops) -> torch.Tensor:
+    """Return this rank's share of the squared 2-norm of all gradients: 0-d, fp64, on the device.
+
+    Each element counts on one rank of the world (Shard.counted), so the shares add up.
+    """
+    counted: list[torch.Tensor] = []
+    for shard in shards:
+        gradients = shard.gradients
+        counted += [gradients[start:stop] for start, stop in shard.counted]
+    if not counted:  # a pipeline rank may hold no parameter
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return ops.squared_norm(counted)
+
+
+def clip_factor(norm: torch.Tensor, limit: float) -> torch.Tensor:
+    """Return the factor on gradients that keeps their norm at `limit` at most: 0-d, on the device.
+
+    limit: 0 does not clip.
+    """
+    if limit == 0:
+        return torch.ones_like(norm)
+    return (limit / (norm + 1e-6)).clamp(max=1.0)

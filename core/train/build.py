@@ -7,11 +7,14 @@ from ..mesh import Mesh
 from ..model.gpt import GPT
 from ..model.recompute import Recompute
 from ..ops import Ops, keep_freed_memory
-from ..optim.buckets import Reduction, make_buckets
+from ..optim.buckets import Reduction, make_buckets, reductions_over
 from ..optim.fully_sharded import cut_parameters
 from ..optim.optimizer import Optimizer
+from ..optim.order import BackwardPasses
 from ..parallel.sharding import Sharding
 from ..pipeline.from_flags import placement_of, stage_specs
+from ..pipeline.actions import Backward, BackwardWeight
+from ..pipeline.plan import make_plan
 from ..precision import LossScaler, working_dtype
 from .passes import Passes, PrepareBatch
 from .schedule import BatchSchedule, Progress
@@ -103,9 +106,25 @@ def build_optimizer(config: Config, mesh: Mesh, passes: Passes, ops: Ops) -> Opt
         shards = cut_parameters(model, model.layers, dtype, device, reduction)
         return Optimizer(shards, config.optimizer, ops, device)
     size = parallel.bucket_size(mesh.dp_cp.size)
-    buckets = make_buckets(passes.parameters(), dtype, device, reduction, size)
+    reductions = reductions_over(mesh, reduction)
+    backward = _backward_passes(passes, mesh)
+    buckets = make_buckets(passes.parameters(), dtype, device, reductions, size, backward)
     overlap = parallel.overlap_param_gather
     return Optimizer(buckets, config.optimizer, ops, device, overlap_gather=overlap)
+
+
+def _backward_passes(passes: Passes, mesh: Mesh) -> BackwardPasses:
+    """Return the order in which the pipeline's plan lets this rank's chunks run backward."""
+    placement = passes.placement
+
+    def order(num_microbatches: int) -> list[int]:
+        plan = make_plan(
+            placement.schedule, placement.num_ranks, num_microbatches, placement.num_chunks
+        )
+        actions = plan.actions[mesh.pp.rank]
+        return [a.chunk for a in actions if isinstance(a, (Backward, BackwardWeight))]
+
+    return BackwardPasses([list(chunk.parameters()) for chunk in passes.chunks], order)
 
 
 def _cuts_parameters(config: Config, mesh: Mesh) -> bool:

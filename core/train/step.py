@@ -12,8 +12,8 @@ from .. import comm
 from ..config import Config
 from ..data.loader import Batch
 from ..mesh import Mesh
-from ..optim.clip import clip_factor, squared_norm
 from ..optim.optimizer import Optimizer
+from ..optim.reduce import clip_factor, squared_norm
 from ..optim.schedule import learning_rate
 from ..precision import LossScaler
 from .passes import Passes

@@ -28,6 +28,7 @@ from trivium.estimate.parameters import (
 from trivium.estimate.pass_spec import PassSpec
 from trivium.gradients import Deferral
 from trivium.launch import Process, plan_mesh
+from trivium.layout import ReductionGroup
 from trivium.mesh import Mesh
 from trivium.model.gpt import GPT
 from trivium.model.recompute import Recompute
@@ -198,7 +199,7 @@ def test_state_is_what_is_allocated(world_size, layout, model):
             size_of(bucket.weights for bucket in optimizer.buckets),
             size_of(bucket._sum for bucket in optimizer.buckets),
             size_of(own),
-            size_of(moment for moments in optimizer.moments for moment in moments.values()),
+            size_of(moment for moments in optimizer.state for moment in moments.values()),
         )
         held = [
             specs[placement.stage(mesh.pp.rank, chunk)] for chunk in range(placement.num_chunks)
@@ -319,9 +320,8 @@ class Pass:
             predicts=chunk.predicts,
             recompute=Recompute.of(parallel),
         )
-        for bucket in make_buckets(
-            model.parameters(), dtype, CPU, Reduction(deferral=deferral or Deferral()), 10**9
-        ):
+        reductions = {ReductionGroup.DENSE: Reduction(deferral=deferral or Deferral())}
+        for bucket in make_buckets(model.parameters(), dtype, CPU, reductions, 10**9):
             bucket.begin(1)
         positions = token_positions(batch.seq_length, mesh.cp)
         own = sharding.own_tokens(positions)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trivium.config import ModelConfig
-from trivium.layout import Role
+from trivium.layout import ReductionGroup, Role
 from trivium.mesh import Axis
 from trivium.model.block import Block
 from trivium.model.gpt import GPT
@@ -185,7 +185,8 @@ def test_dropout_and_positions_of_some_tokens_are_those_of_the_whole(config, cut
 
 def trained(model: GPT) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Losses and all gradients of one backward pass into buckets, which count them, and the bytes that forward kept for it."""
-    buckets, kept = make_buckets(model.parameters(), torch.float32, CPU, Reduction(), 2000), []
+    reductions = {ReductionGroup.DENSE: Reduction()}
+    buckets, kept = make_buckets(model.parameters(), torch.float32, CPU, reductions, 2000), []
     for bucket in buckets:
         bucket.begin(1)
     torch.manual_seed(11)  # attention dropout draws from torch's generator

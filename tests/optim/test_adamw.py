@@ -6,13 +6,14 @@ from torch import nn
 
 from trivium.config import OptimizerConfig
 from trivium.gradients import use
-from trivium.layout import Layout
+from trivium.layout import Layout, ReductionGroup
 from trivium.mesh import Axis
 from trivium.ops import Ops
 from trivium.optim.buckets import Bucket, Reduction, make_buckets
-from trivium.optim.clip import clip_factor, squared_norm
 from trivium.optim.optimizer import Optimizer
+from trivium.optim.reduce import clip_factor, squared_norm
 from trivium.rng import Init, new_parameter
+from trivium.role import Role
 
 ONE = Axis("tp")
 CPU = torch.device("cpu")
@@ -20,12 +21,12 @@ SHAPES = {"a.weight": (7, 5), "a.bias": (7,), "b.weight": (3, 33)}
 
 
 def parameters() -> list[nn.Parameter]:
-    return [
-        new_parameter(
-            Layout.whole(name, shape, ONE), Init(1, 0.5 if len(shape) == 2 else None, fill=0.2)
-        )
-        for name, shape in SHAPES.items()
-    ]
+    found = []
+    for name, shape in SHAPES.items():
+        matrix = len(shape) == 2
+        layout = Layout.whole(name, shape, ONE, role=Role.MATRIX if matrix else Role.BIAS)
+        found.append(new_parameter(layout, Init(1, 0.5 if matrix else None, fill=0.2)))
+    return found
 
 
 def backward(params: list[nn.Parameter], seed: int) -> None:
@@ -38,7 +39,7 @@ def backward(params: list[nn.Parameter], seed: int) -> None:
 
 def optimizer_of(params, dtype=torch.float32, size: int = 40, **config) -> Optimizer:
     """Two buckets: the 42 parameters of a, then b alone."""
-    buckets = make_buckets(params, dtype, CPU, Reduction(), size)
+    buckets = make_buckets(params, dtype, CPU, {ReductionGroup.DENSE: Reduction()}, size)
     return Optimizer(
         buckets, OptimizerConfig(lr=0.1, weight_decay=0.3, adam_eps=1e-6, **config), Ops(), CPU
     )

@@ -9,18 +9,20 @@ import torch.nn.functional as F
 from parity.harness import Held, assemble, held
 from runs import LLAMA, SMALL, rows_of, train, write_data
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from trivium.checkpoint.load import open_checkpoint
 from trivium.checkpoint.save import save
 from trivium.config import ConfigError, OptimizerConfig, flags, resolve
-from trivium.layout import Layout
+from trivium.layout import Layout, layout_of
 from trivium.mesh import Axis, Mesh
 from trivium.ops import Ops
 from trivium.optim.buckets import Reduction
-from trivium.optim.clip import squared_norm
 from trivium.optim.fully_sharded import ShardedParameter, cut_parameters
 from trivium.optim.optimizer import Optimizer
+from trivium.optim.reduce import squared_norm
 from trivium.rng import Init, new_parameter
+from trivium.role import Role
 from trivium.testing import run_ranks
 from trivium.train.build import build_optimizer, build_passes
 
@@ -38,14 +40,17 @@ class Unit(nn.Module):
         self.weight = new_parameter(
             Layout.whole(f"{index}.weight", (WIDTH, WIDTH), ONE), Init(1, 0.5)
         )
-        self.scale = new_parameter(Layout.whole(f"{index}.scale", (WIDTH,), ONE), Init(1, fill=1.0))
+        scale = Layout.whole(f"{index}.scale", (WIDTH,), ONE, role=Role.NORM)
+        self.scale = new_parameter(scale, Init(1, fill=1.0))
         self.dtypes, self.weights, self.bytes = [], [], []
+        self.scales = True
 
     def forward(self, x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
         self.dtypes.append((x.dtype, angles.dtype))
         self.weights.append(self.weight)
         self.bytes.append(self.weight.untyped_storage().nbytes())
-        return x + torch.tanh(F.linear(x * self.scale, self.weight)) * angles.cos().to(x.dtype)
+        scaled = x * self.scale if self.scales else x
+        return x + torch.tanh(F.linear(scaled, self.weight)) * angles.cos().to(x.dtype)
 
 
 class Toy(nn.Module):
@@ -58,12 +63,14 @@ class Toy(nn.Module):
         )
         self.units = nn.ModuleList(Unit(index) for index in range(2))
         self.weights = []
+        self.skips: set[int] = set()  # units that a pass leaves out
 
     def forward(self, tokens: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
         self.weights.append(self.words)
         x = F.embedding(tokens, self.words)
-        for unit in self.units:
-            x = unit(x, angles=angles)
+        for index, unit in enumerate(self.units):
+            if index not in self.skips:
+                x = unit(x, angles=angles)
         return F.linear(x, self.words)[..., :VOCABULARY].float()
 
 
@@ -96,7 +103,7 @@ def by_name(model: Toy, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         piece.name: piece.tensor
         for p, t in zip(model.parameters(), tensors, strict=True)
-        for piece in p.param_layout.pieces(t)
+        for piece in layout_of(p).pieces(t)
     }
 
 
@@ -233,15 +240,57 @@ def weights_after_updates(mesh: Mesh) -> tuple[list[Held], torch.Tensor]:
         return held(optimizer, lambda shard: shard.pieces(shard.masters)), logits_of(model, 0)
 
 
-def test_a_parameter_that_no_micro_batch_used_is_an_error():
-    with pytest.raises(RuntimeError, match="no micro-batch"):
-        run_ranks(2, reduce_without_backward, shards=2)
+@MESHES
+def test_a_parameter_that_no_micro_batch_used_has_a_gradient_of_zeros(ranks, shards):
+    """The head and the embedding are used, the units are not: only decay moves their weights."""
+    found = assemble(run_ranks(ranks, update_without_units, shards=shards))
+    decayed = 1 - 0.1 * 0.3
+    for name, before in by_name(Toy(), [p.detach() for p in Toy().parameters()]).items():
+        if name.endswith("weight"):
+            assert torch.equal(found[name], before * decayed)
+        elif name.endswith("scale"):
+            assert torch.equal(found[name], before)
+        else:
+            assert not torch.equal(found[name], before * decayed)
 
 
-def reduce_without_backward(mesh: Mesh) -> None:
-    _, optimizer = cut_toy(mesh, torch.float32)
+def update_without_units(mesh: Mesh) -> list[Held]:
+    model, optimizer = cut_toy(mesh, torch.float32)
+    model.skips = {0, 1}
     optimizer.begin(1)
+    backward(model, mesh.rank)
     optimizer.reduce()
+    assert torch.isfinite(squared_norm(optimizer.buckets, CPU, Ops()))
+    optimizer.update(0.1, torch.tensor(1.0), torch.tensor(False))
+    return held(optimizer, lambda shard: shard.pieces(shard.masters))
+
+
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_reduce_scatter_unused_params"),
+    reason="fully_shard of this torch needs all ranks to use the same parameters",
+)
+def test_a_rank_may_leave_out_what_another_one_uses():
+    """A unit runs on all ranks, or none: its weights are gathered. But it may leave one out.
+
+    In the second of two micro-batches rank 1 does not use the scale of the first unit.
+    """
+    found = assemble(run_ranks(2, gradients_with_a_skip, shards=2))
+    model = Toy()
+    for rank in range(2):
+        for micro_batch in range(2):
+            model.units[0].scales = not rank == micro_batch == 1
+            backward(model, 2 * rank + micro_batch)
+    assert_close(found, by_name(model, [p.grad for p in model.parameters()]))
+
+
+def gradients_with_a_skip(mesh: Mesh) -> list[Held]:
+    model, optimizer = cut_toy(mesh, torch.float32)
+    optimizer.begin(2)
+    for micro_batch in range(2):
+        model.units[0].scales = not mesh.rank == micro_batch == 1
+        backward(model, 2 * mesh.rank + micro_batch)
+    optimizer.reduce()
+    return held(optimizer, lambda shard: shard.pieces(shard.gradients))
 
 
 RUN = f"{SMALL}{LLAMA} --attention-dropout 0 --hidden-dropout 0.1 --clip-grad 0.3 --eval-iters 0 --train-iters 8"

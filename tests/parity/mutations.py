@@ -16,7 +16,7 @@ from runs import CHUNKS, CP, INSTANCES, SCHEDULE, SP, STRATEGY, TP, ZERO1
 from parity.cases import OVERLAP, TWO, V2, Case
 from trivium import comm, rng
 from trivium.model import norm
-from trivium.optim import buckets, clip, fully_sharded, optimizer, reduce
+from trivium.optim import buckets, fully_sharded, optimizer
 from trivium.parallel import context, embedding, linear, loss
 from trivium.parallel.sharding import Sharding
 from trivium.pipeline import runtime
@@ -35,35 +35,38 @@ class Mutation:
 
 MUTATIONS = {
     "norm gradients not summed over tp": Mutation(
-        reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2 {SP}")
+        buckets.Shard.__init__, "partial.size > 1", "partial.size > 9", Case(2, f"{TP} 2 {SP}")
     ),
     "QK norm gradients not summed over tp": Mutation(
-        reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2")
+        buckets.Shard.__init__, "partial.size > 1", "partial.size > 9", Case(2, f"{TP} 2")
     ),
     "copies of key-value heads not summed": Mutation(
-        reduce.sum_partial, "size > 1", "size > 9", Case(4, f"{TP} 4", "untied")
+        buckets.Shard.__init__, "partial.size > 1", "partial.size > 9", Case(4, f"{TP} 4", "untied")
     ),
     "replicated tensors counted on every rank": Mutation(
-        clip.squared_norm, "if part.primary", "", Case(2, f"{TP} 2")
+        buckets.Shard.__init__, "part.primary and", "", Case(2, f"{TP} 2")
     ),
     "tied weight counted on both stages": Mutation(
-        clip.squared_norm, "if part.primary", "", Case(2, TWO, "gpt")
+        buckets.Shard.__init__, "part.primary and", "", Case(2, TWO, "gpt")
     ),
     "copies of a shard all counted": Mutation(
-        clip.squared_norm, "if b.reduction.copies.rank == 0", "", Case(4, f"{ZERO1} {INSTANCES} 2")
+        buckets.Shard.__init__,
+        "and reduction.copies.rank == 0",
+        "",
+        Case(4, f"{ZERO1} {INSTANCES} 2"),
     ),
     "clip factor halved": Mutation(
         step.Trainer.step, "* clip_factor", "* 0.5 * clip_factor", Case(2, "")
     ),
     "tied gradients not added up": Mutation(
         buckets.Bucket.finish,
-        "layout_of(self.parameters[0]).twins)",
-        "layout_of(self.parameters[0]).twins) if False else None",
+        "self.twins)",
+        "self.twins) if False else None",
         Case(2, TWO),
     ),
     "shards not summed over instances": Mutation(
         buckets.Bucket.finish,
-        "comm.all_reduce(self.gradients, self.reduction.copies)",
+        "comm.all_reduce(self._gradients, self.reduction.copies)",
         "pass",
         Case(4, f"{ZERO1} {INSTANCES} 2"),
     ),
@@ -74,7 +77,7 @@ MUTATIONS = {
         Case(4, f"{STRATEGY} optim_grads_params {INSTANCES} 2"),
     ),
     "ZeRO-3 averages instead of summing": Mutation(
-        fully_sharded.cut_parameters,
+        fully_sharded._cut_unit,
         "set_gradient_divide_factor(1.0)",
         "set_gradient_divide_factor(2.0)",
         Case(2, f"{STRATEGY} optim_grads_params"),
@@ -83,13 +86,13 @@ MUTATIONS = {
         optimizer.Optimizer._gather, "bucket.start_gather()", "pass", Case(2, ZERO1)
     ),
     "bucket reduced before its last gradient": Mutation(
-        buckets.Bucket.wrote,
-        "self._written == self._expected:",
-        "self._written == self._expected - 1:",
+        buckets.Bucket.is_ready,
+        "self._written == self._expected",
+        "self._written == self._expected - 1",
         Case(2, f"{ZERO1} {OVERLAP}"),
     ),
     "ZeRO-2 forgets all but the last micro-batch": Mutation(
-        buckets.Bucket._take_in, "self._sum +=", "self._sum =", Case(2, f"{STRATEGY} optim_grads")
+        buckets.Bucket.settle, "self._sum +=", "self._sum =", Case(2, f"{STRATEGY} optim_grads")
     ),
     "one weight-gradient product lost": Mutation(
         runtime._Pass.backward_weight,
@@ -230,7 +233,10 @@ MUTATIONS = {
         Case(4, f"{TP} 4", "olmo"),
     ),
     "norms after the branches not summed over tp": Mutation(
-        reduce.sum_partial, "size > 1", "size > 9", Case(2, f"{TP} 2 {SP}", "olmo")
+        buckets.Shard.__init__,
+        "partial.size > 1",
+        "partial.size > 9",
+        Case(2, f"{TP} 2 {SP}", "olmo"),
     ),
     "documents of the slice instead of the sequence": Mutation(
         passes.document_indices,
