@@ -12,8 +12,8 @@ from ..optim.fully_sharded import cut_parameters
 from ..optim.optimizer import Optimizer
 from ..optim.order import BackwardPasses
 from ..parallel.sharding import Sharding
-from ..pipeline.from_flags import placement_of, stage_specs
 from ..pipeline.actions import Backward, BackwardWeight
+from ..pipeline.from_flags import placement_of, stage_specs
 from ..pipeline.plan import make_plan
 from ..precision import LossScaler, working_dtype
 from .passes import Passes, PrepareBatch
