@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from types import ModuleType
 
-import torch
-
 from . import cpu, reference, triton
 from .attention import AttentionOps
 
