@@ -8,8 +8,8 @@ from _cli import BadArgument, Parser, count, positive, run
 
 from trivium import logs
 from trivium.data import order
-from trivium.data.dataset import Datasets, build_datasets, open_all
 from trivium.data.indexed import IndexedDataset
+from trivium.data.splits import Datasets, build_datasets, open_all
 
 
 def main(argv: list[str]) -> None:
@@ -140,7 +140,7 @@ def show(datasets: Datasets, split: str, first: int, last: int, as_json: bool) -
             f"--show {split}:{first}-{last}: the {split} split has {len(samples)} samples, 0 to {len(samples) - 1}"
         )
     for k in range(first, last + 1):
-        tokens = samples.tokens(k).tolist()
+        tokens = samples.sample(k).ids.tolist()
         if as_json:
             print(json.dumps({"split": split, "sample": k, "tokens": tokens}))
         else:

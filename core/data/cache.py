@@ -31,7 +31,7 @@ class IndexCache:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise DataFlagError(
-                    f"--data-cache-path {path}: {error.strerror.lower()}; name a folder that can be written"
+                    f"--data-cache-path {path}: {str(error.strerror).lower()}; name a folder that can be written"
                 ) from None
 
     def arrays(

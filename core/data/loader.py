@@ -1,4 +1,8 @@
-"""Micro-batches of one data-parallel rank, from any sample on, read ahead by worker processes. The position is all the state there is."""
+"""Turn the samples of a source into micro-batches of one data-parallel rank, read ahead.
+
+Worker processes read ahead. A loader begins at any sample: beside the state of its source, the
+position is all the state there is.
+"""
 
 import atexit
 import multiprocessing
@@ -7,14 +11,16 @@ import signal
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .dataset import Samples
 from .errors import DataError
+from .source import Source
 
-IGNORED = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}  # by a worker; SIGTERM as in _Worker
+# Signals that a worker ignores; for SIGTERM see _Worker.
+IGNORED = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
@@ -25,29 +31,40 @@ class Batch:
     labels: torch.Tensor  # [B, T] int64, the id that follows each input
     loss_mask: torch.Tensor  # [B, T] float32, 1 where the prediction counts
     samples: torch.Tensor  # [B] int64, global positions in the order of the run
+    # [B, T] int64, the document of each input within its sample; None if `tokens` say it.
+    documents: torch.Tensor | None = None
 
     def pin_memory(self) -> "Batch":
+        """Return a copy in memory that a device copies from without waiting."""
         return Batch(
-            *(
-                tensor.pin_memory()
-                for tensor in (self.tokens, self.labels, self.loss_mask, self.samples)
-            )
+            self.tokens.pin_memory(),
+            self.labels.pin_memory(),
+            self.loss_mask.pin_memory(),
+            self.samples.pin_memory(),
+            None if self.documents is None else self.documents.pin_memory(),
         )
 
 
 class MicroBatches:
-    """Iterator over micro-batches: step i takes the samples start + i * mbs * dp_size on, and this rank its mbs of them.
+    """Iterator over micro-batches.
 
-    dataset: its samples `start` to `end` (all by default). If the last step is short, rows beyond `end` hold zeros under a mask of zeros:
-    every rank gets the same number of micro-batches and every sample counts once.
-    vocab_size: ids must lie below; with eod_mask_loss predictions made from `eod` count nothing.
-    Raises DataError from `next` at the first id outside the vocabulary, naming its file, document and offset.
-    num_workers: processes that read ahead; 0 reads in this one. `close` ends them; so does the end of the data or of this process.
+    Step i takes the samples from start + i * mbs * dp_size on, and this rank its mbs of them.
+
+    source, start, end: its samples `start` to `end` (all by default). If the last step is short,
+        rows beyond `end` hold zeros under a mask of zeros: every rank gets the same number of
+        micro-batches and every sample counts once.
+    vocab_size: ids must lie below.
+    eod, eod_mask_loss: predictions made from `eod` count nothing if the latter is set.
+    num_workers: processes that read ahead; 0 reads in this one. `close` ends them; so does the end
+        of the data or of this process.
+
+    Raises DataError from `next` at the first id outside the vocabulary, naming its file, document
+    and offset.
     """
 
     def __init__(
         self,
-        dataset: Samples,
+        source: Source,
         *,
         micro_batch_size: int,
         vocab_size: int,
@@ -60,13 +77,11 @@ class MicroBatches:
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        end = len(dataset) if end is None else min(end, len(dataset))
-        reader = _Reader(dataset, micro_batch_size, vocab_size, eod if eod_mask_loss else None, end)
-        firsts = range(
-            start + dp_rank * micro_batch_size,
-            end + dp_rank * micro_batch_size,
-            micro_batch_size * dp_size,
-        )
+        end = len(source) if end is None else min(end, len(source))
+        masked_id = eod if eod_mask_loss else None
+        reader = _Reader(source, micro_batch_size, vocab_size, masked_id, end)
+        own = dp_rank * micro_batch_size
+        firsts = range(start + own, end + own, micro_batch_size * dp_size)
         self._closing = multiprocessing.Event() if num_workers else None
         loader = DataLoader(
             reader,
@@ -79,13 +94,15 @@ class MicroBatches:
             # The loader draws a seed for its workers: not from the generator of the run.
             generator=torch.Generator(),
         )
-        # A worker starts with these signals held back, and lets them through once it knows what to do with them.
+        # A worker starts with these signals held back, and lets them through once it knows what to
+        # do with them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED | {signal.SIGTERM})
         try:
             self._batches: Iterator[Batch | str] | None = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        # torch does not end its workers once the interpreter is going down: do so before, without keeping this object alive.
+        # torch does not end its workers once the interpreter is going down: do so before, without
+        # keeping this object alive.
         self._at_exit = _CloseAtExit(self)
         atexit.register(self._at_exit)
 
@@ -128,9 +145,10 @@ class _CloseAtExit:
 
 
 class _Worker:
-    """What a worker process does first: leave the job's signals to its parent, which may want to save before it ends.
+    """Called first in a worker process: leave the job's signals to the parent.
 
-    A worker that took SIGTERM from the scheduler would take the run down with it. It ends when the loader closes or the parent is gone.
+    The parent may want to save before it ends, and a worker that took SIGTERM from the scheduler
+    would take the run down with it. A worker ends when the loader closes or the parent is gone.
     """
 
     def __init__(self, closing):
@@ -148,48 +166,60 @@ class _Worker:
 
 
 class _Reader(Dataset):
-    """The micro-batch whose first sample is `first`; a problem travels as its message, so that no worker's traceback surrounds it."""
+    """The micro-batch whose first sample is `first`, by item.
+
+    A problem travels as its message, so that no worker's traceback surrounds it.
+    """
 
     def __init__(
         self,
-        dataset: Samples,
+        source: Source,
         micro_batch_size: int,
         vocab_size: int,
         masked_id: int | None,
         end: int,
     ):
-        self.dataset, self.micro_batch_size, self.vocab_size, self.masked_id, self.end = (
-            dataset,
-            micro_batch_size,
-            vocab_size,
-            masked_id,
-            end,
-        )
+        self.source = source
+        self.micro_batch_size = micro_batch_size
+        self.vocab_size = vocab_size
+        self.masked_id = masked_id
+        self.end = end
 
     def __getitem__(self, first: int) -> Batch | str:
-        samples = torch.arange(first, first + self.micro_batch_size)
-        ids = torch.zeros(self.micro_batch_size, self.dataset.seq_length + 1, dtype=torch.int64)
-        mask = torch.zeros(self.micro_batch_size, self.dataset.seq_length)
+        size, length = self.micro_batch_size, self.source.seq_length
+        ids = torch.zeros(size, length + 1, dtype=torch.int64)
+        mask = torch.zeros(size, length)
+        documents = None
         try:
-            for row, sample in enumerate(
-                range(first, min(first + self.micro_batch_size, self.end))
-            ):
-                ids[row] = torch.from_numpy(self.dataset.tokens(sample))
+            for row, k in enumerate(range(first, min(first + size, self.end))):
+                sample = self.source.sample(k)
+                ids[row] = torch.from_numpy(sample.ids)
                 mask[row] = 1
+                if sample.loss_mask is not None:
+                    mask[row] = torch.from_numpy(sample.loss_mask)
+                if sample.documents is not None:
+                    if documents is None:
+                        documents = torch.zeros(size, length, dtype=torch.int64)
+                    documents[row] = torch.from_numpy(sample.documents)
         except DataError as error:
             return str(error)
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             return self._outside(ids, first)
-        tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        tokens = ids[:, :-1].contiguous()
+        labels = ids[:, 1:].contiguous()
         if self.masked_id is not None:
             mask[tokens == self.masked_id] = 0
-        return Batch(tokens, labels, mask, samples)
+        return Batch(tokens, labels, mask, torch.arange(first, first + size), documents)
 
     def _outside(self, ids: torch.Tensor, first: int) -> str:
+        """Return the message for an id outside the vocabulary: the first one's place and value."""
         row, position = ((ids < 0) | (ids >= self.vocab_size)).nonzero()[0].tolist()
-        where = self.dataset.locate(first + row, position)
-        return f"{where}: token id {ids[row, position]} is outside the vocabulary of {self.vocab_size}; use the tokenizer that made the data"
+        where = self.source.locate(first + row, position)
+        return (
+            f"{where}: token id {ids[row, position]} is outside the vocabulary of "
+            f"{self.vocab_size}; use the tokenizer that made the data"
+        )
 
 
-def _as_is(batch: Batch | str) -> Batch | str:
+def _as_is(batch: Any) -> Any:
     return batch

@@ -1,9 +1,25 @@
-"""The order of samples, as Megatron defines it: split, epochs, three indices per dataset, and blends of datasets. Pure functions."""
+"""The order of samples, as Megatron defines it. Pure functions.
+
+A split of a dataset is a range of its sequences. To make samples of T tokens, its sequences are
+laid end to end, as often as there are epochs, and cut every T tokens. Three indices describe that:
+
+    document   the sequences in the order in which they are laid: shuffled
+    sample     for each sample, where in this row of sequences it begins
+    shuffle    which of these samples is number k of the run
+
+With sequences a (3 tokens), b (2) and c (4) and T = 4, document [c, a, b] gives
+
+    c0 c1 c2 c3 | a0 a1 a2 b0 | b1        sample [(0, 0), (1, 0), (2, 1)]
+
+two samples, each with the token that follows it as the last label. A blend has two indices more:
+for each of its samples, which dataset it is from, and its number there.
+"""
 
 import hashlib
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,26 +29,31 @@ from .errors import DataFlagError
 try:
     from .. import _native
 except ImportError:  # installed without a compiler
-    _native = None
+    _native = None  # type: ignore[assignment]
 
 # A module left over from an older build may lack the index builder: as good as none.
 NATIVE = hasattr(_native, "sample_index_int32")
 SPLITS = ("train", "valid", "test")
 MAX_DATASETS = np.iinfo(np.int16).max
-SURPLUS = (
-    0.005  # of samples built per dataset of a weighted blend, over those the blend means to draw
-)
+# Samples built per dataset of a weighted blend, over those that the blend means to draw.
+SURPLUS = 0.005
 
 
-def parse_data_path(items: list[str] | tuple[str, ...]) -> tuple[list[str], list[float] | None]:
-    """Prefixes and weights of --data-path: weight, prefix pairs if every other item of an even number is a number, else prefixes alone.
+def parse_data_path(items: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """Return the prefixes of --data-path and their weights, None without weights.
 
-    Raises DataFlagError on nothing at all, and on a weight that is not positive and finite.
+    It is pairs of weight and prefix if every other item of an even number is a number, else
+    prefixes alone. Raises DataFlagError on nothing at all, and on a weight that is not positive
+    and finite.
     """
     if not items:
         raise DataFlagError("--data-path names no dataset")
-    weights = [_number(item) for item in items[::2]] if len(items) % 2 == 0 else [None]
-    if any(weight is None for weight in weights):
+    weights = []
+    for item in items[::2]:
+        weight = _number(item)
+        if weight is not None:
+            weights.append(weight)
+    if 2 * len(weights) != len(items):
         return [item.strip() for item in items], None
     prefixes = [item.strip() for item in items[1::2]]
     for weight, prefix in zip(weights, prefixes, strict=True):
@@ -51,55 +72,61 @@ def _number(item: str) -> float | None:
 
 
 def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int] | None]:
-    """Sequences [start, stop) of training, validation and test; None for a share of zero. Shares are rounded as Python rounds: half to even.
+    """Return the sequences [start, stop) of training, validation and test.
 
-    Raises DataFlagError if `split` is not up to three shares.
+    None for a share of zero. Bounds are rounded as Python rounds: half to even. Raises
+    DataFlagError if `split` is not up to three shares.
     """
-    shares = [_number(share) for share in split.split(",")]
-    if (
-        len(shares) > 3
-        or any(share is None or not 0 <= share < math.inf for share in shares)
-        or sum(shares) == 0
-    ):
+    numbers = [_number(share) for share in split.split(",")]
+    shares = [share for share in numbers if share is not None and 0 <= share < math.inf]
+    if len(numbers) > 3 or len(shares) < len(numbers) or sum(shares) == 0:
         raise DataFlagError(f"--split {split!r} is not up to three shares such as 969,30,1")
-    shares = normalized(shares + [0.0] * (3 - len(shares)))
+    missing = [0.0] * (3 - len(shares))
     edges = [0.0]
-    for share in shares:
+    for share in normalized(shares + missing):
         edges.append(edges[-1] + share)
-    return [
-        (round(low * float(num_sequences)), round(high * float(num_sequences)))
-        if high > low
-        else None
-        for low, high in itertools.pairwise(edges)
-    ]
+    bounds: list[tuple[int, int] | None] = []
+    for low, high in itertools.pairwise(edges):
+        start = round(low * float(num_sequences))
+        stop = round(high * float(num_sequences))
+        bounds.append((start, stop) if high > low else None)
+    return bounds
 
 
-def normalized(weights: list[float]) -> list[float]:
-    """Weights over their sum, in float64."""
+def normalized(weights: Sequence[float]) -> list[float]:
+    """Return the weights over their sum, in float64."""
     array = np.array(weights, dtype=np.float64)
     return (array / np.sum(array)).tolist()
 
 
 @dataclass(frozen=True)
 class Epochs:
-    """How often a split is gone through, and where its samples fall."""
+    """How often a split is gone through, and where its samples fall.
 
-    count: int  # E
-    separate_final: bool  # the last epoch is shuffled by itself, because little of it is used
-    samples_before_final: (
-        int  # A, samples that end before the last epoch; all of them if it is not separate
-    )
-    num_samples: int  # n, everything the epochs hold
+    count: number of epochs.
+    separate_final: the last epoch is shuffled by itself, because little of it is used.
+    samples_before_final: those that end before the last epoch; all if it is not separate.
+    num_samples: everything the epochs hold.
+    """
+
+    count: int
+    separate_final: bool
+    samples_before_final: int
+    num_samples: int
 
 
 def plan_epochs(tokens: int, seq_length: int, num_samples: int | None) -> Epochs:
-    """The fewest epochs of `tokens` that hold `num_samples` samples of `seq_length` tokens and one; one epoch if None.
+    """Return the fewest epochs of `tokens` that hold `num_samples`; one epoch if None.
 
-    All in Python integers: nothing overflows. `tokens` must be above 0.
+    A sample is `seq_length` tokens and one. All in Python integers: nothing overflows. `tokens`
+    must be above 0.
     """
-    count = 1 if num_samples is None else max(1, -(-(num_samples * seq_length + 1) // tokens))
+    count = 1
+    if num_samples is not None:
+        needed = num_samples * seq_length + 1
+        count = max(1, -(-needed // tokens))
     total = (count * tokens - 1) // seq_length
-    if count == 1:
+    if num_samples is None or count == 1:
         return Epochs(1, False, total, total)
     before_final = ((count - 1) * tokens - 1) // seq_length
     per_epoch = (tokens - 1) // seq_length
@@ -110,10 +137,13 @@ def plan_epochs(tokens: int, seq_length: int, num_samples: int | None) -> Epochs
 def build_indices(
     lengths: np.ndarray, start: int, epochs: Epochs, seq_length: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """The three indices of one split; `lengths` are those of its sequences, the first of which is sequence `start`.
+    """Build the three indices of one split of S sequences, E epochs and n samples.
 
-    document [E * S] int32: sequences in the order they are read. sample [n + 1, 2]: position in `document` and token offset at which
-    samples begin. shuffle [n]: the place of sample k. The random draws come in the order document, shuffle; sample needs none.
+    lengths: of its sequences, the first of which is sequence `start`.
+
+    Returns document [E * S] int32: sequences in the order they are read; sample [n + 1, 2]:
+    position in `document` and token offset at which samples begin; shuffle [n]: the place of
+    sample k. The random draws come in the order document, shuffle; sample needs none.
     """
     random = np.random.RandomState(seed)
     document = _document_index(start, len(lengths), epochs, random)
@@ -122,7 +152,7 @@ def build_indices(
 
 
 def index_shapes(num_sequences: int, epochs: Epochs) -> dict[str, tuple[int, ...]]:
-    """The shapes that `build_indices` returns."""
+    """Return the shapes of what `build_indices` returns."""
     return {
         "document": (epochs.count * num_sequences,),
         "sample": (epochs.num_samples + 1, 2),
@@ -159,9 +189,10 @@ def sample_index(
     num_samples: int,
     native: bool = NATIVE,
 ) -> np.ndarray:
-    """[num_samples + 1, 2]: where token j * seq_length of the documents laid end to end lies; int32, or int64 where that is too small.
+    """Return where token j * seq_length of the documents laid end to end lies.
 
-    lengths[d - first] is the length of document d. Both ways to build it give the same array.
+    [num_samples + 1, 2], int32, or int64 where that is too small. lengths[d - first] is the length
+    of document d. The native builder and numpy give the same array.
     """
     lengths = np.ascontiguousarray(lengths, dtype=np.int32)
     wide = len(document) > np.iinfo(np.int32).max
@@ -177,17 +208,20 @@ def sample_index(
 
 
 def blend_sizes(weights: list[float], num_samples: int) -> tuple[list[int], list[int]]:
-    """Samples a weighted blend means to draw from each dataset (their sum is its length), and those each dataset is built for."""
+    """Return the samples that a weighted blend means to draw from each dataset, and those that
+    each dataset is built for. The sum of the former is the length of the blend."""
     drawn = [math.ceil(num_samples * weight) for weight in normalized(weights)]
-    return drawn, [math.ceil(count * (1 + SURPLUS)) for count in drawn]
+    built = [math.ceil(count * (1 + SURPLUS)) for count in drawn]
+    return drawn, built
 
 
 def blend_index(
-    weights: list[float], size: int, native: bool = NATIVE
+    weights: Sequence[float], size: int, native: bool = NATIVE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `size` samples the dataset it comes from, int16, and its number there, int64: always the dataset furthest behind its weight.
+    """Return for each of `size` samples its dataset, int16, and its number there, int64.
 
-    The weights are normalized here even if they were before, as in Megatron: that can move a last bit, and with it a tie.
+    It is always the dataset that is furthest behind its weight. The weights are normalized here
+    even if they were before, as in Megatron: that can move a last bit, and with it a tie.
     """
     weights = normalized(weights)
     if native:
@@ -198,7 +232,7 @@ def blend_index(
 def exhaustive_blend_index(
     sizes: list[int], native: bool = NATIVE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`blend_index` that takes exactly sizes[k] samples from dataset k, in proportion to the sizes."""
+    """Return a `blend_index` that takes exactly sizes[k] samples from dataset k."""
     if native:
         return _native.exhaustive_blend_index(np.array(sizes, np.int64))
     return _furthest_behind(np.array(sizes, np.float64) / sum(sizes), sizes, sum(sizes))
@@ -207,18 +241,20 @@ def exhaustive_blend_index(
 def _furthest_behind(
     weights: np.ndarray, limits: list[int], size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    dataset, sample = np.empty(size, np.int16), np.empty(size, np.int64)
+    dataset = np.empty(size, np.int16)
+    sample = np.empty(size, np.int64)
     used = np.zeros(len(weights))
     closed = np.array(limits) == 0
     for s in range(size):
         lag = np.where(closed, -np.inf, weights * float(max(s, 1)) - used)
         k = int(np.argmax(lag))
-        dataset[s], sample[s] = k, used[k]
+        dataset[s] = k
+        sample[s] = used[k]
         used[k] += 1
         closed[k] = used[k] == limits[k]
     return dataset, sample
 
 
 def fingerprint(facts: dict) -> str:
-    """SHA-256 (hex) of facts that JSON can hold, whatever their order."""
+    """Return the SHA-256 (hex) of facts that JSON can hold, whatever their order."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

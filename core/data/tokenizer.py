@@ -75,13 +75,12 @@ def build_tokenizer(
                 "--tokenizer-type NullTokenizer needs --vocab-size, the number of ids without the end of document"
             )
         return NullTokenizer(vocab_size)
+    tokenizer: Tokenizer
     if tokenizer_type == "HuggingFaceTokenizer":
         tokenizer = _hugging_face(_existing("--tokenizer-model", tokenizer_model, tokenizer_type))
     elif tokenizer_type == "GPT2BPETokenizer":
-        vocab, merges = (
-            _existing("--vocab-file", vocab_file, tokenizer_type),
-            _existing("--merge-file", merge_file, tokenizer_type),
-        )
+        vocab = _existing("--vocab-file", vocab_file, tokenizer_type)
+        merges = _existing("--merge-file", merge_file, tokenizer_type)
         tokenizer = _gpt2(vocab, merges, "--vocab-file")
     elif tokenizer_type == "SentencePieceTokenizer":
         tokenizer = SentencePieceTokenizer(
@@ -104,7 +103,9 @@ class NullTokenizer:
     """Text is integers between spaces: ids 0 .. size - 1, and `size` is the end of document."""
 
     def __init__(self, size: int):
-        self.vocab_size, self.eod, self.files = size + 1, size, ()
+        self.vocab_size = size + 1
+        self.eod = size
+        self.files: tuple[Path, ...] = ()
         self.fingerprint = _sha256(b"NullTokenizer", str(size).encode())
 
     def encode(self, text: str) -> list[int]:

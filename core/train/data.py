@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 from ..config import Config
-from ..data.dataset import Datasets, build_datasets
 from ..data.loader import MicroBatches
+from ..data.splits import Datasets, build_datasets
 from ..data.tokenizer import Tokenizer
 from ..mesh import Mesh
 from .schedule import BatchSchedule, Progress
@@ -91,9 +91,7 @@ def _open_datasets(
         batch.seq_length,
         batch.seed,
         (num_samples, evaluated, evaluated),
-        train_data_path=data.train_data_path,
-        valid_data_path=data.valid_data_path,
-        test_data_path=data.test_data_path,
+        own_paths=(data.train_data_path, data.valid_data_path, data.test_data_path),
         cache_path=data.data_cache_path,
         mock=data.mock_data,
         vocab_size=tokenizer.vocab_size,

@@ -83,7 +83,10 @@ class PrepareBatch:
             stream = rng.DropoutStream.of(self.seed, iteration, batch.samples, own)
         documents = None
         if self.cuts_attention or self.restarts_positions:
-            documents = document_indices(tokens, self.eod)
+            if batch.documents is None:
+                documents = document_indices(tokens, self.eod)
+            else:
+                documents = batch.documents.to(self.device, non_blocking=True)
             if self.restarts_positions:
                 positions = local_tokens(positions_in_documents(documents), cp)
             if not self.cuts_attention:

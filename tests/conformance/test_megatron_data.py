@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from trivium.data import order
-from trivium.data.dataset import build_datasets
 from trivium.data.errors import DataError
 from trivium.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+from trivium.data.splits import build_datasets
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
@@ -62,7 +62,7 @@ def assert_same(ours, theirs):
     assert len(ours) == len(theirs)
     for k in range(len(theirs)):
         sample = theirs[k]
-        ids = ours.tokens(k)
+        ids = ours.sample(k).ids
         np.testing.assert_array_equal(ids[:-1], sample["tokens"].numpy())
         np.testing.assert_array_equal(ids[1:], sample["labels"].numpy())
 
@@ -173,12 +173,7 @@ def test_each_split_from_its_own_path_gives_the_samples_megatron_gives(case, tmp
         sizes,
         per_split=[megatron_utils.get_blend_from_list(path) for path in paths],
     )
-    keywords = {
-        "train_data_path": paths[0],
-        "valid_data_path": paths[1],
-        "test_data_path": paths[2],
-    }
-    ours = build_datasets(None, "1", seq_length, seed, tuple(sizes), **keywords)
+    ours = build_datasets(None, "1", seq_length, seed, tuple(sizes), own_paths=paths)
     for mine, reference in zip((ours.train, ours.valid, ours.test), theirs, strict=True):
         assert_same(mine, reference)
 

@@ -9,10 +9,10 @@ import pytest
 from trivium.data import cache as cache_module
 from trivium.data import order
 from trivium.data.cache import IndexCache
-from trivium.data.dataset import build_datasets
 from trivium.data.digest import content_digest
 from trivium.data.errors import DataError
 from trivium.data.indexed import IndexedDatasetWriter
+from trivium.data.splits import build_datasets
 
 SHAPES = {"a": (1000,), "b": (3, 2)}
 
@@ -104,7 +104,7 @@ def test_a_path_that_is_a_file_is_an_error(tmp_path):
 
 def race(folder):
     data = build_datasets([os.path.join(folder, "data")], "1", 8, 1, (500, 0, 0))
-    return [data.train.tokens(k).tolist() for k in range(20)]
+    return [data.train.sample(k).ids.tolist() for k in range(20)]
 
 
 def test_processes_that_race_read_the_same(tmp_path):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from trivium.data import order
-from trivium.data.dataset import MockDataset, build_datasets
 from trivium.data.errors import DataError
 from trivium.data.indexed import IndexedDatasetWriter
+from trivium.data.source import MockDataset
+from trivium.data.splits import build_datasets
 
 
 def write(prefix, lengths, first=0):
@@ -33,14 +34,14 @@ def train(prefix, samples=None, split="1", seq_length=4, seed=7, **more):
 
 
 def all_tokens(dataset):
-    return [dataset.tokens(k).tolist() for k in range(len(dataset))]
+    return [dataset.sample(k).ids.tolist() for k in range(len(dataset))]
 
 
 def test_an_epoch_of_samples_holds_every_document_in_shuffled_order(prefix):
     dataset = train(prefix)
     assert len(dataset) == (225 - 1) // 4
     in_order = np.argsort(dataset._shuffle)
-    stream = np.concatenate([dataset.tokens(k)[:-1] for k in in_order])
+    stream = np.concatenate([dataset.sample(k).ids[:-1] for k in in_order])
     documents = np.concatenate([dataset.indexed.get(i) for i in dataset._document])
     np.testing.assert_array_equal(stream, documents[: len(stream)])
     assert sorted(documents) == list(range(225)) and not np.array_equal(documents, np.arange(225))
@@ -50,14 +51,15 @@ def test_neighbouring_samples_share_one_token(prefix):
     dataset = train(prefix)
     at = np.argsort(dataset._shuffle)
     assert all(
-        dataset.tokens(at[j])[-1] == dataset.tokens(at[j + 1])[0] for j in range(len(dataset) - 1)
+        dataset.sample(at[j]).ids[-1] == dataset.sample(at[j + 1]).ids[0]
+        for j in range(len(dataset) - 1)
     )
 
 
 def test_every_id_is_located_in_its_file(prefix):
     dataset = train(prefix, samples=120)
     for k in range(0, len(dataset), 7):
-        for position, token in enumerate(dataset.tokens(k)):
+        for position, token in enumerate(dataset.sample(k).ids):
             file, document, offset = dataset.locate(k, position).split(", ")
             assert file == f"{prefix}.bin"
             document, offset = int(document.split()[1]), int(offset.split()[1])
@@ -68,7 +70,7 @@ def test_every_id_is_located_in_its_file(prefix):
 def test_splits_do_not_share_a_token(prefix):
     data = build_datasets([prefix], "6,2,2", 4, 7, (None, None, None))
     seen = [
-        set(np.concatenate([dataset.tokens(k) for k in range(len(dataset))]).tolist())
+        set(np.concatenate([dataset.sample(k).ids for k in range(len(dataset))]).tolist())
         for dataset in (data.train, data.valid, data.test)
     ]
     assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
@@ -84,7 +86,7 @@ def test_a_dataset_and_a_blend_pickle_as_what_they_are_made_of(prefix, tmp_path)
 def test_a_blend_draws_by_weight_and_locates_in_the_right_file(prefix, tmp_path):
     other = write(tmp_path / "other", [50] * 9, first=1000)
     dataset = train(["1", prefix, "3", other], 100)
-    from_other = [k for k in range(len(dataset)) if dataset.tokens(k)[0] >= 1000]
+    from_other = [k for k in range(len(dataset)) if dataset.sample(k).ids[0] >= 1000]
     assert len(dataset) == 100 and len(from_other) == 75
     assert dataset.locate(from_other[0], 0).startswith(f"{other}.bin, document")
 
@@ -219,7 +221,7 @@ def test_mock_samples_follow_from_seed_and_number_alone():
 
 
 def test_mock_samples_can_be_learnt():
-    steps = np.diff([MockDataset(1000, 64, 1, 200).tokens(k) for k in range(200)], axis=1) % 256
+    steps = np.diff([MockDataset(1000, 64, 1, 200).sample(k).ids for k in range(200)], axis=1) % 256
     # Both ids of a pair are walked, not replaced, with probability (15/16)^2 = 0.879; 12,800 pairs, so 0.02 is 7 standard deviations.
     assert abs(np.mean((steps >= 1) & (steps <= 4)) - (0.879 + 0.121 * 4 / 256)) < 0.02
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from trivium.data.dataset import MockDataset, build_datasets
 from trivium.data.errors import DataError
 from trivium.data.indexed import IndexedDatasetWriter
 from trivium.data.loader import Batch, MicroBatches
+from trivium.data.source import MockDataset, Positioned, Sample
+from trivium.data.splits import build_datasets
 
 VOCABULARY = {"vocab_size": 100, "eod": 99}
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -59,7 +60,7 @@ def wait_for_no_children():
 @WORKERS
 def test_batches_hold_the_samples_in_order(dataset, workers):
     tokens, labels, mask, samples = gather(load(dataset, num_workers=workers))
-    ids = np.stack([dataset.tokens(k) for k in range(24)])
+    ids = np.stack([dataset.sample(k).ids for k in range(24)])
     assert (
         tokens.dtype == labels.dtype == samples.dtype == torch.int64 and mask.dtype == torch.float32
     )
@@ -183,7 +184,7 @@ def test_signals_of_the_scheduler_leave_the_workers_reading(dataset):
 def test_a_run_that_ends_in_the_middle_leaves_no_process_and_no_noise(ending):
     script = f"""
         import multiprocessing, os, signal, sys
-        from trivium.data.dataset import MockDataset
+        from trivium.data.source import MockDataset, Positioned, Sample
         from trivium.data.loader import MicroBatches
         loader = MicroBatches(MockDataset(100, 8, 1, 10000), micro_batch_size=2, vocab_size=100, eod=99, num_workers=2)
         next(loader)
@@ -215,3 +216,37 @@ def test_a_batch_is_frozen(dataset):
     assert isinstance(batch, Batch)
     with pytest.raises(AttributeError):
         batch.tokens = None
+
+
+class Chat(Positioned):
+    """A source whose samples say by themselves which predictions count and where documents end."""
+
+    seq_length = 4
+    fingerprint = "chat"
+
+    def __len__(self):
+        return 3
+
+    def sample(self, k):
+        mask = np.array([0, 0, 1, 1], np.float32)
+        return Sample(np.arange(5) + k, "chat", mask, np.array([0, 0, 1, 1]))
+
+    def locate(self, k, position):
+        return f"chat {k}, token {position}"
+
+
+def test_a_sample_says_what_counts_and_where_documents_end():
+    """Rows beyond the end are masked; end-of-document ids are masked on top of the sample's own."""
+    loader = MicroBatches(Chat(), micro_batch_size=2, vocab_size=9, eod=4, eod_mask_loss=True)
+    first, last = loader
+    assert first.documents.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
+    assert first.loss_mask.tolist() == [[0, 0, 1, 1], [0, 0, 1, 0]]
+    assert last.documents.tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
+    assert last.loss_mask.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
+
+
+def test_a_function_of_the_position_has_no_state():
+    source = Chat()
+    source.load_state(source.state())
+    with pytest.raises(DataError, match="the state shard is of another kind of data"):
+        source.load_state({"shard": 3})

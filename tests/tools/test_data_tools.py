@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from trivium.data.dataset import build_datasets
 from trivium.data.indexed import IndexedDataset, IndexedDatasetWriter
+from trivium.data.splits import build_datasets
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 NULL = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "100")
@@ -376,9 +376,10 @@ def test_inspect_shows_the_samples_a_run_would_get(datasets):
     )
     data = build_datasets(items, "8,1,1", 8, 5, (90, 20, 0))
     expected = [
-        {"split": "train", "sample": k, "tokens": data.train.tokens(k).tolist()} for k in range(8)
+        {"split": "train", "sample": k, "tokens": data.train.sample(k).ids.tolist()}
+        for k in range(8)
     ]
-    expected.append({"split": "valid", "sample": 3, "tokens": data.valid.tokens(3).tolist()})
+    expected.append({"split": "valid", "sample": 3, "tokens": data.valid.sample(3).ids.tolist()})
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected and done.stderr == ""
 
 

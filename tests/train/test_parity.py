@@ -57,14 +57,14 @@ def test_the_loss_is_the_masked_mean_over_the_global_batch(data, tmp_path):
 
     from trivium import ops
     from trivium.config import flags, resolve
-    from trivium.data.dataset import build_datasets
+    from trivium.data.splits import build_datasets
     from trivium.model.gpt import GPT
 
     arguments = f"{SMALL}{LLAMA}{NO_DROPOUT} --eod-mask-loss --split 100,0,0 --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl"
     train(arguments, 2)
     config = resolve(flags.parse(arguments.split()).config, 1)
     samples = build_datasets([str(data)], "100,0,0", 32, 1234, (160, 0, 0)).train
-    ids = torch.from_numpy(np.stack([samples.tokens(k) for k in range(8)]))
+    ids = torch.from_numpy(np.stack([samples.sample(k).ids for k in range(8)]))
     model = GPT(config.model, 97, ops=ops.Ops(), seed=1234)
     mask = ids[:, :-1] != 96
     _, losses = model(ids[:, :-1], targets=(ids[:, 1:], mask))

@@ -13,7 +13,7 @@ from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data, write_end
 
 from trivium import ops
 from trivium.config import flags, resolve
-from trivium.data.dataset import build_datasets
+from trivium.data.splits import build_datasets
 from trivium.model.gpt import GPT
 from trivium.train.passes import Passes
 
@@ -173,7 +173,7 @@ def test_evaluation_is_the_masked_mean_of_the_first_samples_without_dropout(data
     arguments = f"{RUN} {still} --data-path {data} --split 60,40,0 --metrics-jsonl {tmp_path}/m.jsonl --exit-interval 10"
     train(arguments, 4)
     samples = build_datasets([str(data)], "60,40,0", 32, 1234, (160, 24, 0)).valid
-    ids = torch.stack([torch.from_numpy(samples.tokens(k)) for k in range(24)])
+    ids = torch.stack([torch.from_numpy(samples.sample(k).ids) for k in range(24)])
     config = resolve(flags.parse(arguments.split()).config, 1)
     model = GPT(config.model, 97, ops=ops.Ops(), seed=1234).eval()
     mask = ids[:, :-1] != 96

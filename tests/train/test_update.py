@@ -7,7 +7,7 @@ from runs import LLAMA, NO_DROPOUT, SMALL, write_data
 import pretrain_gpt
 from trivium import ops
 from trivium.config import flags, resolve
-from trivium.data.dataset import build_datasets
+from trivium.data.splits import build_datasets
 from trivium.launch import Process
 from trivium.mesh import Mesh
 from trivium.model.gpt import GPT
@@ -53,7 +53,7 @@ def test_the_update_uses_the_gradient_of_the_masked_mean_clipped_once(
     )
     config = resolve(flags.parse(arguments.split()).config, 1)
     samples = build_datasets([str(data)], "100,0,0", 32, 1234, (160, 0, 0)).train
-    ids = torch.stack([torch.from_numpy(samples.tokens(k)) for k in range(8)])
+    ids = torch.stack([torch.from_numpy(samples.sample(k).ids) for k in range(8)])
     model = GPT(config.model, 97, ops=ops.Ops(), seed=1234)
     mask = (ids[:, :-1] != 96).float()
     model(ids[:, :-1], targets=(ids[:, 1:], mask / mask.sum()))[0].backward()
