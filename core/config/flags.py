@@ -1,6 +1,11 @@
-"""From a command line and YAML files to a Config: Megatron's flag names, generated from the fields of config.py.
+"""From a command line and YAML files to a Config.
 
-Later wins: defaults, then --preset or --hf-config, then each --config file from left to right, then the command line.
+Flags have Megatron's names and are made from the fields of fields.py: a new field is a flag, a key
+of YAML files and a line of --help without an edit here.
+
+The later of these wins:  defaults  <  --preset or --hf-config  <  each --config file, left to right
+<  the command line. Every layer is first turned into field names and checked values, and all that
+is wrong in any of them is reported at once.
 """
 
 import argparse
@@ -8,22 +13,35 @@ import difflib
 import json
 import math
 import types
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import yaml
 
 from .errors import ConfigError
-from .fields import Config
+from .fields import SECTIONS, Config, flag_of
 from .megatron_flags import ALIASES, REFUSED, WITHOUT_EFFECT
 from .presets import PRESETS
+
+_BASES = ("preset", "hf_config")  # keys that name a whole model instead of a field
+_EXAMPLE = (
+    "example: python pretrain_gpt.py --preset tiny --data-path DATA_text_document "
+    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model TOKENIZER --seq-length 256 "
+    "--micro-batch-size 8 --train-iters 100 --lr 1e-3 --save RUN"
+)
+
+ReadHFConfig = Callable[[str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asked for: the configuration, and the flags it named that have no effect here."""
+    """What a command line asks for.
+
+    without_effect: flags of Megatron's that it names and that change nothing here
+    list_presets: it asks for the list of presets instead of a run
+    """
 
     config: Config
     without_effect: tuple[str, ...] = ()
@@ -33,60 +51,56 @@ class Request:
 class _Parser(argparse.ArgumentParser):
     """argparse whose complaint is a ConfigError instead of an exit."""
 
-    def error(self, message: str):
-        raise ConfigError(
-            [message.removeprefix("argument ").replace("expected one argument", "needs a value")]
-        )
+    def error(self, message: str) -> NoReturn:
+        problem = message.removeprefix("argument ")
+        raise ConfigError([problem.replace("expected one argument", "needs a value")])
 
 
-def parse(
-    argv: list[str], read_hf_config: Callable[[str], dict[str, Any]] | None = None
-) -> Request:
-    """The request behind `argv` (without the program's name). read_hf_config: what --hf-config says, as fields of ours; its ValueError is a problem.
+def parse(argv: list[str], read_hf_config: ReadHFConfig | None = None) -> Request:
+    """Return what a command line, without the program's name, asks for.
 
-    Raises ConfigError with every unknown flag or key (each with the nearest one that exists), refused flag and bad value.
+    read_hf_config: gives the fields of ours for a value of --hf-config; its ValueError is a problem
+    Raises ConfigError with every unknown flag or key (each with the nearest one that exists),
+    refused flag and bad value.
     """
-    argv, ignored, problems = _sort_out(argv)
+    words = _sort_out(argv)
+    problems = words.problems
     try:
-        given = vars(_parser().parse_args(argv))
+        given = vars(_parser().parse_args(words.kept))
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
-    files, list_presets = given.pop("config", []), given.pop("list_presets", False)
-    layers = [_read_layer(Path(path), problems) for path in files]
-    layers.append(_convert_all({_flag(name): value for name, value in given.items()}, "", problems))
+    files = given.pop("config", [])
+    list_presets = given.pop("list_presets", False)
     values: dict[str, Any] = {}
-    for layer in layers:
-        values |= layer
-    base = _base(
-        values.pop("preset", None), values.pop("hf_config", None), read_hf_config, problems
-    )
+    for path in files:
+        values |= _read_layer(Path(path), problems)
+    by_flag = {flag_of(name): value for name, value in given.items()}
+    values |= _convert_all(by_flag, "", problems)
+    named_model = {key: values.pop(key, None) for key in _BASES}
+    base = _base(**named_model, read_hf_config=read_hf_config, problems=problems)
     if problems:
         raise ConfigError(problems)
     if "vocab_size" in base and values.get("tokenizer_type") == "NullTokenizer":
         base["vocab_size"] -= 1  # the last id is its end of document
-    return Request(Config.of(base | values), tuple(ignored), list_presets)
+    return Request(Config.of(base | values), tuple(words.ignored), list_presets)
 
 
 def _base(
-    preset: Any,
-    hf_config: Any,
-    read_hf_config: Callable[[str], dict[str, Any]] | None,
-    problems: list[str],
+    preset: Any, hf_config: Any, read_hf_config: ReadHFConfig | None, problems: list[str]
 ) -> dict[str, Any]:
-    """The values of a named model, which everything else overrides."""
+    """Return the values of a named model, which everything else overrides."""
     if preset is not None and hf_config is not None:
-        problems.append(
-            f"--preset {preset} and --hf-config {hf_config} exclude each other; give one"
-        )
-    elif preset is not None and str(preset) not in PRESETS:
-        problems.append(
-            f"--preset {preset} is unknown{_nearest(str(preset), PRESETS)}; --list-presets shows all"
-        )
+        given = f"--preset {preset} and --hf-config {hf_config}"
+        problems.append(f"{given} exclude each other; give one")
     elif preset is not None:
-        return dict(PRESETS[preset])
-    elif hf_config is not None and read_hf_config is None:
-        problems.append("--hf-config is not read here; give the shape by flags or --preset")
+        if str(preset) in PRESETS:
+            return dict(PRESETS[preset])
+        nearest = _nearest(str(preset), PRESETS)
+        problems.append(f"--preset {preset} is unknown{nearest}; --list-presets shows all")
     elif hf_config is not None:
+        if read_hf_config is None:
+            problems.append("--hf-config is not read here; give the shape by flags or --preset")
+            return {}
         try:
             return dict(read_hf_config(str(hf_config)))
         except ValueError as error:
@@ -95,7 +109,7 @@ def _base(
 
 
 def read_config(text: str) -> Config:
-    """A configuration from the YAML text that was saved beside a checkpoint."""
+    """Return a configuration from the YAML text that was saved beside a checkpoint."""
     problems: list[str] = []
     values = _flatten(yaml.safe_load(text), "config.yaml", problems)
     if problems:
@@ -104,8 +118,11 @@ def read_config(text: str) -> Config:
 
 
 def write_config(config: Config) -> str:
-    """The resolved configuration as YAML; `--config` reads it back."""
+    """Return a resolved configuration as YAML; `--config` reads it back."""
     return yaml.safe_dump(config.sections(), sort_keys=False, default_flow_style=None)
+
+
+# The parser, made from the fields.
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,8 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Pretrain a GPT. Flags have Megatron-LM's names, meanings and defaults.",
-        epilog="example: python pretrain_gpt.py --preset tiny --data-path DATA_text_document --tokenizer-type HuggingFaceTokenizer "
-        "--tokenizer-model TOKENIZER --seq-length 256 --micro-batch-size 8 --train-iters 100 --lr 1e-3 --save RUN",
+        epilog=_EXAMPLE,
     )
     parser.add_argument(
         "--config",
@@ -136,170 +152,203 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Print every preset with its parameter count, and exit (new).",
     )
-    for section in fields(Config):
-        group = parser.add_argument_group(section.name, section.type.__doc__)
-        for option in fields(section.type):
+    for name, section in SECTIONS.items():
+        group = parser.add_argument_group(name, section.__doc__)
+        for option in fields(section):
             _add_flag(group, option)
     return parser
 
 
-def _add_flag(group: argparse._ArgumentGroup, option) -> None:
-    name, kind, meta = "--" + option.name.replace("_", "-"), _kind(option.type), option.metadata
-    text = meta["help"].replace("%", "%%") + (
-        "" if option.default in (None, (), False) else f" Default: {option.default}."
-    )
+def _add_flag(group: argparse._ArgumentGroup, option: Field) -> None:
+    flag, kind = flag_of(option.name), _kind(option)
+    choices, many = option.metadata["choices"], option.metadata["many"]
+    text = option.metadata["help"].replace("%", "%%")
+    if option.default not in (None, (), False):
+        text += f" Default: {option.default}."
     if kind is bool and option.name.startswith("no_"):
-        group.add_argument(name, action="store_true", help=text)
+        group.add_argument(flag, action="store_true", help=text)
     elif kind is bool:
-        group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
-        # Values stay text here: `_convert` checks those of the command line and of YAML alike, and all of them at once.
-        metavar = (
-            "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else kind.__name__.upper()
-        )
-        group.add_argument(name, help=text, metavar=metavar, nargs="+" if meta["many"] else None)
+        # Values stay text here: `_convert` checks those of the command line and those of YAML
+        # alike, and all of them at once.
+        metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+        group.add_argument(flag, help=text, metavar=metavar, nargs="+" if many else None)
 
 
-def _kind(annotation: Any) -> type:
-    """int for `int | None`, str for `tuple[str, ...]`."""
+def _kind(option: Field) -> type:
+    """Return the type of one value: int for `int | None`, str for `tuple[str, ...]`."""
+    annotation: Any = option.type
     if isinstance(annotation, types.UnionType):
         return next(kind for kind in get_args(annotation) if kind is not type(None))
-    return get_args(annotation)[0] if get_args(annotation) else annotation
+    arguments = get_args(annotation)
+    return arguments[0] if arguments else annotation
 
 
-def _sort_out(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Dashes for underscores, aliases resolved; flags without effect taken out with their values, and named; the unknown and refused are problems."""
-    known = {
-        flag.removeprefix("--") for action in _parser()._actions for flag in action.option_strings
-    }
-    kept, ignored, problems = [], [], []
-    values_to_drop = 0.0  # of the flag before
+# The words of the command line, before argparse sees them.
+
+
+@dataclass
+class _Words:
+    """A command line, sorted out.
+
+    kept: the words that argparse reads
+    ignored: flags without effect
+    problems: one line for each flag that is unknown or refused
+    """
+
+    kept: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def _sort_out(argv: list[str]) -> _Words:
+    """Spell flags with dashes, replace aliases, and take out what has no effect or cannot be had.
+
+    The values of a flag that is taken out go with it: as many as a flag without effect has, all of
+    a flag that is a problem.
+    """
+    actions = _parser()._actions
+    known = {flag.removeprefix("--") for action in actions for flag in action.option_strings}
+    found = _Words()
+    values_to_drop = 0.0
     for word in argv:
         if not word.startswith("--"):
             if values_to_drop <= 0:
-                kept.append(word)
+                found.kept.append(word)
             values_to_drop -= 1
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("_", "-")
+        arity = _look_up(name, WITHOUT_EFFECT)
         values_to_drop = 0
         if name in known:
-            kept.append(f"--{name}{equals}{value}")
+            found.kept.append(f"--{name}{equals}{value}")
         elif name in ALIASES:
-            flag, value = ALIASES[name]
-            kept += [f"--{flag}", value]
-        elif (arity := _look_up(name, WITHOUT_EFFECT)) is not None:
-            ignored.append(f"--{name}")
+            flag, implied = ALIASES[name]
+            found.kept += [f"--{flag}", implied]
+        elif arity is not None:
+            found.ignored.append(f"--{name}")
             values_to_drop = 0 if equals else arity
         else:
             values_to_drop = math.inf
-            problems.append(
-                f"--{name} {_look_up(name, REFUSED) or 'is unknown' + _nearest(name, known, '--')}"
-            )
-    return kept, ignored, problems
+            found.problems.append(f"--{name} {_why_not(name, known, '--')}")
+    return found
 
 
-def _look_up(name: str, table: dict[str, Any]) -> Any:
-    """The entry of a flag, or of the pattern it falls under; None without one."""
+def _why_not(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return why a flag cannot be had: it is refused, or unknown and near to another."""
+    return _look_up(name.replace("_", "-"), REFUSED) or f"is unknown{_nearest(name, known, prefix)}"
+
+
+def _look_up(name: str, table: Mapping[str, Any]) -> Any:
+    """Return the entry of a flag, or of the pattern it falls under; None without one."""
     if name in table:
         return table[name]
-    return next(
-        (value for key, value in table.items() if key.endswith("*") and name.startswith(key[:-1])),
-        None,
-    )
+    patterns = (key for key in table if key.endswith("*") and name.startswith(key[:-1]))
+    pattern = next(patterns, None)
+    return None if pattern is None else table[pattern]
 
 
-def _nearest(name: str, known: Any, prefix: str = "") -> str:
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.7)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+# Values: of files and of the command line alike.
 
 
 def _read_layer(path: Path, problems: list[str]) -> dict[str, Any]:
+    """Return the values of one --config file."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         problems.append(f"--config {path}: {error.strerror}")
+        return {}
     except (yaml.YAMLError, ValueError) as error:
         problems.append(f"--config {path}: {' '.join(str(error).split())}")
-    else:
-        return _flatten({} if content is None else content, f"{path}: ", problems)
-    return {}
+        return {}
+    return _flatten({} if content is None else content, f"{path}: ", problems)
 
 
 def _flatten(content: Any, source: str, problems: list[str]) -> dict[str, Any]:
-    """Keys are flag names, alone or under the name of their section."""
+    """Return the values of a file whose keys are flag names, alone or under their section."""
     if not isinstance(content, dict):
         problems.append(f"{source}expected keys and values, found {type(content).__name__}")
         return {}
-    sections = {section.name for section in fields(Config)}
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= (
-            (value or {}) if key in sections and isinstance(value, dict | None) else {key: value}
-        )
+        is_section = key in SECTIONS and isinstance(value, dict | None)
+        flat |= (value or {}) if is_section else {key: value}
     return _convert_all(flat, source, problems)
 
 
 def _convert_all(given: dict[str, Any], source: str, problems: list[str]) -> dict[str, Any]:
-    """Field names and checked values for keys from a file or a command line; what cannot be is added to `problems`."""
-    options = {option.name: option for section in fields(Config) for option in fields(section.type)}
-    values = {}
+    """Return field names and checked values. What cannot be had is added to `problems`.
+
+    source: what each problem begins with, such as the name of a file
+    """
+    options = {option.name: option for section in SECTIONS.values() for option in fields(section)}
+    values: dict[str, Any] = {}
     for key, value in given.items():
         flag = str(key).removeprefix("--").replace("_", "-")
         name = flag.replace("-", "_")
-        if name in ("preset", "hf_config"):
+        if name in _BASES:
             values[name] = value
         elif name in options:
             try:
                 values[name] = _convert(options[name], value)
             except (TypeError, ValueError, OverflowError):
-                choices, kind = options[name].metadata["choices"], _kind(options[name].type)
-                words = {
-                    int: "a whole number",
-                    float: "a finite number",
-                    bool: "true or false",
-                    str: "text",
-                }
-                expected = (
-                    f"one of {', '.join(choices)}{_nearest(str(value), choices)}"
-                    if choices
-                    else words[kind]
-                )
+                expected = _expected(options[name], value)
                 problems.append(f"{source}{key} {value!r} is not {expected}")
         elif flag in ALIASES:
             target, implied = ALIASES[flag]
-            values |= {target.replace("-", "_"): implied} if value else {}
+            if value:
+                values[target.replace("-", "_")] = implied
         elif _look_up(flag, WITHOUT_EFFECT) is None and value not in (None, False):
-            problems.append(
-                f"{source}{key} {_look_up(flag, REFUSED) or 'is unknown' + _nearest(name, options)}"
-            )
+            problems.append(f"{source}{key} {_why_not(name, options)}")
     return values
 
 
-def _convert(option, value: Any) -> Any:
-    kind, meta = _kind(option.type), option.metadata
+_WORDS_FOR = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+}
+
+
+def _expected(option: Field, value: Any) -> str:
+    """Return what the value of a field should have been."""
+    choices = option.metadata["choices"]
+    if choices:
+        return f"one of {', '.join(choices)}{_nearest(str(value), choices)}"
+    return _WORDS_FOR[_kind(option)]
+
+
+def _convert(option: Field, value: Any) -> Any:
+    """Return a value as its field holds it. Raises TypeError, ValueError or OverflowError."""
     if value is None:
         return option.default
-    if meta["many"]:
-        return tuple(
-            str(item) for item in (value if isinstance(value, list) else str(value).split())
-        )
+    if option.metadata["many"]:
+        items = value if isinstance(value, list) else str(value).split()
+        return tuple(str(item) for item in items)
+    kind, choices = _kind(option), option.metadata["choices"]
     if kind is bool:
         if not isinstance(value, bool):
             raise TypeError
         return value
     if isinstance(value, (bool, list, dict)):
         raise TypeError
-    if kind is int and float(value) != int(float(value)):
+    if kind is int:
+        number = float(value)  # YAML and people write 1e6
+        if number != int(number):
+            raise ValueError
+        return int(number)
+    converted = kind(value)
+    if choices and converted not in choices:
         raise ValueError
-    value = int(float(value)) if kind is int else kind(value)
-    if meta["choices"] and value not in meta["choices"]:
+    if kind is float and not math.isfinite(converted):
         raise ValueError
-    if kind is float and not math.isfinite(value):
-        raise ValueError
-    return value
+    return converted

@@ -166,9 +166,9 @@ def export_problems(config: ModelConfig) -> list[str]:
 
 
 def _obstacles(family: Family, config: ModelConfig) -> _Obstacles:
-    written = {"model_type": family.model_type, "vocab_size": 1, **_written(family, config)}
+    named = {"model_type": family.model_type, "vocab_size": 1}
     try:
-        there, _ = read_config(written)
+        there, _ = read_config(named | _written(family, config))
     except ValueError as error:
         return _Obstacles([str(error)], unreadable=True)
     return _Obstacles(differences(there, config))

@@ -144,9 +144,8 @@ def _rope_scaling(model: ModelConfig, pairs: int) -> Iterator[str]:
     if model.use_rope_scaling:
         yield "--use-rope-scaling and --rope-scaling exclude each other; give one"
         return
-    try:
-        rule = dict(model.rope_rule or {})
-    except (ValueError, TypeError):
+    rule = _rope_rule(model)
+    if rule is None:
         example = '{"rope_type":"linear","factor":2.0}'
         yield f"--rope-scaling {model.rope_scaling} is no JSON object such as {example}"
         return
@@ -159,6 +158,15 @@ def _rope_scaling(model: ModelConfig, pairs: int) -> Iterator[str]:
     yield from _optional_numbers(kind, rule)
     if kind == "yarn" and model.rotary_base <= 1:
         yield f"--rope-scaling yarn needs --rotary-base above 1, not {model.rotary_base}"
+
+
+def _rope_rule(model: ModelConfig) -> dict[str, Any] | None:
+    """Return what --rope-scaling says; None for what is no JSON object."""
+    try:
+        rule = model.rope_rule
+        return None if rule is None else dict(rule)
+    except (ValueError, TypeError):
+        return None
 
 
 def _needed_number(kind: str, key: str, value: Any, pairs: int) -> Iterator[str]:
