@@ -1,4 +1,7 @@
-"""Named model shapes, as plain data: flag names and values, each saying everything that differs from Megatron's defaults."""
+"""Named model shapes as plain data: names and values of fields.
+
+Each says everything in which it differs from Megatron's defaults.
+"""
 
 from typing import Any
 
@@ -28,19 +31,23 @@ _GPT2 = {
 
 
 def _shape(
-    layers: int, hidden: int, ffn: int, heads: int, groups: int | None = None, **more: Any
+    layers: int, hidden: int, ffn: int, heads: int, groups: int | None = None
 ) -> dict[str, Any]:
-    shape = {
+    """Return the sizes of a model. groups: key-value heads; None for as many as heads."""
+    shape: dict[str, Any] = {
         "num_layers": layers,
         "hidden_size": hidden,
         "ffn_hidden_size": ffn,
         "num_attention_heads": heads,
         "kv_channels": hidden // heads,
     }
-    grouped = {} if groups is None else {"group_query_attention": True, "num_query_groups": groups}
-    return shape | grouped | more
+    if groups is not None:
+        shape |= {"group_query_attention": True, "num_query_groups": groups}
+    return shape
 
 
+_LLAMA2 = {"rotary_base": 10000.0, "max_position_embeddings": 4096}
+_LLAMA3 = {"rotary_base": 500000.0, "max_position_embeddings": 8192}
 _LLAMA31 = {
     "rotary_base": 500000.0,
     "use_rope_scaling": True,
@@ -50,7 +57,7 @@ _LLAMA31 = {
 _LLAMA32 = _LLAMA31 | {"rope_scaling_factor": 32.0}
 _LLAMA3_TIED = _LLAMA32 | {"untie_embeddings_and_output_weights": False}
 
-# The vocabulary each shape was published with: it enters the parameter count of --list-presets, and nothing else.
+# The vocabulary each shape was published with. Only the parameter count of --list-presets reads it.
 PUBLISHED_VOCABULARY = {"gpt2": 50257, "llama2": 32000, "llama3": 128256}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -61,16 +68,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-355m": _GPT2 | _shape(24, 1024, 4096, 16),
     "gpt2-774m": _GPT2 | _shape(36, 1280, 5120, 20),
     "gpt2-1.5b": _GPT2 | _shape(48, 1600, 6400, 25),
-    "llama2-7b": _LLAMA
-    | _shape(32, 4096, 11008, 32, rotary_base=10000.0, max_position_embeddings=4096),
-    "llama2-13b": _LLAMA
-    | _shape(40, 5120, 13824, 40, rotary_base=10000.0, max_position_embeddings=4096),
-    "llama2-70b": _LLAMA
-    | _shape(80, 8192, 28672, 64, 8, rotary_base=10000.0, max_position_embeddings=4096),
-    "llama3-8b": _LLAMA
-    | _shape(32, 4096, 14336, 32, 8, rotary_base=500000.0, max_position_embeddings=8192),
-    "llama3-70b": _LLAMA
-    | _shape(80, 8192, 28672, 64, 8, rotary_base=500000.0, max_position_embeddings=8192),
+    "llama2-7b": _LLAMA | _shape(32, 4096, 11008, 32) | _LLAMA2,
+    "llama2-13b": _LLAMA | _shape(40, 5120, 13824, 40) | _LLAMA2,
+    "llama2-70b": _LLAMA | _shape(80, 8192, 28672, 64, 8) | _LLAMA2,
+    "llama3-8b": _LLAMA | _shape(32, 4096, 14336, 32, 8) | _LLAMA3,
+    "llama3-70b": _LLAMA | _shape(80, 8192, 28672, 64, 8) | _LLAMA3,
     "llama3.1-8b": _LLAMA | _shape(32, 4096, 14336, 32, 8) | _LLAMA31,
     "llama3.1-70b": _LLAMA | _shape(80, 8192, 28672, 64, 8) | _LLAMA31,
     "llama3.1-405b": _LLAMA | _shape(126, 16384, 53248, 128, 8) | _LLAMA31,
@@ -80,5 +82,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def published_vocabulary(preset: str) -> int:
-    """The vocabulary the shape was published with; the small shapes of our own count with 32,000."""
+    """Return the vocabulary a shape was published with; 32,000 for the small ones of our own."""
     return PUBLISHED_VOCABULARY.get(preset.split("-")[0].split(".")[0], 32000)
