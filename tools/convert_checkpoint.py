@@ -1,4 +1,8 @@
-"""Convert weights between Hugging Face folders and checkpoints of ours, or write a checkpoint smaller: without optimizer state, in 16 bits."""
+"""Convert weights between Hugging Face folders and checkpoints of ours.
+
+Also from nanoGPT and Megatron-LM, and from a checkpoint of ours to a smaller one: without optimizer
+state, in 16 bits.
+"""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -27,7 +31,12 @@ from trivium.interop.nanogpt import NanoGPT
 from trivium.interop.pretrained import load_pretrained
 from trivium.layout import layout_of
 from trivium.mesh import Axis
+from trivium.model.gpt import GPT
 
+DESCRIPTION = (
+    "Convert weights between Hugging Face folders and checkpoints of ours, "
+    "or write a checkpoint smaller: without optimizer state, in 16 bits."
+)
 EXAMPLE = (
     "python tools/convert_checkpoint.py --from hf --to trivium --load Llama-3.2-1B --save RUN\n  "
     "python tools/convert_checkpoint.py --from trivium --to hf --load RUN --save EXPORT --verify"
@@ -39,60 +48,8 @@ TOKENS = 64  # of each of two random sequences that --verify looks at
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(__doc__, EXAMPLE)
-    parser.add_argument(
-        "--from",
-        dest="source",
-        choices=("hf", "trivium", "nanogpt", "megatron"),
-        required=True,
-        help="what --load holds",
-    )
-    parser.add_argument(
-        "--to",
-        dest="target",
-        choices=("hf", "trivium"),
-        required=True,
-        help="what --save is to hold",
-    )
-    parser.add_argument(
-        "--load",
-        type=Path,
-        required=True,
-        help="a Hugging Face folder; SAVE or SAVE/iter_N; nanoGPT's out_dir",
-    )
-    parser.add_argument("--save", type=Path, required=True, help="a folder that holds nothing else")
-    parser.add_argument(
-        "--ckpt-step", type=int, help="the iteration to convert; the latest if not given"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(DTYPES),
-        help="number format of the weights; as they are if not given (to hf: that of the run)",
-    )
-    parser.add_argument(
-        "--no-optim",
-        action="store_true",
-        help="trivium to trivium: leave the optimizer's state out",
-    )
-    parser.add_argument(
-        "--hf-model-type",
-        choices=tuple(FAMILIES),
-        help="to hf: the family; that it came from, or the first that fits, if not given",
-    )
-    parser.add_argument(
-        "--vocab-size",
-        type=positive,
-        help="from megatron: the vocabulary without its padding; all rows if not given",
-    )
-    parser.add_argument(
-        "--tokenizer-model", help="to hf: the tokenizer, if it is no longer where the run found it"
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="compare logits with transformers, in fp32, and print the largest difference",
-    )
-    options = parser.parse_args(argv)
+    """Convert as the flags say, and compare logits if asked to."""
+    options = _parser().parse_args(argv)
     _check(options)
     if options.target == "trivium":
         with new_folder(options.save):
@@ -100,48 +57,77 @@ def main(argv: list[str]) -> None:
     else:
         _to_hf(options, _opened(options))
     print(f"{options.save}: written")
-    if options.verify:
-        hf, ours = (
-            (options.load, options.save) if options.source == "hf" else (options.save, options.load)
-        )
-        _verify(hf, ours, options)
+    if options.verify and options.source == "hf":
+        _verify(options.load, options.save, options)
+    elif options.verify:
+        _verify(options.save, options.load, options)
 
 
-def _to_trivium(options: Namespace) -> None:
-    if options.source == "hf":
-        source = HFModel(options.load)
-        data = copy_tokenizer(source.folder, options.save, source.vocab_size)
-        write_checkpoint(
-            options.save,
-            source,
-            Described(source.config, source.vocab_size, data),
-            DTYPES.get(options.dtype),
-        )
-    elif options.source in ("nanogpt", "megatron"):
-        source = (
-            NanoGPT(options.load)
-            if options.source == "nanogpt"
-            else MegatronDist(options.load, options.vocab_size)
-        )
-        data = replace(
-            DataConfig(), tokenizer_type="NullTokenizer", vocab_size=source.vocab_size - 1
-        )
-        write_checkpoint(
-            options.save,
-            source,
-            Described(source.config, source.vocab_size, data),
-            DTYPES.get(options.dtype),
-        )
-    else:
-        rewrite_checkpoint(
-            options.save,
-            _opened(options),
-            DTYPES.get(options.dtype),
-            keeps_optimizer=not options.no_optim,
-        )
+def _parser() -> Parser:
+    parser = Parser(DESCRIPTION, EXAMPLE)
+    add = parser.add_argument
+    add(
+        "--from",
+        dest="source",
+        choices=("hf", "trivium", "nanogpt", "megatron"),
+        required=True,
+        help="what --load holds",
+    )
+    add(
+        "--to",
+        dest="target",
+        choices=("hf", "trivium"),
+        required=True,
+        help="what --save is to hold",
+    )
+    add(
+        "--load",
+        type=Path,
+        required=True,
+        help="a Hugging Face folder; SAVE or SAVE/iter_N; nanoGPT's out_dir",
+    )
+    add("--save", type=Path, required=True, help="a folder that holds nothing else")
+    add("--ckpt-step", type=int, help="the iteration to convert; the latest if not given")
+    _add_options(parser)
+    return parser
+
+
+def _add_options(parser: Parser) -> None:
+    """Add the flags that only some conversions have."""
+    add = parser.add_argument
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="number format of the weights; as they are if not given (to hf: that of the run)",
+    )
+    add(
+        "--no-optim",
+        action="store_true",
+        help="trivium to trivium: leave the optimizer's state out",
+    )
+    add(
+        "--hf-model-type",
+        choices=tuple(FAMILIES),
+        help="to hf: the family; that it came from, or the first that fits, if not given",
+    )
+    add(
+        "--vocab-size",
+        type=positive,
+        help="from megatron: the vocabulary without its padding; all rows if not given",
+    )
+    add(
+        "--tokenizer-model",
+        help="to hf: the tokenizer, if it is no longer where the run found it",
+    )
+    add(
+        "--verify",
+        action="store_true",
+        help="compare logits with transformers, in fp32, and print the largest difference",
+    )
 
 
 def _check(options: Namespace) -> None:
+    """Raise BadArgument for flags that cannot be had together."""
     way = f"--from {options.source} --to {options.target}"
     if way == "--from hf --to hf":
         raise BadArgument(f"{way} has nothing to convert")
@@ -151,21 +137,39 @@ def _check(options: Namespace) -> None:
         raise BadArgument(f"--load {options.load}: no such folder")
     if options.save.resolve() == options.load.resolve():
         raise BadArgument(f"--save {options.save} is --load; name another folder")
+    # Flag -> whether it is given, and the conversions that have it.
+    to_hf, smaller = "--from trivium --to hf", "--from trivium --to trivium"
     only = {
-        "--no-optim": (options.no_optim, "--from trivium --to trivium"),
-        "--verify": (options.verify, "--from hf --to trivium", "--from trivium --to hf"),
-        "--hf-model-type": (options.hf_model_type, "--from trivium --to hf"),
+        "--no-optim": (options.no_optim, smaller),
+        "--verify": (options.verify, "--from hf --to trivium", to_hf),
+        "--hf-model-type": (options.hf_model_type, to_hf),
         "--vocab-size": (options.vocab_size, "--from megatron --to trivium"),
-        "--tokenizer-model": (options.tokenizer_model, "--from trivium --to hf"),
-        "--ckpt-step": (
-            options.ckpt_step is not None,
-            "--from trivium --to hf",
-            "--from trivium --to trivium",
-        ),
+        "--tokenizer-model": (options.tokenizer_model, to_hf),
+        "--ckpt-step": (options.ckpt_step is not None, to_hf, smaller),
     }
     for flag, (given, *ways) in only.items():
         if given and way not in ways:
             raise BadArgument(f"{flag} is for {' or '.join(ways)}, not {way}")
+
+
+def _to_trivium(options: Namespace) -> None:
+    dtype = DTYPES.get(options.dtype)
+    if options.source == "trivium":
+        keeps_optimizer = not options.no_optim
+        rewrite_checkpoint(options.save, _opened(options), dtype, keeps_optimizer=keeps_optimizer)
+        return
+    if options.source == "hf":
+        source = HFModel(options.load)
+        data = copy_tokenizer(source.folder, options.save, source.vocab_size)
+    else:
+        source = (
+            NanoGPT(options.load)
+            if options.source == "nanogpt"
+            else MegatronDist(options.load, options.vocab_size)
+        )
+        data = DataConfig(tokenizer_type="NullTokenizer", vocab_size=source.vocab_size - 1)
+    described = Described(source.config, source.vocab_size, data)
+    write_checkpoint(options.save, source, described, dtype)
 
 
 def _opened(options: Namespace) -> Checkpoint:
@@ -177,12 +181,11 @@ def _opened(options: Namespace) -> Checkpoint:
 def _to_hf(options: Namespace, checkpoint: Checkpoint) -> None:
     config = read_config(checkpoint.config_yaml)
     if options.hf_model_type:
-        config = replace(config, model=replace(config.model, hf_model_type=options.hf_model_type))
-    data = (
-        config.data
-        if options.tokenizer_model is None
-        else replace(config.data, tokenizer_model=options.tokenizer_model)
-    )
+        model = replace(config.model, hf_model_type=options.hf_model_type)
+        config = replace(config, model=model)
+    data = config.data
+    if options.tokenizer_model is not None:
+        data = replace(data, tokenizer_model=options.tokenizer_model)
     eod, files = _tokenizer(data)
     try:
         export_hf(checkpoint, options.save, eod, files, DTYPES.get(options.dtype), config)
@@ -191,6 +194,7 @@ def _to_hf(options: Namespace, checkpoint: Checkpoint) -> None:
 
 
 def _tokenizer(data: DataConfig) -> tuple[int | None, tuple[Path, ...]]:
+    """Return the end of document and the files of a tokenizer; none where it cannot be had."""
     try:
         tokenizer = build_tokenizer(**data.tokenizer)
     except DataError as error:
@@ -201,7 +205,10 @@ def _tokenizer(data: DataConfig) -> tuple[int | None, tuple[Path, ...]]:
 
 @torch.no_grad()
 def _verify(hf: Path, ours: Path, options: Namespace) -> None:
-    """Raises ValueError where the logits differ by more than rounding. A tensor that one side stores in fewer bits is rounded on the other."""
+    """Compare the logits of a folder in transformers with those of ours, on random tokens.
+
+    Raises ValueError where they differ by more than rounding.
+    """
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
@@ -215,33 +222,35 @@ def _verify(hf: Path, ours: Path, options: Namespace) -> None:
     model = load_pretrained(
         ours, device=CPU, dtype=torch.float32, kernels="torch", ckpt_step=step
     ).model
-    checkpoint, source = (
-        open_checkpoint(ours, ckpt_step=step, world=Axis("world"), device=CPU),
-        HFModel(hf),
-    )
+    checkpoint = open_checkpoint(ours, ckpt_step=step, world=Axis("world"), device=CPU)
+    _round_alike(model, checkpoint, peer, HFModel(hf))
+    length = min(TOKENS, model.config.max_position_embeddings)
+    seeded = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.vocab_size, (2, length), generator=seeded)
+    expected = peer(tokens).logits
+    found = model(tokens)[..., : model.vocab_size]
+    difference = (found - expected).abs().max().item()
+    largest = expected.abs().max().item()
+    print(f"largest difference of logits: {difference:.3e}; largest logit: {largest:.3e}")
+    if not difference <= TOLERANCE * max(1.0, largest):
+        raise ValueError(f"{ours} and {hf} differ by more than rounding")
+
+
+def _round_alike(
+    model: GPT, checkpoint: Checkpoint, peer: torch.nn.Module, source: HFModel
+) -> None:
+    """Round each weight to the dtype of the other side: one may store it in fewer bits."""
     names = {id(parameter): name for name, parameter in peer.named_parameters()}
-    embedding, head = (
-        names[id(layer.weight)]
-        for layer in (peer.get_input_embeddings(), peer.get_output_embeddings())
-    )
+    theirs = {name: found.name for name, found in source.correspondences.items()}
+    # The two that a folder may name in another way than the model in memory.
+    theirs["embedding.word.weight"] = names[id(peer.get_input_embeddings().weight)]
+    theirs["head.weight"] = names[id(peer.get_output_embeddings().weight)]
     for parameter in model.parameters():
         for part in layout_of(parameter).parts:
             view = part.within(parameter)
             view.copy_(view.to(source.dtype(part.name)))
-            their = {"embedding.word.weight": embedding, "head.weight": head}.get(
-                part.name, source.correspondences[part.name].name
-            )
-            weight = peer.get_parameter(their)
+            weight = peer.get_parameter(theirs[part.name])
             weight.copy_(weight.to(checkpoint.dtype(part.name)))
-    length = min(TOKENS, model.config.max_position_embeddings)
-    tokens = torch.randint(
-        0, model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0)
-    )
-    expected, found = peer(tokens).logits, model(tokens)[..., : model.vocab_size]
-    difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
-    print(f"largest difference of logits: {difference:.3e}; largest logit: {largest:.3e}")
-    if not difference <= TOLERANCE * max(1.0, largest):
-        raise ValueError(f"{ours} and {hf} differ by more than rounding")
 
 
 if __name__ == "__main__":
