@@ -16,7 +16,10 @@ from trivium.interop.families import read_flags
 from trivium.launch import Process
 from trivium.mesh import Mesh
 
-GOOD = "--preset tiny --seq-length 64 --micro-batch-size 2 --train-iters 10 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 100"
+GOOD = (
+    "--preset tiny --seq-length 64 --micro-batch-size 2 --train-iters 10 --lr 1e-3 --mock-data "
+    "--tokenizer-type NullTokenizer --vocab-size 100"
+)
 
 
 def config_of(text: str, world_size: int = 1) -> Config:
@@ -54,7 +57,10 @@ def test_defaults_are_megatrons():
 
 
 def test_feed_forward_width_follows_megatrons_rule():
-    base = "--num-layers 2 --hidden-size 768 --num-attention-heads 12 --seq-length 8 --micro-batch-size 1 --train-iters 1 --lr 1"
+    base = (
+        "--num-layers 2 --hidden-size 768 --num-attention-heads 12 --seq-length 8 "
+        "--micro-batch-size 1 --train-iters 1 --lr 1"
+    )
     assert config_of(base).model.ffn_hidden_size == 3072
     assert (
         config_of(base + " --swiglu").model.ffn_hidden_size
@@ -178,7 +184,8 @@ def test_nonsense_in_yaml_is_a_problem(tmp_path, text):
 
 def test_yaml_may_deny_what_is_refused_and_knows_the_aliases(tmp_path):
     (tmp_path / "a.yaml").write_text(
-        "recompute_activations: false\nnum_experts: null\nmodel:\nuse_rotary_position_embeddings: true\n"
+        "recompute_activations: false\nnum_experts: null\nmodel:\nuse_rotary_position_embeddings: "
+        "true\n"
     )
     config = flags.parse(["--config", f"{tmp_path}/a.yaml"]).config
     assert (config.model.position_embedding_type, config.parallel.recompute_granularity) == (
@@ -223,7 +230,8 @@ def test_a_good_configuration_has_no_problem():
     [
         (
             "--global-batch-size 101 --micro-batch-size 4",
-            "--global-batch-size 101 is not a multiple of --micro-batch-size 4 x data parallel 2 = 8; nearest that work: 96, 104",
+            "--global-batch-size 101 is not a multiple of --micro-batch-size 4 x data parallel 2 "
+            "= 8; nearest that work: 96, 104",
         ),
         ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size 0 must be above 0"),
         (
@@ -299,7 +307,8 @@ FAMILIES = [
         "exclude each other",
     ),
     (
-        f'{ROPE} --rope-scaling {{"rope_type":"longrope","factor":2,"original_max_position_embeddings":8,"short_factor":[1],"long_factor":[2]}}',
+        f'{ROPE} --rope-scaling {{"rope_type":"longrope","factor":2,'
+        '"original_max_position_embeddings":8,"short_factor":[1],"long_factor":[2]}',
         "above 0",
     ),
 ]

@@ -1,4 +1,4 @@
-"""A torch_dist checkpoint with the names and layouts of megatron-core's own GPT model gives the same logits here."""
+"""A torch_dist checkpoint of megatron-core's own GPT model gives the same logits here."""
 
 import argparse
 import enum
@@ -53,22 +53,41 @@ def megatron_model(kind: dict):
 
     parallel_state.initialize_model_parallel()
     config = TransformerConfig(
-        num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=kind["num_query_groups"], init_method_std=0.2,
-        use_cpu_initialization=True, normalization=kind["normalization"], gated_linear_unit=kind["swiglu"], add_bias_linear=kind["add_bias_linear"],
-        activation_func=torch.nn.functional.silu if kind["swiglu"] else torch.nn.functional.gelu, qk_layernorm=kind["qk_layernorm"],
-        pipeline_dtype=torch.float32, bias_activation_fusion=False, attention_dropout=0.0, hidden_dropout=0.0,
-    )  # fmt: skip
+        num_layers=3,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=kind["num_query_groups"],
+        init_method_std=0.2,
+        use_cpu_initialization=True,
+        normalization=kind["normalization"],
+        gated_linear_unit=kind["swiglu"],
+        add_bias_linear=kind["add_bias_linear"],
+        activation_func=torch.nn.functional.silu if kind["swiglu"] else torch.nn.functional.gelu,
+        qk_layernorm=kind["qk_layernorm"],
+        pipeline_dtype=torch.float32,
+        bias_activation_fusion=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+    )
     spec = get_gpt_layer_local_spec(
         normalization=kind["normalization"], qk_layernorm=kind["qk_layernorm"]
     )
     return GPTModel(
-        config, spec, PADDED, 64, position_embedding_type="rope" if kind["rotary"] else "learned_absolute",
+        config,
+        spec,
+        PADDED,
+        64,
+        position_embedding_type="rope" if kind["rotary"] else "learned_absolute",
         share_embeddings_and_output_weights=kind["tied"],
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def write_torch_dist(_: Mesh, folder, kind: dict) -> torch.Tensor:
-    """The tensors that megatron-core would write, under its keys and global shapes, as torch.distributed.checkpoint stores them; its logits."""
+    """Write the tensors of a model of megatron-core's, under its keys and global shapes.
+
+    They are stored as torch.distributed.checkpoint stores them. Returns the model's logits.
+    """
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -96,20 +115,37 @@ def write_torch_dist(_: Mesh, folder, kind: dict) -> torch.Tensor:
         iteration = folder / "iter_0000050"
         dcp.save(whole, checkpoint_id=iteration)
         arguments = argparse.Namespace(
-            num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, kv_channels=8, num_query_groups=kind["num_query_groups"],
-            group_query_attention=kind["num_query_groups"] < 4, max_position_embeddings=64, rotary_base=10000, rotary_percent=1.0,
-            position_embedding_type="rope" if kind["rotary"] else "learned_absolute", normalization=kind["normalization"], norm_epsilon=1e-5,
-            swiglu=kind["swiglu"], bias_gelu_fusion=False, add_bias_linear=kind["add_bias_linear"], add_qkv_bias=False, num_experts=None,
-            qk_layernorm=kind["qk_layernorm"], untie_embeddings_and_output_weights=not kind["tied"], params_dtype=torch.float32,
+            num_layers=3,
+            hidden_size=32,
+            ffn_hidden_size=48,
+            num_attention_heads=4,
+            kv_channels=8,
+            num_query_groups=kind["num_query_groups"],
+            group_query_attention=kind["num_query_groups"] < 4,
+            max_position_embeddings=64,
+            rotary_base=10000,
+            rotary_percent=1.0,
+            position_embedding_type="rope" if kind["rotary"] else "learned_absolute",
+            normalization=kind["normalization"],
+            norm_epsilon=1e-5,
+            swiglu=kind["swiglu"],
+            bias_gelu_fusion=False,
+            add_bias_linear=kind["add_bias_linear"],
+            add_qkv_bias=False,
+            num_experts=None,
+            qk_layernorm=kind["qk_layernorm"],
+            untie_embeddings_and_output_weights=not kind["tied"],
+            params_dtype=torch.float32,
             model_type=ModelType.encoder_or_decoder,
-        )  # fmt: skip
+        )
         torch.save(
             {"args": arguments, "checkpoint_version": 3.0, "iteration": 50}, iteration / "common.pt"
         )
         (folder / "latest_checkpointed_iteration.txt").write_text("50")
         tokens = torch.arange(64)[None] % VOCAB
         mask = torch.triu(torch.ones(1, 1, 64, 64, dtype=torch.bool), 1)
-        # Its tables ask for the current device, and its dropout for that device's generator, wherever the model is and at dropout 0.
+        # Its tables ask for the current device, and its dropout for that device's generator,
+        # wherever the model is and even at dropout 0.
         device = mock.patch.object(torch.cuda, "current_device", lambda: "cpu")
         generators = mock.patch(
             "megatron.core.tensor_parallel.get_cuda_rng_tracker",

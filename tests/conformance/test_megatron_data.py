@@ -1,4 +1,7 @@
-"""Megatron's own builder is the judge: its files, its sample order, its blends. Cases are random, their seeds are not."""
+"""Megatron's own builder is the judge: its files, its sample order, its blends.
+
+Cases are random, their seeds are not.
+"""
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 class Vocabulary:
-    """What a GPTDatasetConfig wants of a tokenizer."""
+    """The part of a tokenizer that a GPTDatasetConfig uses."""
 
     vocab_size, eod, unique_identifiers = 1000, 999, ("none",)
 
@@ -101,7 +104,8 @@ def test_blend_gives_the_samples_megatron_gives(case, weighted, tmp_path):
     prefixes = [
         write(tmp_path / f"data{i}", random, int(random.integers(20, 50)), 30) for i in range(count)
     ]
-    # Equal and small whole weights make ties, which the last bit decides; powers of ten make extremes.
+    # Equal and small whole weights make ties, which the last bit decides; powers of ten make
+    # extremes.
     kinds = [
         np.ones(count),
         random.integers(1, 10, count),

@@ -1,4 +1,4 @@
-"""Megatron-style command lines, as their users have them in scripts, on files that megatron-core wrote."""
+"""Megatron-style command lines, as in users' scripts, on files that megatron-core wrote."""
 
 import numpy as np
 import pytest
@@ -10,18 +10,23 @@ import pretrain_gpt
 indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
 
 COMMON = """
-    --use-mcore-models --transformer-impl local --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1
-    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 --attention-backend auto
-    --micro-batch-size 4 --global-batch-size 16 --train-iters 30 --lr 3.0e-3 --min-lr 3.0e-4 --lr-decay-style cosine --lr-warmup-iters 3
-    --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --init-method-std 0.02 --bf16 --no-masked-softmax-fusion
-    --tokenizer-type NullTokenizer --vocab-size 200 --split 90,10,0 --num-workers 1 --distributed-backend gloo --ckpt-format torch_dist
-    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-    --log-interval 10 --eval-interval 15 --eval-iters 2 --no_gradient_accumulation_fusion --seed 42
+    --use-mcore-models --transformer-impl local --tensor-model-parallel-size 1
+    --pipeline-model-parallel-size 1 --num-layers 2 --hidden-size 64 --num-attention-heads 4
+    --seq-length 64 --max-position-embeddings 64 --attention-backend auto --micro-batch-size 4
+    --global-batch-size 16 --train-iters 30 --lr 3.0e-3 --min-lr 3.0e-4 --lr-decay-style cosine
+    --lr-warmup-iters 3 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
+    --init-method-std 0.02 --bf16 --no-masked-softmax-fusion --tokenizer-type NullTokenizer
+    --vocab-size 200 --split 90,10,0 --num-workers 1 --distributed-backend gloo --ckpt-format
+    torch_dist --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --log-interval 10 --eval-interval 15 --eval-iters 2 --no_gradient_accumulation_fusion --seed
+    42
 """
 GPT = "--attention-dropout 0.1 --hidden-dropout 0.1 --no-bias-gelu-fusion"
 LLAMA = """
-    --normalization RMSNorm --swiglu --position-embedding-type rope --rotary-base 500000 --disable-bias-linear --group-query-attention
-    --num-query-groups 2 --untie-embeddings-and-output-weights --attention-dropout 0.0 --hidden-dropout 0.0 --norm-epsilon 1e-5 --no-rope-fusion
+    --normalization RMSNorm --swiglu --position-embedding-type rope --rotary-base 500000
+    --disable-bias-linear --group-query-attention --num-query-groups 2
+    --untie-embeddings-and-output-weights --attention-dropout 0.0 --hidden-dropout 0.0
+    --norm-epsilon 1e-5 --no-rope-fusion
 """
 
 
@@ -41,7 +46,10 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("model", [GPT, LLAMA], ids=["gpt", "llama"])
 def test_a_megatron_command_line_trains(data, tmp_path, capsys, model):
-    arguments = f"{COMMON} {model} --data-path {data} --save {tmp_path}/run --load {tmp_path}/run --save-interval 20"
+    arguments = (
+        f"{COMMON} {model} --data-path {data} --save {tmp_path}/run --load {tmp_path}/run "
+        "--save-interval 20"
+    )
     assert pretrain_gpt.cli(arguments.split()) == 0
     out, rows = capsys.readouterr().out, rows_of(tmp_path / "run/metrics.jsonl")
     assert "flags without effect here: --use-mcore-models --transformer-impl" in out

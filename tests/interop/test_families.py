@@ -1,4 +1,7 @@
-"""Every Hugging Face family: the same logits as transformers, the same weights back, bit for bit; what cannot be read is refused."""
+"""Every Hugging Face family: the logits of transformers, and the same weights back, bit for bit.
+
+What cannot be read is refused.
+"""
 
 import json
 import re
@@ -49,8 +52,10 @@ BASIC = [name for name in CONFIGS if "-" not in name]
     [pytest.param(name, marks=() if name in BASIC else pytest.mark.parity) for name in CONFIGS],
 )
 def test_every_gradient_is_that_of_transformers(name, tmp_path):
-    """Two implementations of one function in fp32: sums over up to 97 terms through four layers, 1e-5 of a gradient's norm, or of its share
-    of the whole norm where the true gradient is nearly zero, as a key bias' is.
+    """Two implementations of one function in fp32: sums over up to 97 terms through four layers.
+
+    So 1e-5 of a gradient's norm, or of its share of the whole norm where the true gradient is
+    nearly zero, as a key bias' is.
     """
     peer, tokens = write_peer(name, tmp_path), tokens_of()
     source = HFModel(tmp_path)
@@ -107,7 +112,10 @@ def test_logits_are_those_of_transformers_and_weights_go_back_bit_for_bit(name, 
     assert type(again) is type(peer) and torch.equal(again(tokens_of()).logits, expected)
 
 
-RUN = "--seq-length 32 --micro-batch-size 2 --global-batch-size 2 --train-iters 1 --lr 1 --tokenizer-type NullTokenizer --vocab-size 96 --mock-data"
+RUN = (
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 2 --train-iters 1 --lr 1 "
+    "--tokenizer-type NullTokenizer --vocab-size 96 --mock-data"
+)
 LAYOUTS = {
     f"{TP} 2": (2, {"tp": 2}),
     f"{PP} 2": (2, {"pp": 2}),
@@ -121,7 +129,7 @@ LAYOUTS = {
 def logits_on_rank(
     mesh: Mesh, folder, layout: str
 ) -> tuple[int, torch.Tensor, torch.Tensor] | None:
-    """What the last stage computes: its rank of tp, its columns of the logits, and the places of its tokens."""
+    """Return the tp rank of a last stage, its columns of the logits, and where its tokens are."""
     source, config = HFModel(folder), flags.parse(f"{RUN} {layout} --device cpu".split()).config
     config = resolve(replace(config, model=source.config), mesh.world_size)
     assert not validate(config, mesh.world_size)
@@ -150,7 +158,8 @@ def logits_on_rank(
     return (mesh.tp.rank, found[0], positions) if found else None
 
 
-# Of `make test`: every family with its layers cut both ways, and the three ways to cut a sequence under a window. `make parity`: everything.
+# In `make test`: every family with its layers cut both ways, and the three ways to cut a sequence
+# under a window. In `make parity`: everything.
 CORE = {(name, f"{TP} 2 {SP} {PP} 2") for name in BASIC} | {
     (name, f"{cut} 2") for name in ("gpt2", "olmo2", "gemma3") for cut in (TP, PP)
 }
@@ -206,7 +215,10 @@ def test_logits_under_a_layout_are_those_of_transformers(name, layout, tmp_path)
 )
 @torch.no_grad()
 def test_a_cache_gives_what_the_whole_sequence_gives(name, kernels, tmp_path):
-    """Several tokens at a time and single ones, which native takes in one call a block: all but Gemma's."""
+    """Several tokens at a time and single ones, for which native has one call a block.
+
+    Gemma's blocks have no such call.
+    """
     write_peer(name, tmp_path)
     model, tokens = loaded(HFModel(tmp_path), kernels), tokens_of()
     whole, decoder = model(tokens), Decoder(model, 2, LENGTH)
@@ -345,8 +357,14 @@ def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tmp_path):
             HFModel(tmp_path)
 
 
-FLAGS = "--num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --seq-length 32 "
-FLAGS += "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope --max-position-embeddings 64 --init-method-std 0.2 "
+FLAGS = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
+    "--group-query-attention --num-query-groups 2 --seq-length 32 "
+)
+FLAGS += (
+    "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
+    "--max-position-embeddings 64 --init-method-std 0.2 "
+)
 GEMMA = "--geglu --apply-layernorm-1p --norm-placement both --scale-embeddings "
 
 
@@ -384,7 +402,7 @@ def test_what_is_exported_transformers_loads_and_computes_alike(line, family, tm
 
 
 def test_generation_past_the_original_length_equals_transformers(tmp_path):
-    """Where longrope changes its frequencies the keys so far are computed again."""
+    """Keys so far are computed again at the length at which longrope changes its frequencies."""
     peer = write_peer("phi3-longrope-beyond", tmp_path)
     prompt = tokens_of(10)[:1]
     ours = list(

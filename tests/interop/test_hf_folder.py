@@ -1,4 +1,7 @@
-"""Hugging Face folders: transformers loads what is written, slices are read from what others wrote, nothing foreign is destroyed."""
+"""Hugging Face folders: transformers loads what is written, and slices of others' are read.
+
+Nothing foreign is destroyed.
+"""
 
 import json
 import pickle

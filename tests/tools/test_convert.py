@@ -1,4 +1,7 @@
-"""convert_checkpoint: Hugging Face folders in and out with what belongs to them, a checkpoint made smaller, and --load of a folder in training."""
+"""convert_checkpoint: Hugging Face folders in and out with what belongs to them.
+
+Also a checkpoint made smaller, and --load of a folder in training.
+"""
 
 import argparse
 import json
@@ -24,7 +27,10 @@ from trivium.mesh import Axis
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
-RUN = "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --num-workers 0"
+RUN = (
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-3 "
+    "--mock-data --tokenizer-type NullTokenizer --num-workers 0"
+)
 RUN += " --device cpu --eval-iters 0 --log-interval 1"
 
 
@@ -113,7 +119,8 @@ def test_there_and_back_with_tokenizer_and_generation_config(olmo, tmp_path):
 
 def test_a_smaller_checkpoint_holds_the_same_weights(tmp_path):
     train(
-        f"{SMALL}{NO_DROPOUT} --mock-data --eval-iters 0 --train-iters 2 --lr-warmup-iters 0 --save {tmp_path}/run"
+        f"{SMALL}{NO_DROPOUT} --mock-data --eval-iters 0 --train-iters 2 --lr-warmup-iters 0 "
+        f"--save {tmp_path}/run"
     )
     result = convert(
         "trivium", "trivium", tmp_path / "run", tmp_path / "small", "--dtype", "bf16", "--no-optim"
@@ -139,7 +146,10 @@ def test_a_smaller_checkpoint_holds_the_same_weights(tmp_path):
 
 
 def test_training_goes_on_from_a_folder_under_any_layout(tmp_path):
-    """The same first losses on one process and on two that share the layers; what comes out is of the same family."""
+    """The same first losses on one process and on two that share the layers.
+
+    What comes out is of the same family.
+    """
     write_peer("gemma3", tmp_path / "hf")
     lines = f"{RUN} --hf-config {tmp_path}/hf --load {tmp_path}/hf --save-hf {tmp_path}/out"
     train(f"{lines} --save {tmp_path}/one")
@@ -249,7 +259,10 @@ def test_bad_arguments_are_one_line(arguments, expected):
 
 
 def test_a_model_of_no_family_names_what_differs(tmp_path):
-    flags = f"{SMALL}{NO_DROPOUT} --squared-relu --disable-bias-linear --mock-data --eval-iters 0 --train-iters 1 --lr-warmup-iters 0"
+    flags = (
+        f"{SMALL}{NO_DROPOUT} --squared-relu --disable-bias-linear --mock-data --eval-iters 0 "
+        "--train-iters 1 --lr-warmup-iters 0"
+    )
     train(f"{flags} --save {tmp_path}/run")
     result = convert("trivium", "hf", tmp_path / "run", tmp_path / "out")
     assert (
@@ -278,15 +291,26 @@ class NanoModel(torch.nn.Module):
             args["bias"],
         )
         linear = lambda i, o: torch.nn.Linear(i, o, bias=bias)  # noqa: E731
-        block = lambda: torch.nn.ModuleDict({  # noqa: E731
-            "ln_1": torch.nn.LayerNorm(width, bias=bias), "ln_2": torch.nn.LayerNorm(width, bias=bias),
-            "attn": torch.nn.ModuleDict({"c_attn": linear(width, 3 * width), "c_proj": linear(width, width)}),
-            "mlp": torch.nn.ModuleDict({"c_fc": linear(width, 4 * width), "c_proj": linear(4 * width, width)}),
-        })  # fmt: skip
-        self.transformer = torch.nn.ModuleDict({
-            "wte": torch.nn.Embedding(args["vocab_size"], width), "wpe": torch.nn.Embedding(args["block_size"], width),
-            "h": torch.nn.ModuleList(block() for _ in range(layers)), "ln_f": torch.nn.LayerNorm(width, bias=bias),
-        })  # fmt: skip
+        block = lambda: torch.nn.ModuleDict(
+            {  # noqa: E731
+                "ln_1": torch.nn.LayerNorm(width, bias=bias),
+                "ln_2": torch.nn.LayerNorm(width, bias=bias),
+                "attn": torch.nn.ModuleDict(
+                    {"c_attn": linear(width, 3 * width), "c_proj": linear(width, width)}
+                ),
+                "mlp": torch.nn.ModuleDict(
+                    {"c_fc": linear(width, 4 * width), "c_proj": linear(4 * width, width)}
+                ),
+            }
+        )
+        self.transformer = torch.nn.ModuleDict(
+            {
+                "wte": torch.nn.Embedding(args["vocab_size"], width),
+                "wpe": torch.nn.Embedding(args["block_size"], width),
+                "h": torch.nn.ModuleList(block() for _ in range(layers)),
+                "ln_f": torch.nn.LayerNorm(width, bias=bias),
+            }
+        )
         self.lm_head = torch.nn.Linear(width, args["vocab_size"], bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
 
@@ -361,7 +385,7 @@ def test_a_nanogpt_checkpoint_that_holds_code_is_refused(tmp_path, capfd):
 
 @pytest.mark.parametrize("where", [".metadata", "common.pt"])
 def test_a_megatron_checkpoint_that_holds_code_runs_nothing(where, tmp_path, capfd):
-    """Whatever class or function its pickles name, what is made is an object that does nothing."""
+    """A class or function that a pickle names becomes an object that does nothing."""
     folder = tmp_path / "iter_0000001"
     folder.mkdir()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
