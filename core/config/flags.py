@@ -52,6 +52,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose complaint is a ConfigError instead of an exit."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise the complaint."""
         problem = message.removeprefix("argument ")
         raise ConfigError([problem.replace("expected one argument", "needs a value")])
 

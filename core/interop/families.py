@@ -132,6 +132,7 @@ class _Obstacles:
 
     @property
     def distance(self) -> tuple[bool, int]:
+        """Return how far away the family is. One that cannot be read is the furthest."""
         return self.unreadable, len(self.problems)
 
 

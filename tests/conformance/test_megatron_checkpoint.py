@@ -89,8 +89,6 @@ def write_torch_dist(_: Mesh, folder, kind: dict) -> torch.Tensor:
     They are stored as torch.distributed.checkpoint stores them. Returns the model's logits.
     """
     from megatron.core import parallel_state
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     try:
@@ -100,62 +98,77 @@ def write_torch_dist(_: Mesh, folder, kind: dict) -> torch.Tensor:
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter += 0.1 * torch.randn_like(parameter)
-        sharded = model.sharded_state_dict()
-        apply_factories(sharded)
-        whole: dict[str, torch.Tensor] = {}
-        for item in nested_values(sharded):
-            if isinstance(item, ShardedTensor):
-                target = whole.setdefault(item.key, torch.zeros(item.global_shape))
-                sizes = (1,) * item.prepend_axis_num + item.local_shape
-                box = tuple(
-                    slice(offset, offset + size)
-                    for offset, size in zip(item.global_offset, sizes, strict=True)
-                )
-                target[box] = item.data.detach().view(target[box].shape)
         iteration = folder / "iter_0000050"
-        dcp.save(whole, checkpoint_id=iteration)
-        arguments = argparse.Namespace(
-            num_layers=3,
-            hidden_size=32,
-            ffn_hidden_size=48,
-            num_attention_heads=4,
-            kv_channels=8,
-            num_query_groups=kind["num_query_groups"],
-            group_query_attention=kind["num_query_groups"] < 4,
-            max_position_embeddings=64,
-            rotary_base=10000,
-            rotary_percent=1.0,
-            position_embedding_type="rope" if kind["rotary"] else "learned_absolute",
-            normalization=kind["normalization"],
-            norm_epsilon=1e-5,
-            swiglu=kind["swiglu"],
-            bias_gelu_fusion=False,
-            add_bias_linear=kind["add_bias_linear"],
-            add_qkv_bias=False,
-            num_experts=None,
-            qk_layernorm=kind["qk_layernorm"],
-            untie_embeddings_and_output_weights=not kind["tied"],
-            params_dtype=torch.float32,
-            model_type=ModelType.encoder_or_decoder,
-        )
-        torch.save(
-            {"args": arguments, "checkpoint_version": 3.0, "iteration": 50}, iteration / "common.pt"
-        )
+        dcp.save(whole_tensors(model), checkpoint_id=iteration)
+        common = {"args": arguments_of(kind), "checkpoint_version": 3.0, "iteration": 50}
+        torch.save(common, iteration / "common.pt")
         (folder / "latest_checkpointed_iteration.txt").write_text("50")
-        tokens = torch.arange(64)[None] % VOCAB
-        mask = torch.triu(torch.ones(1, 1, 64, 64, dtype=torch.bool), 1)
-        # Its tables ask for the current device, and its dropout for that device's generator,
-        # wherever the model is and even at dropout 0.
-        device = mock.patch.object(torch.cuda, "current_device", lambda: "cpu")
-        generators = mock.patch(
-            "megatron.core.tensor_parallel.get_cuda_rng_tracker",
-            lambda: argparse.Namespace(fork=nullcontext),
-        )
-        with torch.no_grad(), device, generators:
-            return model(tokens, torch.arange(64)[None], mask)[..., :VOCAB].float()
+        return logits_of(model)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def whole_tensors(model) -> dict[str, torch.Tensor]:
+    """Return the tensors that megatron-core would write, by key, put together from shards."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    sharded = model.sharded_state_dict()
+    apply_factories(sharded)
+    whole: dict[str, torch.Tensor] = {}
+    for item in nested_values(sharded):
+        if isinstance(item, ShardedTensor):
+            target = whole.setdefault(item.key, torch.zeros(item.global_shape))
+            sizes = (1,) * item.prepend_axis_num + item.local_shape
+            box = tuple(
+                slice(offset, offset + size)
+                for offset, size in zip(item.global_offset, sizes, strict=True)
+            )
+            target[box] = item.data.detach().view(target[box].shape)
+    return whole
+
+
+def arguments_of(kind: dict) -> argparse.Namespace:
+    """Return the arguments of Megatron-LM's that describe the model."""
+    return argparse.Namespace(
+        num_layers=3,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        kv_channels=8,
+        num_query_groups=kind["num_query_groups"],
+        group_query_attention=kind["num_query_groups"] < 4,
+        max_position_embeddings=64,
+        rotary_base=10000,
+        rotary_percent=1.0,
+        position_embedding_type="rope" if kind["rotary"] else "learned_absolute",
+        normalization=kind["normalization"],
+        norm_epsilon=1e-5,
+        swiglu=kind["swiglu"],
+        bias_gelu_fusion=False,
+        add_bias_linear=kind["add_bias_linear"],
+        add_qkv_bias=False,
+        num_experts=None,
+        qk_layernorm=kind["qk_layernorm"],
+        untie_embeddings_and_output_weights=not kind["tied"],
+        params_dtype=torch.float32,
+        model_type=ModelType.encoder_or_decoder,
+    )
+
+
+def logits_of(model) -> torch.Tensor:
+    tokens = torch.arange(64)[None] % VOCAB
+    mask = torch.triu(torch.ones(1, 1, 64, 64, dtype=torch.bool), 1)
+    # Its tables ask for the current device, and its dropout for that device's generator, wherever
+    # the model is and even at dropout 0.
+    device = mock.patch.object(torch.cuda, "current_device", lambda: "cpu")
+    generators = mock.patch(
+        "megatron.core.tensor_parallel.get_cuda_rng_tracker",
+        lambda: argparse.Namespace(fork=nullcontext),
+    )
+    with torch.no_grad(), device, generators:
+        return model(tokens, torch.arange(64)[None], mask)[..., :VOCAB].float()
 
 
 @pytest.mark.parametrize("kind", [LLAMA, GPT], ids=["llama", "gpt"])

@@ -6,7 +6,7 @@ What cannot be read is refused.
 import json
 import re
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise, product
 
 import pytest
@@ -16,12 +16,12 @@ from runs import CP, PP, SP, TP
 from safetensors.torch import load_file, save_file
 
 from trivium.checkpoint.manifest import CheckpointError
-from trivium.config import flags, resolve
+from trivium.config import ModelConfig, flags, resolve
 from trivium.config.validate import validate
 from trivium.decode.generate import Decoder, generate
 from trivium.decode.sampling import Sampling
 from trivium.interop.export import Beside, export_weights
-from trivium.interop.families import export_problems
+from trivium.interop.families import differences, export_problems
 from trivium.interop.hf_model import HFModel
 from trivium.interop.name_map import assemble, their_shapes
 from trivium.mesh import Mesh
@@ -411,3 +411,58 @@ def test_generation_past_the_original_length_equals_transformers(tmp_path):
     peer.generation_config.eos_token_id = None
     theirs = peer.generate(prompt, max_new_tokens=16, do_sample=False)[0, 10:]
     assert torch.cat(ours).tolist() == theirs.tolist()
+
+
+# A model in which each field means something, and for each field a value that means something else.
+COMPARED = ModelConfig(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    kv_channels=8,
+    group_query_attention=True,
+    num_query_groups=2,
+    max_position_embeddings=64,
+    position_embedding_type="rope",
+    use_rope_scaling=True,
+    normalization="RMSNorm",
+    disable_bias_linear=True,
+    qk_layernorm=True,
+    window_size="4,0",
+)
+ANOTHER = {
+    "position_embedding_type": "none",
+    "rope_scaling": None,  # --use-rope-scaling excludes it
+    "rotary_base_local": 500.0,
+    "normalization": "LayerNorm",
+    "norm_placement": "post",
+    "qk_layernorm_width": "projection",
+    "softmax_scale": 0.5,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 5.0,
+    "window_size": "5,0",
+    "window_attn_skip_freq": "2",
+}
+NO_PART = {
+    "init_method_std",
+    "attention_dropout",
+    "hidden_dropout",
+    "make_vocab_size_divisible_by",
+    "hf_model_type",
+}
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(ModelConfig)])
+def test_a_field_of_the_model_makes_another_model(name):
+    """A new field does so without an edit, so that no family exports a model that uses it."""
+    value = getattr(COMPARED, name)
+    if name in ANOTHER:
+        other = ANOTHER[name]
+    elif isinstance(value, bool):
+        other = not value
+    else:
+        other = "llama" if value is None else 2 * value
+    flag = "--" + name.replace("_", "-")
+    told = differences(COMPARED, replace(COMPARED, **{name: other}))
+    expected = name not in NO_PART and name != "rope_scaling"
+    assert any(flag in line for line in told) == expected

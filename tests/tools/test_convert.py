@@ -284,35 +284,35 @@ class NanoModel(torch.nn.Module):
 
     def __init__(self, args: dict):
         super().__init__()
-        layers, self.heads, width, bias = (
-            args["n_layer"],
-            args["n_head"],
-            args["n_embd"],
-            args["bias"],
-        )
-        linear = lambda i, o: torch.nn.Linear(i, o, bias=bias)  # noqa: E731
-        block = lambda: torch.nn.ModuleDict(
-            {  # noqa: E731
-                "ln_1": torch.nn.LayerNorm(width, bias=bias),
-                "ln_2": torch.nn.LayerNorm(width, bias=bias),
-                "attn": torch.nn.ModuleDict(
-                    {"c_attn": linear(width, 3 * width), "c_proj": linear(width, width)}
-                ),
-                "mlp": torch.nn.ModuleDict(
-                    {"c_fc": linear(width, 4 * width), "c_proj": linear(4 * width, width)}
-                ),
-            }
-        )
+        self.heads = args["n_head"]
+        width, bias = args["n_embd"], args["bias"]
+        blocks = [self.block(width, bias) for _ in range(args["n_layer"])]
         self.transformer = torch.nn.ModuleDict(
             {
                 "wte": torch.nn.Embedding(args["vocab_size"], width),
                 "wpe": torch.nn.Embedding(args["block_size"], width),
-                "h": torch.nn.ModuleList(block() for _ in range(layers)),
+                "h": torch.nn.ModuleList(blocks),
                 "ln_f": torch.nn.LayerNorm(width, bias=bias),
             }
         )
         self.lm_head = torch.nn.Linear(width, args["vocab_size"], bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
+
+    @staticmethod
+    def block(width: int, bias: bool) -> torch.nn.ModuleDict:
+        def linear(columns: int, rows: int) -> torch.nn.Linear:
+            return torch.nn.Linear(columns, rows, bias=bias)
+
+        attention = {"c_attn": linear(width, 3 * width), "c_proj": linear(width, width)}
+        mlp = {"c_fc": linear(width, 4 * width), "c_proj": linear(4 * width, width)}
+        return torch.nn.ModuleDict(
+            {
+                "ln_1": torch.nn.LayerNorm(width, bias=bias),
+                "ln_2": torch.nn.LayerNorm(width, bias=bias),
+                "attn": torch.nn.ModuleDict(attention),
+                "mlp": torch.nn.ModuleDict(mlp),
+            }
+        )
 
     def forward(self, tokens):
         t = self.transformer
