@@ -11,8 +11,9 @@ BUCKET_ALIGNMENT = 64
 # for the products to run at full speed, few enough to be touched again soon.
 LOGITS_AT_A_TIME = {"cpu": 1 << 24, "gpu": 1 << 28}
 
-# Elements of an array that one pass of several elementwise steps handles at a time on a CPU, so that
-# what it reads and writes stays in a core's cache: AdamW's 64K x 6 arrays x 4 bytes are 1.5 MiB.
+# Elements of an array that one pass of several elementwise steps handles at a time on a CPU, so
+# that what it reads and writes stays in a core's cache: AdamW's 64K x 6 arrays x 4 bytes are
+# 1.5 MiB.
 # On a device a pass takes the whole array: launches cost more there.
 ELEMENTS_IN_CACHE = 1 << 16
 LOGITS_IN_CACHE = 2 * ELEMENTS_IN_CACHE  # the loss touches fewer arrays

@@ -35,6 +35,8 @@ def read_config(hf: Values) -> tuple[ModelConfig, int]:
         raise ValueError(f"model_type {model_type!r} is none of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     hf = family.defaults | hf
+    # A config.json is anybody's: a key that is missing, or of another type than transformers
+    # writes, shows as one of these errors somewhere in the reading.
     try:
         values = _fields(family, hf)
         config = ModelConfig(**values, hf_model_type=family.model_type)
@@ -110,7 +112,9 @@ def write_config(config: ModelConfig, vocab_size: int, special_ids: Values) -> V
 
 
 def _written(family: Family, config: ModelConfig) -> Values:
+    """Return what a family's config.json says of a model, as far as the family can say it."""
     values = {key: getattr(config, ours) for key, ours in family.key_map.items()}
+    # Our field counts groups only with --group-query-attention; theirs always counts heads.
     if "num_key_value_heads" in values:
         values["num_key_value_heads"] = config.num_kv_heads
     return values | {"tie_word_embeddings": config.tied} | family.write(config)
@@ -167,6 +171,7 @@ def export_problems(config: ModelConfig) -> list[str]:
 
 
 def _obstacles(family: Family, config: ModelConfig) -> _Obstacles:
+    """Write a model as the family does, read that back, and compare."""
     named = {"model_type": family.model_type, "vocab_size": 1}
     try:
         there, _ = read_config(named | _written(family, config))
@@ -193,6 +198,9 @@ class _Meaning(NamedTuple):
 
     fields: tuple[str, ...]
     of: Callable[[ModelConfig], Any]
+
+
+# Rotary flags are without meaning in a model that does not rotate: they say None there.
 
 
 def _rotates(config: ModelConfig) -> bool:

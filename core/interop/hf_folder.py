@@ -83,6 +83,8 @@ def write_folder(
     One tensor is held at a time. A former export of that name is replaced.
     Raises CheckpointError for a folder that holds anything else, and if a file cannot be written.
     """
+    # Refuse before anything is written: also what is left of an export that was killed is replaced
+    # only if it is one of ours.
     folder = Path(folder).resolve()
     tokenizer_files = [Path(path) for path in tokenizer_files]
     tokenizer_names = {path.name for path in tokenizer_files}
@@ -211,6 +213,7 @@ def _is_inside(box: Box, shape: tuple[int, ...]) -> bool:
 
 
 def _write_weights(folder: Path, tensors: Sequence[Outgoing], max_shard_bytes: int) -> None:
+    """Write one file, or several and an index, with the names that transformers gives them."""
     shards = _shards(tensors, max_shard_bytes)
     count = len(shards)
     files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

@@ -55,6 +55,7 @@ class HFModel:
         self._check_others(held)
 
     def _check_tensor(self, name: str, shape: tuple[int, ...], held: set[str]) -> None:
+        """Raise CheckpointError unless a tensor of the model is there, in its shape, as floats."""
         stored = self._names[name]
         folder = self.folder
         if stored not in held:
@@ -75,6 +76,7 @@ class HFModel:
     def _check_others(self, held: set[str]) -> None:
         """Raise CheckpointError for a tensor that would be left out and that says something."""
         ignored = {name for name in held if name.endswith(_TABLES)}
+        # Some folders hold a head beside the embedding that it is tied to.
         if self.config.tied:
             heads = held.intersection(_HEADS)
             for head in heads:
@@ -146,6 +148,7 @@ class HFModel:
         if there == tuple(piece.shape):
             return
         remedy = ""
+        # Rows of the embedding: the tokenizer has fewer ids than the model has rows.
         if there[0] == self.vocab_size:
             remedy = (
                 f"; give --vocab-size {there[0]} in place of the tokenizer's {piece.shape[0]} "

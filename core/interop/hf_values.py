@@ -65,6 +65,7 @@ def read_rope(
     kinds: the scalings that the family has
     """
     if rope is None:
+        # Families that say it in the common words rotate whole heads.
         rope = rope_of(hf, {"rope_theta": hf.get("rope_theta", 10000.0)})
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             share = rope["partial_rotary_factor"]
@@ -87,6 +88,8 @@ def _scaling(hf: Values, rope: Values, kind: str) -> Values:
     original = hf.get(key) or rope.get(key) or longest
     if kind == "default":
         return {}
+    # These two stretch a model trained to one length to a greater one: the factor is the ratio of
+    # the two lengths unless config.json says another.
     by_length = kind in ("yarn", "longrope")
     known = rope | {key: original}
     if by_length and rope.get("factor") is None:
@@ -104,6 +107,7 @@ def _scaling_flags(scaling: Values) -> Values:
     """Return Megatron's two flags for the scaling that they can say, else --rope-scaling."""
     if not scaling:
         return {}
+    # Llama 3.1's rule with its published numbers is what --use-rope-scaling means.
     if scaling == {"rope_type": "llama3", "factor": scaling["factor"]} | LLAMA3_ROPE:
         return {"use_rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
     return {"rope_scaling": json.dumps(scaling)}
@@ -129,6 +133,7 @@ def read_windows(window: int | None, layers: list[bool]) -> Values:
     size = {"window_size": f"{window - 1},0"}
     if all(layers):
         return size
+    # Megatron's N: every N-th layer is without. Any other pattern is a list.
     period = layers.index(False) + 1
     every = [bool((layer + 1) % period) for layer in range(len(layers))]
     if layers == every:

@@ -207,6 +207,7 @@ class MegatronDist:
             )
 
     def _load(self, chunk: _Chunk) -> torch.Tensor:
+        """Return the tensor of one chunk: what torch.save wrote, inside a file of many."""
         path = self.folder / chunk.file
         with path.open("rb") as file:
             file.seek(chunk.start)
@@ -234,6 +235,8 @@ class MegatronDist:
             return _Found(self._checked(whole, shape), ())
         _, layer, inside = stem.split(".", 2)
         runs = self._runs(inside, shape[0])
+        # Megatron's own layers and Transformer Engine's have different names for norms, and either
+        # may be stored layer by layer or stacked: the first combination that is there is meant.
         for theirs in _LAYER.get(inside, ()):
             single = f"decoder.layers.{layer}.{theirs}{kind}"
             if single in self._chunks:
@@ -246,6 +249,7 @@ class MegatronDist:
         raise CheckpointError(f"{self.folder} has no {part} under any name of Megatron's")
 
     def _checked(self, found: Correspondence, shape: tuple[int, ...]) -> Correspondence:
+        """Return a correspondence. Raises CheckpointError for one that is outside of the tensor."""
         last = max(run.theirs + run.num_rows for run in found.runs)
         fits = len(found.shape) == len(shape) and found.shape[1:] == shape[1:]
         if not fits or last > found.shape[0]:
@@ -303,12 +307,14 @@ def _iteration_folder(path: Path) -> Path:
 
 def _chunks(metadata: Any, folder: Path) -> dict[str, list[_Chunk]]:
     """Return every stored box of every tensor, as torch.distributed.checkpoint's metadata says."""
+    # The plain reader gives objects without types: an attribute that is not there, or is no
+    # sequence of numbers, shows as one of the errors below.
     path = folder / ".metadata"
     try:
         sizes = _sizes_of_boxes(metadata)
         found: dict[str, list[_Chunk]] = defaultdict(list)
         for index, info in metadata.storage_data.items():
-            if index.offset is None:
+            if index.offset is None:  # bytes of an object rather than a box of a tensor
                 continue
             offsets = tuple(index.offset)
             size = sizes.get((index.fqn, offsets))
@@ -335,6 +341,7 @@ def _sizes_of_boxes(metadata: Any) -> dict[tuple[str, tuple[int, ...]], tuple[in
 def _chunk(
     name: str, offsets: tuple[int, ...], size: tuple[int, ...], info: Any, path: Path
 ) -> _Chunk:
+    # A name with a slash or dots could lead out of the folder.
     if not is_plain_name(info.relative_path):
         raise CheckpointError(
             f"{path} names the file {info.relative_path!r}, which is no plain name"
@@ -365,6 +372,7 @@ def _config(arguments: Mapping[str, Any]) -> ModelConfig:
                 f"only {', '.join(map(str, readable))} can be read"
             )
     values = _values(arguments)
+    # argparse gives 1 for --rotary-base 1; our fields are floats.
     for name in _FLOATS.intersection(values):
         if type(values[name]) is int:
             values[name] = float(values[name])

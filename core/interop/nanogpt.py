@@ -69,12 +69,14 @@ class NanoGPT:
         found = self._correspondences[name]
         if found.name not in self._tensors:  # the bias of a norm that has none
             return torch.zeros(self._shapes[name], dtype=self.dtype(name))
+        # Query, key and value are neighbouring rows of one tensor: a view of them, no copy.
         (run,) = found.runs
         return self._tensors[found.name][run.theirs : run.theirs + run.num_rows]
 
     def _check(self) -> None:
         """Raise CheckpointError unless the tensors are those of the model, and no others."""
         wanted = their_shapes(self._correspondences)
+        # Without --bias nanoGPT's norms have none either; ours are LayerNorms with a bias.
         optional = set()
         if self.config.disable_bias_linear:
             biases = (part for part in self._shapes if part.endswith("norm.bias"))
@@ -94,6 +96,7 @@ class NanoGPT:
             )
 
     def _check_tensor(self, name: str, shape: tuple[int, ...], is_optional: bool) -> None:
+        """Raise CheckpointError unless a tensor is there, or optional, in its shape, as floats."""
         tensor = self._tensors.get(name)
         if tensor is None:
             if not is_optional:
@@ -111,6 +114,7 @@ class NanoGPT:
 
 
 def _load(path: Path) -> Any:
+    """Return what a file of torch.save's holds. Tensors stay in the file until they are read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:

@@ -23,6 +23,7 @@ def has_validation(given: DataConfig) -> bool:
     """Return whether there is data for validation: a share of the split, or data of its own."""
     if given.valid_data_path:
         return True
+    # A share that is no number is told of elsewhere: it is taken for one here.
     shares = [share.strip() for share in given.split.split(",")]
     if given.train_data_path or len(shares) < 2:
         return False
@@ -30,6 +31,7 @@ def has_validation(given: DataConfig) -> bool:
 
 
 def _sources(given: DataConfig) -> Iterator[str]:
+    """Yield a problem unless data comes from exactly one place."""
     names = ("train_data_path", "valid_data_path", "test_data_path")
     per_split = [name for name in names if getattr(given, name)]
     sources = {
@@ -66,6 +68,7 @@ def _is_number(text: str) -> bool:
 
 
 def _split(split: str) -> Iterator[str]:
+    """Yield a problem unless --split is one to three shares that add up to more than nothing."""
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
@@ -75,6 +78,7 @@ def _split(split: str) -> Iterator[str]:
 
 
 def _tokenizer(given: DataConfig) -> Iterator[str]:
+    """Yield what a kind of tokenizer needs and does not have."""
     kind = given.tokenizer_type
     if kind is None:
         yield (

@@ -55,6 +55,7 @@ def _sizes(model: ModelConfig) -> Iterator[str]:
         yield f"--norm-epsilon {model.norm_epsilon} must not be negative"
     hidden, heads = model.hidden_size, model.num_attention_heads
     groups = model.num_query_groups
+    # Only where --kv-channels follows from the two: given by itself, heads need not fill the width.
     if hidden and heads and heads > 0 and hidden % heads and hidden // heads == model.kv_channels:
         near = nearest_multiples(hidden, heads)
         yield (
@@ -98,6 +99,7 @@ def _norms(model: ModelConfig) -> Iterator[str]:
 def _attention(model: ModelConfig) -> Iterator[str]:
     """Yield the problems of scores and windows."""
     yield from positive(model, "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping")
+    # No implementation of attention has both: the cap is in the kernels without dropout.
     if model.attn_logit_softcapping and model.attention_dropout > 0:
         yield (
             f"--attn-logit-softcapping {model.attn_logit_softcapping} has no attention dropout; "
@@ -105,6 +107,7 @@ def _attention(model: ModelConfig) -> Iterator[str]:
         )
     if model.window_attn_skip_freq is not None and model.window_size is None:
         yield f"--window-attn-skip-freq {model.window_attn_skip_freq} needs --window-size"
+    # Both flags are read for every layer alike: if they can be read for one, they can for all.
     try:
         model.window(0)
     except FlagError as error:
@@ -132,7 +135,7 @@ def _rotary(model: ModelConfig) -> Iterator[str]:
     given = f"--rotary-percent {model.rotary_percent}"
     if not 0 < model.rotary_percent <= 1:
         yield f"{given} is not in (0, 1]"
-    elif rotated % 2:
+    elif rotated % 2:  # dims are rotated in pairs
         head = f"a head of {model.kv_channels}"
         yield f"{given} of {head} rotates {rotated} dims; the number must be even"
     if model.rope_scaling is not None:

@@ -71,6 +71,7 @@ def _tensor(model: ModelConfig, tp: int) -> Iterator[str]:
                 f"{flag_of(name)} {value} cannot be cut over --tensor-model-parallel-size {tp}; "
                 f"use {nearest_multiples(value, tp)}, or another size"
             )
+    # Heads that cannot be cut are told of above; groups divide heads, so once is enough.
     heads_fit = not heads or heads % tp == 0
     if heads_fit and kv_heads and kv_heads > 0 and kv_heads % tp and tp % kv_heads:
         yield (
@@ -85,6 +86,8 @@ def _sequence(config: Config) -> Iterator[str]:
     tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
     if not length:
         return
+    # Each rank of context parallel has two chunks, one early and one late, so that all have the
+    # same work under a causal mask.
     if cp > 1 and length % (2 * cp):
         yield (
             f"--seq-length {length} is not a multiple of 2 x --context-parallel-size {cp}; "
@@ -110,6 +113,7 @@ def _context(config: Config) -> Iterator[str]:
             "--cp-comm-type p2p has no attention dropout; "
             "give --attention-dropout 0, or use --cp-comm-type allgather or a2a"
         )
+    # The exchange trades tokens for heads: a rank then has all tokens of heads / (tp x cp) heads.
     heads = model.num_attention_heads
     if layout.cp_comm_type == "a2a" and heads and heads % tp == 0 and heads // tp % cp:
         unit = f"--tensor-model-parallel-size {tp} x --context-parallel-size {cp} = {tp * cp}"

@@ -26,6 +26,7 @@ def check_batch(config: Config, world_size: int) -> Iterator[str]:
             given = f"--train-samples {samples} is less than one batch"
         yield f"{given}: there must be at least 1 iteration"
     yield from _global_batch(sizes, data_parallel_size(config.parallel, world_size))
+    # `resolve` makes iterations of samples: another number of them was given beside.
     total = sizes.global_batch_size
     if samples and iters and total and iters != samples // total:
         yield f"--train-samples {samples} and --train-iters {iters} are both given; give one"
@@ -34,6 +35,7 @@ def check_batch(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _global_batch(sizes: BatchConfig, dp: int) -> Iterator[str]:
+    """Yield a problem where a global batch is no whole number of micro-batches on each replica."""
     micro, total = sizes.micro_batch_size, sizes.global_batch_size
     if not micro or not total or micro < 0 or total < 0:
         return
@@ -56,6 +58,7 @@ def check_optimizer(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _rates(rule: OptimizerConfig) -> Iterator[str]:
+    """Yield the problems of the rates that the schedule moves between."""
     lr = rule.lr
     if lr is None:
         return
@@ -68,6 +71,7 @@ def _rates(rule: OptimizerConfig) -> Iterator[str]:
 
 
 def _schedule(rule: OptimizerConfig) -> Iterator[str]:
+    """Yield the problems of the phases: warm-up, decay, and the last phase of WSD."""
     yield from positive(rule, "lr_decay_iters", "lr_wsd_decay_iters")
     fraction, warmup = rule.lr_warmup_fraction, rule.lr_warmup_iters
     decay, last_phase = rule.lr_decay_iters, rule.lr_wsd_decay_iters
