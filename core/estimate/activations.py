@@ -13,7 +13,8 @@ pass_spec.py; e = 2 bytes). Read the layer from its input to its output:
     norm             its input x; one fp32 statistic a token            e b s H + 4 b s
     q, k, v          their input, the norm's output                     e b s H
     rope             nothing of q and k, but cos and sin in bf16        2 e t D x 2
-    attention        the fused projection, rotated q and k              e b t (q + 2 k) + e b t (q + k)
+    attention        the fused projection                               e b t (q + 2 k)
+                     q and k as rope turned them                        e b t (q + k)
                      o; the log-sum-exp of each head                    e b t q + 4 b t A
     out              o again: counted already                           0
     residual sum     nothing: a sum needs no operand to go backward     0
@@ -25,8 +26,8 @@ pass_spec.py; e = 2 bytes). Read the layer from its input to its output:
     sum              e b (4 s H + t (3 q + 3 k + 4 f)), and a few bytes a token
 
 A CPU's kernels keep less: rope turns q and k in place, the fused SwiGLU makes silu(gate) again, so
-its layer keeps e b (4 s H + t (2 q + 2 k + 3 f)). For a GPT in 16 bits with dropout the same reading
-gives 34 b t H, equation 1 of Korthikanti et al. without its 5 a s / h of attention scores.
+a layer keeps e b (4 s H + t (2 q + 2 k + 3 f)). For a GPT in 16 bits with dropout the same
+reading gives 34 b t H, equation 1 of Korthikanti et al. without its 5 a s / h of attention scores.
 
 Tensor parallelism makes q, k and f narrower, sequence parallelism makes s = t / tp, context
 parallelism makes t = T / cp. Recomputation keeps the input of a group of layers in place of all
@@ -120,9 +121,10 @@ def _layer_norms_saved(model: ModelConfig, spec: PassSpec) -> int:
 
 
 def _mlp_saved(model: ModelConfig, spec: PassSpec) -> int:
-    """Count what the activation keeps, and its result, which is the input of the down projection."""
-    feed_forward = local_widths(model, spec.tp).feed_forward
-    return spec.itemsize * spec.tokens * feed_forward * activation_widths(model, spec)
+    """Count what the activation keeps, and its result, the input of the down projection."""
+    width = local_widths(model, spec.tp).feed_forward
+    tensor = spec.itemsize * spec.tokens * width
+    return tensor * activation_widths(model, spec)
 
 
 # The layers of a chunk.

@@ -1,11 +1,11 @@
-"""Count what attention keeps for the backward pass, by the way its keys and values reach the queries.
+"""Count what attention keeps for the backward pass, by how keys and values reach the queries.
 
-Attention takes one fused projection [b, t, q + 2 k], cuts it into q, k and v, may normalize q and k,
-turns them by rope, and computes o [b, t, q], the input of the output projection.
+Attention takes one fused projection [b, t, q + 2 k], cuts it into q, k and v, may normalize q and
+k, turns them by rope, and computes o [b, t, q], the input of the output projection.
 
 The three parts are views. As long as nothing moves them, whoever keeps one of them keeps the whole
-projection. Norms and PyTorch's rope make new tensors for q and k instead (they are `moved`); our own
-rope turns them where they stand. So the core of attention keeps
+projection. Norms and PyTorch's rope make new tensors for q and k instead (they are `moved`); our
+own rope turns them where they stand. So the core of attention keeps
 
     projection                e b t (q + 2 k)
     rotated q and k           e b t (q + k)     only if moved
@@ -32,18 +32,25 @@ class AttentionKept:
     """The bytes that attention keeps of one layer and micro-batch, from its projection to o."""
 
     def __init__(self, model: ModelConfig, spec: PassSpec):
+        self.model = model
+        self.spec = spec
         widths = local_widths(model, spec.tp)
-        bt, e = spec.tokens, spec.itemsize
-        self.model, self.spec = model, spec
-        self.q, self.k = widths.query, widths.key
+        self.q = widths.query
+        self.k = widths.key
         self.heads = model.num_attention_heads // spec.tp
+        # Scores with a cap are computed by our own operation, which makes them again in backward.
         self.capped = model.attn_logit_softcapping is not None
-        rotated_by_torch = model.position_embedding_type == "rope" and "rope" not in spec.fused
-        self.moved = model.qk_layernorm or rotated_by_torch
-        self.projection = e * bt * (self.q + 2 * self.k)
-        self.output = e * bt * self.q
-        # What flash attention itself is given: the projection, and q and k again if they moved.
-        self.inputs = self.projection + (e * bt * (self.q + self.k) if self.moved else 0)
+        has_rope = model.position_embedding_type == "rope"
+        self.moved = model.qk_layernorm or (has_rope and "rope" not in spec.fused)
+
+        # Bytes of one number for every token: all tensors below are this times a width.
+        tokens = spec.itemsize * spec.tokens
+        self.projection = tokens * widths.qkv
+        self.output = tokens * self.q
+        # What attention itself is given: the projection, and q and k again if they moved.
+        self.inputs = self.projection
+        if self.moved:
+            self.inputs += tokens * (self.q + self.k)
 
     def total(self) -> int:
         """Return all bytes, those of the norms of q and k and of rope's tables included."""
@@ -83,8 +90,8 @@ class AttentionKept:
     def _masks(self) -> int:
         """Return masks, in the dtype of the scores; scores with a cap take a mask of bytes.
 
-        Documents, and attention in plain PyTorch, take one for every sample and layer. Windows alone
-        take one that serves all samples, in the layers that have a window.
+        Documents, and attention in plain PyTorch, take one for every sample and layer. Windows
+        alone take one that serves all samples, in the layers that have a window.
         """
         spec = self.spec
         every_sample = spec.documents or not (spec.flash or self.capped)
@@ -92,8 +99,11 @@ class AttentionKept:
         if not every_sample:
             share = window_share(self.model, spec.seq_length) / spec.micro_batch
         number = 1 if self.capped else self._number()
-        queries = spec.cp if spec.attention_comm == "a2a" else 1  # a2a: the whole sequence's
-        return int(number * spec.tokens * spec.seq_length * queries * share)
+        # [t, T] for each sample; after an all-to-all a rank has the queries of a whole sequence.
+        size = number * spec.tokens * spec.seq_length
+        if spec.attention_comm == "a2a":
+            size *= spec.cp
+        return int(size * share)
 
     # The ways.
 
@@ -109,9 +119,10 @@ class AttentionKept:
         for each query head.
         """
         bt = self.spec.tokens
+        scores = FP32 * bt * self.spec.seq_length * self.heads
         tensors = 3 if self.model.attention_dropout > 0 else 1
-        scores = FP32 * bt * self.spec.seq_length * self.heads * tensors
-        return 3 * FP32 * bt * self.q + scores
+        operands = 3 * FP32 * bt * self.q
+        return operands + tensors * scores
 
     def _on_one_rank(self, viewed: int) -> int:
         """Return what flash attention keeps without an exchange.
@@ -132,32 +143,41 @@ class AttentionKept:
         bt, cp = self.spec.tokens, self.spec.cp
         if self.spec.widens:
             return FP32 * bt * (self.q + (2 * cp + 1) * self.k)
+        # q that did not move is a view, which keeps this rank's whole projection.
         queries = self.output if self.moved else self.projection
-        return queries + self.spec.itemsize * bt * cp * 2 * self.k
+        gathered = self.spec.itemsize * bt * cp * 2 * self.k
+        return queries + gathered
 
     def _redistributed(self) -> int:
         """Return q, k and v of the whole sequence for 1 / cp of the heads.
 
         Fewer key-value heads than ranks are repeated until each rank has one.
         """
-        cp, kv_heads = self.spec.cp, self.k // self.model.head_size
-        repeated = self.k * (cp // gcd(kv_heads, cp))
-        return self._number() * self.spec.tokens * (self.q + 2 * repeated)
+        cp = self.spec.cp
+        kv_heads = self.k // self.model.head_size
+        # kv_heads 2, cp 4: 2 divides 4, so that each head is there twice.
+        repeats = cp // gcd(kv_heads, cp)
+        width = self.q + 2 * self.k * repeats
+        return self._number() * self.spec.tokens * width
 
     def _qk_norms(self) -> tuple[int, bool]:
         """Return the bytes that the norms of q and k keep, and whether they view the projection."""
-        model, bt, e = self.model, self.spec.tokens, self.spec.itemsize
+        model, bt = self.model, self.spec.tokens
         if not model.qk_layernorm:
             return 0, False
         elements = bt * (self.q + self.k)
         if model.qk_layernorm_width == "projection":
             # Always plain PyTorch: what was normalized, x if it is an fp32 copy, two statistics.
-            copies = e != FP32
-            kept = e + FP32 if copies else e
-            return kept * elements + 2 * FP32 * bt, not copies
+            normalized = self.spec.itemsize
+            copies = normalized != FP32
+            kept = normalized + FP32 if copies else normalized
+            statistics = 2 * FP32 * bt
+            return kept * elements + statistics, not copies
+        # One norm over each head of each token.
         norm = NormKept.of(model, self.spec)
         rows = elements // model.head_size
-        return norm.bytes(rows, model.head_size, of_view=True), not norm.copies
+        kept = norm.bytes(rows, model.head_size, of_view=True)
+        return kept, not norm.copies
 
 
 def rope_tables(model: ModelConfig, spec: PassSpec) -> int:
@@ -182,7 +202,9 @@ def casts_rope_tables(spec: PassSpec) -> bool:
 
 def rope_tables_per_layer(model: ModelConfig, spec: PassSpec) -> int:
     """Return the bytes of cos and sin as a layer casts them, once for q and once for k."""
-    return 2 * rope_tables(model, spec) * spec.itemsize * casts_rope_tables(spec)
+    if not casts_rope_tables(spec):
+        return 0
+    return 2 * rope_tables(model, spec) * spec.itemsize
 
 
 def shared_rope_tables(model: ModelConfig, spec: PassSpec) -> int:

@@ -1,15 +1,15 @@
-"""Estimate what one chunk of a pipeline costs: seconds of a micro-batch, bytes sent over every axis.
+"""Estimate what one chunk of a pipeline costs: seconds of a micro-batch, bytes sent by axis.
 
 The model of time:
 
 - Arithmetic runs at `peak x efficiency`. Norms, activations, the optimizer's update, and starting
   kernels and messages are part of `efficiency`.
-- A ring collective of n bytes over d devices sends n (d - 1) / d from each, an all-reduce twice that,
-  at the link's bytes a second: a node's link where the axis lies within a node (ranks stand in the
-  order tp, cp, dp, pp), else the link between nodes.
+- A ring collective of n bytes over d devices sends n (d - 1) / d from each, an all-reduce twice
+  that, at the link's bytes a second: a node's link where the axis lies within a node (ranks stand
+  in the order tp, cp, dp, pp), else the link between nodes.
 - A tensor-parallel collective is waited for, unless the engine starts it before a product that does
-  not need it. The ring of context parallelism hides behind attention. What data parallelism overlaps
-  hides behind one micro-batch.
+  not need it. The ring of context parallelism hides behind attention. What data parallelism
+  overlaps hides behind one micro-batch.
 - What is hidden still costs HIDDEN of its time, for the processors it takes away.
 
 Letters as in pass_spec.py.
@@ -127,7 +127,8 @@ def tensor_bytes(model: ModelConfig, chunk: ModelChunk, spec: PassSpec) -> BothW
         loss            sums 3 fp32 numbers a token
     """
     unit = spec.itemsize * spec.tokens * model.hidden_size
-    layers, again = chunk.layers, _recomputed_layers(chunk, spec)
+    layers = chunk.layers
+    again = _recomputed_layers(chunk, spec)
     loss = all_reduce(3 * FP32 * spec.tokens, spec.tp) if chunk.predicts else 0.0
     if spec.sequence_parallel:
         forward = 4 * layers + chunk.embeds + 2 * chunk.predicts
@@ -172,8 +173,9 @@ def context_bytes(model: ModelConfig, spec: PassSpec) -> BothWays:
 class DataBytes(NamedTuple):
     """The bytes that a rank sends over data x context parallel in one update.
 
-    gradients: reduced in fp32. weights: gathered in the working dtype. copies: gradients summed over
-    the groups that repeat a shard.
+    gradients: reduced in fp32.
+    weights: gathered in the working dtype.
+    copies: gradients summed over the groups that repeat a shard.
     """
 
     gradients: float
@@ -306,8 +308,8 @@ def _tensor_seconds(
     window = 0.0 if split else column
     if not spec.sequence_parallel:
         return PassTimes(4 * unit, exposed(4 * unit, window), 0.0)
-    # Backward: two dy are waited for, dx is scattered during the weights' product, and x is gathered
-    # during the inputs' product; with zb later and alone.
+    # Backward: two dy are waited for, dx is scattered during the weights' product, and x is
+    # gathered during the inputs' product; with zb later and alone.
     x_gathered = 0.0 if split else exposed(2 * unit, column)
     backward = 2 * unit + exposed(2 * unit, window) + x_gathered
     return PassTimes(4 * unit, backward, 2 * unit if split else 0.0)

@@ -1,4 +1,7 @@
-"""Draw a pipeline: a row for each rank, time to the right, a box for each action, bubbles hatched."""
+"""Draw a pipeline: a row for each rank, time to the right, a box for each action.
+
+The row of a rank is hatched first; what its boxes leave free is its bubble.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,7 +27,12 @@ COLORS: dict[type[Compute], str] = {
     BackwardWeight: "#e79a52",
 }
 PALEST = 0.55  # how far towards white the last of several chunks is
-BUBBLE = {"facecolor": "#f4f4f4", "edgecolor": "#c8c8c8", "hatch": "////", "linewidth": 0}
+BUBBLE: dict[str, Any] = {
+    "facecolor": "#f4f4f4",
+    "edgecolor": "#c8c8c8",
+    "hatch": "////",
+    "linewidth": 0,
+}
 
 ROW = 0.42  # inches of a rank; also half the height of its boxes, in rows
 MARGIN = 1.4  # inches above and below the rows
@@ -146,7 +154,10 @@ def _draw_boxes(axes: Any, boxes: Sequence[DrawnAction]) -> list[Any]:
 
 
 def _draw_numbers(axes: Any, boxes: Sequence[DrawnAction], last: float, width: float) -> None:
-    """Write each box's micro-batch where it fits. `last`, the end of time, is `width` inches away."""
+    """Write each box's micro-batch where it fits.
+
+    last: the end of time. width: of the whole picture, in inches.
+    """
     for box in boxes:
         points = (box.end - box.start) / last * width * POINTS
         if points > DIGIT * len(str(box.microbatch)):
@@ -154,9 +165,9 @@ def _draw_numbers(axes: Any, boxes: Sequence[DrawnAction], last: float, width: f
             axes.text(middle, box.rank, box.microbatch, ha="center", va="center", fontsize=6)
 
 
-def _color(kind: type[Compute], chunk: int, chunks: int) -> tuple[float, ...]:
+def _color(kind: type[Compute], chunk: int, chunks: int) -> tuple[float, float, float]:
     """Return the colour of a kind, paler the later the chunk, as shares of red, green, blue."""
-    share = PALEST * chunk / max(1, chunks - 1)
-    color = COLORS[kind]
-    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    return tuple(channel * (1 - share) + share for channel in channels)
+    white = PALEST * chunk / max(1, chunks - 1)
+    channels = bytes.fromhex(COLORS[kind].removeprefix("#"))
+    red, green, blue = (channel / 255 * (1 - white) + white for channel in channels)
+    return red, green, blue

@@ -3,8 +3,8 @@
 from ..config import ModelConfig, PrecisionConfig
 from .parameters import matrix_parameters
 
-# Dense bf16 peak by datasheet, FLOP/s. A device that is not here has no MFU rather than a wrong one.
-# The first name that is part of the device's name counts.
+# Dense bf16 peak by datasheet, FLOP/s. The first name that is part of the device's name counts.
+# A device that is not here has no MFU rather than a wrong one.
 PEAK_BF16 = {
     "H200": 989e12,
     "H100 PCIe": 756e12,

@@ -9,8 +9,8 @@ P parameters on the rank, e bytes of a weight, d ranks that share the optimizer'
     optim_grads_params   gathered  4 P / d     4 P / d   8 P / d      and some whole gradients
 
 In fp32 the weights are their own masters. The lower three are the stages 1 to 3 of Rajbhandari et
-al. 2020, section 5. The first three live in flat buckets whose slots and shards are aligned, and the
-counts here include that: they agree with what is allocated to the byte. `activations` has the rest.
+al. 2020, section 5. The first three live in flat buckets whose slots and shards are aligned. The
+counts here include that: they are those of what is allocated, to the byte.
 """
 
 from collections.abc import Sequence
@@ -95,7 +95,10 @@ def _moments(config: Config) -> int:
 
 
 def _buckets(parameters: Sequence[LocalParameter], size: int, shards: int) -> list[int]:
-    """Return the elements of each bucket: neighbours up to about `size`, as optim.buckets fills them."""
+    """Return the elements of each bucket, filled as optim.buckets does: neighbours up to `size`.
+
+    A bucket is full once it has `size` elements or more, so it may have some more.
+    """
     sums: list[int] = []
     room = 0
     for parameter in parameters:

@@ -2,9 +2,9 @@
 
 While a rank works through its plan it holds, for each of its chunks, some micro-batches whole (from
 their forward to their backward pass) and of some others only the operands of the weights' gradient
-(from BackwardInput to BackwardWeight, in schedules that split the two). Chunks differ in size, so the
-fullest moment depends on bytes that a plan does not know. `occupancies` therefore lists every count
-that could be the fullest, once for a plan, and `fullest` takes the largest for given bytes.
+(from BackwardInput to BackwardWeight, in schedules that split the two). Chunks differ in size, so
+the fullest moment depends on bytes that a plan does not know. `occupancies` therefore lists every
+count that could be the fullest, once for a plan; `fullest` takes the largest for given bytes.
 
 An example, one chunk under 1F1B on the first of two ranks, three micro-batches:
 

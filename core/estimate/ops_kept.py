@@ -19,8 +19,10 @@ from .pass_spec import FP32, PassSpec
 class NormKept:
     """The bytes that a norm keeps of every number and of every row of its input.
 
-    input: of a number of x. normalized: of a number of what PyTorch's RMSNorm has normalized, else 0.
-    statistics: of a row. copies: whether x is kept as a copy where x is a view of something else.
+    input: of a number of x.
+    normalized: of a number of what PyTorch's RMSNorm has normalized; 0 for all other norms.
+    statistics: of a row.
+    copies: whether x is kept as a copy where x is a view of something else.
     """
 
     input: int
@@ -32,7 +34,8 @@ class NormKept:
     def of(model: ModelConfig, spec: PassSpec) -> "NormKept":
         """Read it off the model's kind of norm and the kernels that run."""
         rms = model.normalization == "RMSNorm"
-        fused = ("rms_norm" if rms else "layer_norm") in spec.fused
+        op = "rms_norm" if rms else "layer_norm"
+        fused = op in spec.fused
         plain_rms = rms and not fused
         around_one = model.apply_layernorm_1p
         x = FP32 if plain_rms or around_one else spec.itemsize

@@ -1,10 +1,11 @@
 """Go from the flags of a run to its plan, to the best plans of a search, or to a schedule alone.
 
-    plan_run(config, vocab_size, num_devices, hardware)               one layout, as given
-    search_layouts(config, vocab_size, num_devices, hardware, given)  the best layouts, fastest first
-    plan_schedule(parallel, num_microbatches, costs)                  a schedule without a model
+    plan_run          one layout, as it is given
+    search_layouts    the best layouts, fastest first
+    plan_schedule     a schedule without a model
 
-A plan needs neither data nor a learning rate nor a folder: `without_run_details` stands in for those.
+A plan needs neither data nor a learning rate nor a folder: `without_run_details` stands in for
+those. tools/plan.py is the command over these functions, report.py says what they found.
 """
 
 from collections.abc import Sequence, Set

@@ -1,9 +1,9 @@
 """Plan a run by arithmetic alone: memory of every pipeline rank, bytes sent, time of an update.
 
 A RunPlan takes a resolved configuration and a number of devices, and puts together what the other
-modules of this room count: the state of each pipeline rank (memory.py), the activations it holds at
-its fullest moment (activations.py, occupancy.py), the time of its chunks (costs.py), and the engine's
-own plan of the pipeline, simulated with these times (core/pipeline).
+modules of this room count: the state of each pipeline rank (memory.py), the activations it holds
+at its fullest moment (activations.py, occupancy.py), the time of its chunks (costs.py), and the
+engine's own plan of the pipeline, simulated with these times (core/pipeline).
 """
 
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class Picture(NamedTuple):
 class RunPlan:
     """One run, as it would go: a resolved, valid configuration on a number of devices.
 
-    The sizes of the layout are attributes; memory, times and bytes are computed when first asked for.
+    The sizes of the layout are attributes. Memory, times and bytes are computed when asked for.
     """
 
     def __init__(self, config: Config, vocab_size: int, num_devices: int, hardware: Hardware):

@@ -48,26 +48,42 @@ def working_bytes(
 def _in_the_last_layer(model: ModelConfig, spec: PassSpec) -> list[int]:
     """Return the bytes of three moments of the last layer's feed-forward backward pass."""
     widths = local_widths(model, spec.tp)
-    h, bt, e = model.hidden_size, spec.tokens, spec.itemsize
+    h = model.hidden_size
+    tokens = spec.itemsize * spec.tokens  # bytes of one number for every token
+    # The gradient that arrives; with sequence parallel it is gathered over all tokens too.
     dy = spec.hidden_bytes(model)
-    gathered = e * bt * h if spec.sequence_parallel else 0  # the same over all tokens
+    gathered = _gathered(model, spec)
+
     down = dy + gathered + _linear(spec, widths.feed_forward, h)
-    activation = dy + e * bt * widths.up
+
+    pre_activation_gradient = tokens * widths.up
+    activation = dy + pre_activation_gradient
+
     # What the activation kept is gone when its input's gradient goes through the up projection.
-    freed = e * bt * widths.feed_forward * activation_widths(model, spec)
-    up = dy + gathered + e * bt * widths.up - freed + _linear(spec, h, widths.up)
+    freed = tokens * widths.feed_forward * activation_widths(model, spec)
+    up = dy + gathered + pre_activation_gradient - freed + _linear(spec, h, widths.up)
     return [down, activation, up]
+
+
+def _gathered(model: ModelConfig, spec: PassSpec) -> int:
+    """Return the bytes of hidden states gathered over tp: none unless they were cut by tokens."""
+    if not spec.sequence_parallel:
+        return 0
+    return spec.itemsize * spec.tokens * model.hidden_size
 
 
 def _linear(spec: PassSpec, inputs: int, outputs: int) -> int:
     """Return the bytes that the backward pass of a linear layer makes.
 
-    16 bits: dx, and the weight's gradient before it joins the fp32 sum. fp32: dx alone, since the
-    product adds to the sum itself. Widened: dx as it comes out, and fp32 copies of dy and the weight.
+    16 bits    dx, and the weight's gradient before it joins the fp32 sum
+    fp32       dx alone, since the product adds to the sum itself
+    widened    dx as it comes out in fp32, and fp32 copies of dy and the weight
     """
-    dx, weight = spec.tokens * inputs, inputs * outputs
+    dx = spec.tokens * inputs
+    dy = spec.tokens * outputs
+    weight = inputs * outputs
     if spec.widens:
-        return FP32 * (dx + weight + spec.tokens * outputs)
+        return FP32 * (dx + weight + dy)
     if spec.itemsize == FP32:
         return FP32 * dx
     return spec.itemsize * (dx + weight)
@@ -86,22 +102,29 @@ def _at_the_loss(model: ModelConfig, vocab_size: int, spec: PassSpec) -> int:
     fp32 tensors of the size of the logits (a cap's derivative; in PyTorch two copies of the logits,
     three from 16 bits), or the weight's gradient in 16 bits.
     """
-    h, bt = model.hidden_size, spec.tokens
+    h = model.hidden_size
     words = local_vocabulary(model, vocab_size, spec.tp)
     narrow = spec.itemsize != FP32 and not spec.widens
     number = FP32 if spec.widens else spec.itemsize
 
+    # A cap's derivative stays from the logits to their gradient; making it takes another copy.
     logits = _logits_at_a_time(words, spec)
-    slope = FP32 * logits if model.final_logit_softcapping is not None else 0
-    copy = FP32 * _copied_logits(logits, spec)
-    losses = slope + copy * (3 if narrow else 2)
+    slope = 0
+    if model.final_logit_softcapping is not None:
+        slope = FP32 * logits
+    copies = 3 if narrow else 2
+    losses = slope + copies * FP32 * _copied_logits(logits, spec)
+    # In fp32 the product adds to the weight's gradient itself.
     weight_gradient = number * words * h if narrow else 0
     extra = max(2 * slope, losses, slope + weight_gradient)
 
-    wide_operands = FP32 * h * (bt + words) if spec.widens else 0
-    gathered = spec.itemsize * bt * h if spec.sequence_parallel else 0
-    gradient = number * bt * h
-    return wide_operands + gathered + gradient + number * logits + extra
+    # The head's operands in fp32: its input, and this rank's rows of the weight.
+    wide_operands = 0
+    if spec.widens:
+        wide_operands = FP32 * h * (spec.tokens + words)
+    gradient = number * spec.tokens * h
+    operands = wide_operands + _gathered(model, spec)
+    return operands + gradient + number * logits + extra
 
 
 def _logits_at_a_time(words: int, spec: PassSpec) -> int:
@@ -111,7 +134,12 @@ def _logits_at_a_time(words: int, spec: PassSpec) -> int:
 
 
 def _copied_logits(logits: int, spec: PassSpec) -> int:
-    """Return of how many logits the loss makes fp32 copies at a time; none in our own kernel."""
+    """Return how many logits are copied to fp32 at a time.
+
+    None in our own kernel; in PyTorch all of them, or on a CPU as many as stay in its cache.
+    """
     if "cross_entropy" in spec.fused:
         return 0
-    return min(logits, LOGITS_IN_CACHE) if spec.device == "cpu" else logits
+    if spec.device == "cpu":
+        return min(logits, LOGITS_IN_CACHE)
+    return logits

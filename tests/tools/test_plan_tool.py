@@ -1,4 +1,4 @@
-"""tools/plan.py: what it says is sent, waited for and held against the engine and against published runs; its search, its pictures, its errors."""
+"""tools/plan.py against the engine and published runs; its search, its pictures, its errors."""
 
 import json
 import random
@@ -40,8 +40,10 @@ from trivium.pipeline.simulate import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (
-    "--hidden-size 64 --num-attention-heads 8 --num-layers 4 --seq-length 32 --micro-batch-size 1 --global-batch-size 8 --train-iters 1 "
-    "--lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 99 --mock-data --device cpu --make-vocab-size-divisible-by 16 "
+    "--hidden-size 64 --num-attention-heads 8 --num-layers 4 --seq-length 32 "
+    "--micro-batch-size 1 --global-batch-size 8 --train-iters 1 --lr 1e-3 "
+    "--tokenizer-type NullTokenizer --vocab-size 99 --make-vocab-size-divisible-by 16 "
+    "--mock-data --device cpu "
     "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --num-workers 0 "
 )
 LLAMA = f"--ffn-hidden-size 160{runs.LLAMA} "
@@ -85,7 +87,10 @@ AXES = {
 
 
 def sent(mesh, line: str) -> tuple[int, dict[str, float]]:
-    """This rank's stage, and the bytes that its collectives and messages send over each axis in one update, counted where they start."""
+    """Return this rank's stage, and the bytes it sends over each axis in one update.
+
+    Collectives and messages are counted where they start.
+    """
     found, honest = defaultdict(float), comm._start
 
     def counted(axis, operation, result, begin, *buffers):
@@ -126,7 +131,10 @@ def sent(mesh, line: str) -> tuple[int, dict[str, float]]:
     ],
 )
 def test_bytes_sent_are_those_of_a_run(ranks, layout):
-    """Exact over tp, cp and pp. Over dp the run sends the alignment of its buckets too: 64 elements a tensor, here less than 0.2%."""
+    """Exact over tp, cp and pp.
+
+    Over dp the run sends the alignment of its buckets too: 64 elements a tensor, here below 0.2%.
+    """
     words = layout.split()
     axes = {
         name: int(words[words.index(flag) + 1])
@@ -145,15 +153,20 @@ def test_bytes_sent_are_those_of_a_run(ranks, layout):
 # Time.
 
 LLAMA_405B = (
-    "--preset llama3.1-405b --bf16 --tensor-model-parallel-size 8 --sequence-parallel --pipeline-model-parallel-size 16 --micro-batch-size 1 "
-    "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --num-virtual-stages-per-pipeline-rank 8 "
-    "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --seq-length 8192 --global-batch-size 2048 --lr 1 --train-iters 1 "
-    "--mock-data --tokenizer-type NullTokenizer --vocab-size 128255"
+    "--preset llama3.1-405b --bf16 --seq-length 8192 --micro-batch-size 1 --global-batch-size 2048 "
+    "--tensor-model-parallel-size 8 --sequence-parallel --pipeline-model-parallel-size 16 "
+    "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split "
+    "--num-virtual-stages-per-pipeline-rank 8 "
+    "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
+    "--lr 1 --train-iters 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 128255"
 )
 
 
 def test_the_estimate_agrees_with_the_published_runs_of_llama3_405b():
-    """430 and 400 TFLOP/s a device on 8,192 and 16,384 of them, 16M tokens a batch (Dubey et al. 2024, table 4): two points of MFU."""
+    """430 and 400 TFLOP/s a device on 8,192 and 16,384 of them, within two points of MFU.
+
+    16M tokens a batch (Dubey et al. 2024, table 4).
+    """
     for devices, published in ((8192, 430), (16384, 400)):
         layout = layout_of(LLAMA_405B, devices, 128256)
         assert layout.dp == devices // 128
@@ -161,7 +174,10 @@ def test_the_estimate_agrees_with_the_published_runs_of_llama3_405b():
 
 
 def test_a_plain_layout_takes_the_time_of_its_products():
-    """Nothing is sent, no bubble: linear layers at 6 FLOP a weight and token, causal attention at 6 L T h, at peak x efficiency."""
+    """Nothing is sent, and there is no bubble.
+
+    Linear layers take 6 FLOP a weight and token, causal attention 6 L T h, at peak x efficiency.
+    """
     layout = layout_of(f"{RUN}{LLAMA} --make-vocab-size-divisible-by 1", 1)
     assert layout.bubble < 1e-9 and set(layout.sent(0).values()) == {0}
     assert layout.utilization(causal=True) == pytest.approx(Hardware().efficiency, rel=1e-9)
@@ -172,7 +188,10 @@ def test_a_plain_layout_takes_the_time_of_its_products():
     [("1f1b", 4, 1), ("interleaved", 4, 2), ("zb-h1", 4, 1), ("zb-v", 4, 2), ("1f1b", 1, 1)],
 )
 def test_long_runs_are_timed_by_their_first_micro_batches(schedule, p, v, monkeypatch):
-    """The makespan of 300 micro-batches from plans of some 96, against the whole plan's. Neither do the left-out ones hold more memory."""
+    """The makespan of 300 micro-batches follows from plans of some 96, as the whole plan has it.
+
+    The micro-batches that are left out hold no more memory either.
+    """
     words = (
         f"{PP} {p}"
         + (f" --pipeline-schedule {schedule}" if p > 1 else "")
@@ -209,7 +228,10 @@ def test_hidden_communication_is_not_free():
 
 
 def test_the_fullest_moment_by_hand():
-    """One rank of zb-h1: B leaves 7 of 10 bytes, or 15; two chunks of 1F1B with working memory on one of them."""
+    """One rank of zb-h1, where B leaves 7 of 10 bytes, or 15.
+
+    Two chunks of 1F1B with working memory on one of them.
+    """
     wait, plain = (
         ActivationMemory(9, 1, 7, 2),
         [
@@ -250,7 +272,7 @@ def test_micro_batches_in_flight_are_the_simulators_where_all_chunks_are_alike(s
 
 
 def test_ranks_of_a_layout_add_up_to_the_model():
-    """All pipeline stages, once over tp: every parameter, and the vocabulary's padding where there is some."""
+    """All pipeline stages, once over tp, have every parameter and the vocabulary's padding."""
     layout = layout_of(LLAMA_405B, 4096, 128256)
     cut = 8 * sum(rank.state.parameters for rank in layout.memory)
     norms = 7 * (126 * 2 + 1) * 16384  # whole on each of the 8
@@ -261,12 +283,15 @@ def test_ranks_of_a_layout_add_up_to_the_model():
 
 
 def choices_of(search: Search, count: int) -> list:
-    found = [choice for choice in search.choices() if choice.pipeline.p <= 16]
+    found = [choice for choice in search.choices if choice.pipeline.p <= 16]
     return random.Random(3).sample(found, count)
 
 
 def test_closed_formulas_of_the_search_agree_with_whole_plans():
-    """Memory exactly, but for interleaved's count by turns (0.1%). Time within 12%: transfers that hide are not told from those that do not."""
+    """Memory exactly, but for interleaved's count by turns (0.1%).
+
+    Time within 12%: transfers that hide are not told from those that do not.
+    """
     for name, devices, batch in (("llama3-8b", 64, 256), ("llama3.1-70b", 256, 1024)):
         search = Search(preset_config(name, batch), 128256, devices, Hardware(), set())
         for choice in choices_of(search, 30):
@@ -294,7 +319,10 @@ def test_what_a_search_finds_fits_and_is_valid(name, devices, batch):
 
 
 def test_no_sampled_layout_beats_what_the_search_finds():
-    """Measured as the finalists are, those that fit; a percent for the closed formulas that chose the finalists."""
+    """The samples that fit are measured as the finalists are.
+
+    A percent is for the closed formulas that chose the finalists.
+    """
     search = Search(preset_config("llama3-8b", 128), 128256, 16, Hardware(), set())
     best = search.best()[0].step_seconds
     fitting = [
@@ -352,7 +380,10 @@ def test_with_less_memory_the_best_layout_is_no_faster():
     [("1f1b", 1, 2), ("interleaved", 2, 4), ("zb-h1", 1, 3), ("zb-v", 2, 6)],
 )
 def test_a_picture_has_a_box_for_every_action(schedule, v, kinds):
-    """One collection for each kind and chunk, each box at its action's time; a row of bubble behind each rank; a legend of all."""
+    """One collection for each kind and chunk, each box at its action's time.
+
+    Behind each rank is a row of bubble, and a legend names all.
+    """
     p, m = 3, 7
     timeline = simulate(make_plan(schedule, p, m, v), Costs(1, 1.5, 0.5))
     boxes = boxes_of(timeline)
@@ -388,7 +419,7 @@ def test_a_picture_has_a_box_for_every_action(schedule, v, kinds):
 
 
 def test_pictures_are_what_their_suffix_says(tmp_path, capsys):
-    words = "--pipeline-schedule zb-v --pipeline-model-parallel-size 2 --num-microbatches 4 --draw".split()
+    words = f"--pipeline-schedule zb-v {PP} 2 --num-microbatches 4 --draw".split()
     tool.main([*words, str(tmp_path / "a.png")])
     tool.main([*words, str(tmp_path / "a.svg")])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -422,17 +453,23 @@ def test_its_examples_run_and_need_no_torch(tmp_path, monkeypatch, capsys):
         and "the best layouts found" in out
         and (tmp_path / "zb-v.png").exists()
     )
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import plan; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import plan; "
+        "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_json_is_the_report_for_programs(capsys):
-    words = f"--preset llama3_8b --num-devices 16 {TP} 2 --sequence_parallel {PP} 2 --bf16 --use-distributed-optimizer --micro-batch-size 1".split()
-    tool.main([*words, "--seq-length", "4096", "--num-microbatches", "8", "--json"])
+    words = (
+        f"--preset llama3_8b --num-devices 16 {TP} 2 --sequence_parallel {PP} 2 --bf16 {ZERO1} "
+        "--micro-batch-size 1 --seq-length 4096 --num-microbatches 8 --json"
+    )
+    tool.main(words.split())
     found = json.loads(capsys.readouterr().out)
     layout = layout_of(
-        f"--preset llama3-8b {TP} 2 {SP} {PP} 2 --bf16 {ZERO1} --micro-batch-size 1 --seq-length 4096 --global-batch-size 32 --lr 1 --train-iters 1 "
-        "--mock-data --tokenizer-type NullTokenizer --vocab-size 128255",
+        f"--preset llama3-8b {TP} 2 {SP} {PP} 2 --bf16 {ZERO1} --micro-batch-size 1 "
+        "--seq-length 4096 --global-batch-size 32 --lr 1 --train-iters 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 128255",
         16,
         128256,
     )
@@ -456,7 +493,8 @@ def test_json_is_the_report_for_programs(capsys):
 )
 def test_flags_of_the_best_layout_are_those_of_the_run(given, capsys):
     """What a search prints can be pasted: the same layout, memory and time."""
-    words = "--preset llama3-8b --num-devices 16 --seq-length 8192 --global-batch-size 64 --json".split()
+    line = "--preset llama3-8b --num-devices 16 --seq-length 8192 --global-batch-size 64 --json"
+    words = line.split()
     tool.main([*words, "--search", *given.split()])
     best = json.loads(capsys.readouterr().out)
     tool.main([*words, *best["flags"].split()])
@@ -465,7 +503,8 @@ def test_flags_of_the_best_layout_are_those_of_the_run(given, capsys):
 
 def test_a_config_file_gives_the_model_and_its_layout(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(
-        "preset: llama3.2-1b\nseq_length: 4096\nglobal_batch_size: 64\ntensor_model_parallel_size: 2\nfp16: true\n"
+        "preset: llama3.2-1b\nseq_length: 4096\nglobal_batch_size: 64\n"
+        "tensor_model_parallel_size: 2\nfp16: true\n"
     )
     tool.main(["--config", str(tmp_path / "run.yaml"), "--num-devices", "4", "--search", "--json"])
     assert "--fp16 --tensor-model-parallel-size 2" in json.loads(capsys.readouterr().out)["flags"]
@@ -479,7 +518,8 @@ MODEL = "--preset llama3-8b --num-devices 8 --seq-length 8192"
     [
         (
             "",
-            "--num-layers is missing; give a model by flags or --preset, or --num-microbatches for a schedule alone",
+            "--num-layers is missing; give a model by flags or --preset, "
+            "or --num-microbatches for a schedule alone",
         ),
         ("--preset llama3_9b", "--preset llama3-9b is unknown; did you mean llama3-8b?"),
         ("--frobnicate 3", "--frobnicate is unknown"),
