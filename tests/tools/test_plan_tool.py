@@ -469,7 +469,8 @@ def test_json_is_the_report_for_programs(capsys):
     found = json.loads(capsys.readouterr().out)
     layout = layout_of(
         f"--preset llama3-8b {TP} 2 {SP} {PP} 2 --bf16 {ZERO1} --micro-batch-size 1 "
-        "--seq-length 4096 --global-batch-size 32 --lr 1 --train-iters 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 128255",
+        "--seq-length 4096 --global-batch-size 32 --lr 1 --train-iters 1 --mock-data "
+        "--tokenizer-type NullTokenizer --vocab-size 128255",
         16,
         128256,
     )
