@@ -12,14 +12,34 @@ from trivium.ops import Ops
 transformers = pytest.importorskip("transformers")
 
 LLAMA = ModelConfig(
-    num_layers=3, hidden_size=48, ffn_hidden_size=96, num_attention_heads=6, kv_channels=8, group_query_attention=True, num_query_groups=2,
-    max_position_embeddings=16384, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, disable_bias_linear=True,
-    untie_embeddings_and_output_weights=True, attention_dropout=0.0, hidden_dropout=0.0, init_method_std=0.1,
-)  # fmt: skip
+    num_layers=3,
+    hidden_size=48,
+    ffn_hidden_size=96,
+    num_attention_heads=6,
+    kv_channels=8,
+    group_query_attention=True,
+    num_query_groups=2,
+    max_position_embeddings=16384,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    swiglu=True,
+    disable_bias_linear=True,
+    untie_embeddings_and_output_weights=True,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    init_method_std=0.1,
+)
 GPT2 = ModelConfig(
-    num_layers=3, hidden_size=48, ffn_hidden_size=192, num_attention_heads=6, kv_channels=8, max_position_embeddings=40,
-    attention_dropout=0.0, hidden_dropout=0.0, init_method_std=0.1,
-)  # fmt: skip
+    num_layers=3,
+    hidden_size=48,
+    ffn_hidden_size=192,
+    num_attention_heads=6,
+    kv_channels=8,
+    max_position_embeddings=40,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    init_method_std=0.1,
+)
 VOCAB = 101
 
 
@@ -40,7 +60,7 @@ def pieces_of(model: GPT, of=lambda p: p.data) -> dict[str, torch.Tensor]:
 
 
 def llama_of(model: GPT, **options):
-    """transformers' model with the same weights."""
+    """Return transformers' model with the same weights."""
     values = families.write_config(model.config, VOCAB, {})
     peer = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**values), **options)
     places = hf_correspondences(model.config, VOCAB)

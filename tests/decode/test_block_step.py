@@ -25,32 +25,72 @@ pytestmark = pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compi
 
 # Odd sizes: of no vector a multiple.
 LLAMA = ModelConfig(
-    num_layers=2, hidden_size=27, ffn_hidden_size=37, num_attention_heads=6, kv_channels=10, group_query_attention=True, num_query_groups=2,
-    max_position_embeddings=64, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, disable_bias_linear=True,
-    untie_embeddings_and_output_weights=True, attention_dropout=0.0, hidden_dropout=0.0, init_method_std=0.3,
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=27,
+    ffn_hidden_size=37,
+    num_attention_heads=6,
+    kv_channels=10,
+    group_query_attention=True,
+    num_query_groups=2,
+    max_position_embeddings=64,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    swiglu=True,
+    disable_bias_linear=True,
+    untie_embeddings_and_output_weights=True,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    init_method_std=0.3,
+)
 GPT2 = replace(
-    LLAMA, group_query_attention=False, kv_channels=8, position_embedding_type="learned_absolute", normalization="LayerNorm", swiglu=False,
+    LLAMA,
+    group_query_attention=False,
+    kv_channels=8,
+    position_embedding_type="learned_absolute",
+    normalization="LayerNorm",
+    swiglu=False,
     disable_bias_linear=False,
-)  # fmt: skip
+)
 BLOCKS = {
     "llama": LLAMA,
     "gpt2": GPT2,
-    "one key-value head, whole vectors": replace(LLAMA, num_query_groups=1, hidden_size=64, kv_channels=64, ffn_hidden_size=128),
-    "neox": replace(GPT2, position_embedding_type="rope", rotary_percent=0.5, parallel_residual=True, exact_gelu=True),
+    "one key-value head, whole vectors": replace(
+        LLAMA, num_query_groups=1, hidden_size=64, kv_channels=64, ffn_hidden_size=128
+    ),
+    "neox": replace(
+        GPT2,
+        position_embedding_type="rope",
+        rotary_percent=0.5,
+        parallel_residual=True,
+        exact_gelu=True,
+    ),
     "qwen3": replace(LLAMA, qk_layernorm=True, add_qkv_bias=True, rotary_interleaved=True),
-    "olmo2": replace(LLAMA, qk_layernorm=True, qk_layernorm_width="projection", norm_placement="post"),
-    "gemma2": replace(LLAMA, norm_placement="both", swiglu=False, geglu=True, attn_logit_softcapping=2.0, softmax_scale=0.5, window_size="4,0"),
-    "layer norms": replace(GPT2, qk_layernorm=True, norm_placement="both", squared_relu=True, add_attn_out_bias=True),
-    "post, parallel": replace(GPT2, norm_placement="post", parallel_residual=True, window_size="0,0"),
-}  # fmt: skip
+    "olmo2": replace(
+        LLAMA, qk_layernorm=True, qk_layernorm_width="projection", norm_placement="post"
+    ),
+    "gemma2": replace(
+        LLAMA,
+        norm_placement="both",
+        swiglu=False,
+        geglu=True,
+        attn_logit_softcapping=2.0,
+        softmax_scale=0.5,
+        window_size="4,0",
+    ),
+    "layer norms": replace(
+        GPT2, qk_layernorm=True, norm_placement="both", squared_relu=True, add_attn_out_bias=True
+    ),
+    "post, parallel": replace(
+        GPT2, norm_placement="post", parallel_residual=True, window_size="0,0"
+    ),
+}
 PAST, NEW = 6, 5
 
 
 def block_of(
     config: ModelConfig, dtype: torch.dtype, ops: Ops, sharding: Sharding | None = None
 ) -> Block:
-    """With norms and biases that would hide no swap; values as bf16 holds them."""
+    """Make a block whose norms and biases would hide no swap, of values that bf16 holds."""
     shape = layer_shape(config, 0)
     block = Block(shape, sharding or Sharding(), ops, 1, Recompute()).eval()
     noise = torch.Generator().manual_seed(1)
@@ -65,7 +105,10 @@ def block_of(
 def outputs(
     block: Block, config: ModelConfig, x: torch.Tensor, steps: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the last NEW tokens of x, one at a time, and what the cache holds then."""
+    """Pass the last NEW tokens of x one at a time; return the outputs, and what the cache holds.
+
+    steps: by native calls, else op by op.
+    """
     cache = KVCache([block], len(x), PAST + NEW)
     if not steps:
         cache.steps = [None]
@@ -91,34 +134,34 @@ def inputs(config: ModelConfig, sequences: int, dtype: torch.dtype) -> torch.Ten
 @pytest.mark.parametrize("sequences", [1, 3, 32])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_step_in_fp32_is_that_of_float64(name, sequences):
-    """Sums over at most 128 terms, some ten roundings one after another: 1e-5 of the largest number; measured 1.5e-6."""
+    """Sums over at most 128 terms, some ten roundings one after another.
+
+    So 1e-5 of the largest number; measured 1.5e-6.
+    """
     config = BLOCKS[name]
-    block, exact = (
-        block_of(config, torch.float32, Ops("native")),
-        block_of(config, torch.float64, Ops()),
-    )
+    block = block_of(config, torch.float32, Ops("native"))
+    exact = block_of(config, torch.float64, Ops())
     assert native_step(block, sequences) is not None
     assert native_step(exact, sequences) is None
-    for found, expected in zip(
-        outputs(block, config, inputs(config, sequences, torch.float32), True),
-        outputs(exact, config, inputs(config, sequences, torch.float64), False),
-        strict=True,
-    ):
+    by_step = outputs(block, config, inputs(config, sequences, torch.float32), True)
+    op_by_op = outputs(exact, config, inputs(config, sequences, torch.float64), False)
+    for found, expected in zip(by_step, op_by_op, strict=True):
         assert (found.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("sequences", [1, 5])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_step_in_bf16_rounds_where_the_block_does(name, sequences):
-    """Bit by bit, but where attention, in fp32 in both and summed in another order, comes to lie on the other side of a rounding."""
+    """Bit by bit, but where attention comes to lie on the other side of a rounding.
+
+    It is computed in fp32 in both, and summed in another order.
+    """
     config = BLOCKS[name]
-    block, x = (
-        block_of(config, torch.bfloat16, Ops("native", fp32_matmul=True)),
-        inputs(config, sequences, torch.bfloat16),
-    )
-    for found, expected in zip(
-        outputs(block, config, x, True), outputs(block, config, x, False), strict=True
-    ):
+    block = block_of(config, torch.bfloat16, Ops("native", fp32_matmul=True))
+    x = inputs(config, sequences, torch.bfloat16)
+    by_step = outputs(block, config, x, True)
+    op_by_op = outputs(block, config, x, False)
+    for found, expected in zip(by_step, op_by_op, strict=True):
         assert found.dtype == torch.bfloat16 and expected.abs().max() > 0
         assert (found != expected).float().mean() <= 0.02
 
@@ -127,15 +170,10 @@ def test_a_step_in_bf16_rounds_where_the_block_does(name, sequences):
 def test_scores_that_decide_everything_or_nothing(scale):
     """Scores of up to 1,300 in size: a rounding of one, 6e-5, is in the weights as it is."""
     config = replace(LLAMA, softmax_scale=scale)
-    found = outputs(
-        block_of(config, torch.float32, Ops("native")),
-        config,
-        inputs(config, 2, torch.float32),
-        True,
-    )[0]
-    expected = outputs(
-        block_of(config, torch.float64, Ops()), config, inputs(config, 2, torch.float64), False
-    )[0]
+    block = block_of(config, torch.float32, Ops("native"))
+    exact = block_of(config, torch.float64, Ops())
+    found, _ = outputs(block, config, inputs(config, 2, torch.float32), True)
+    expected, _ = outputs(exact, config, inputs(config, 2, torch.float64), False)
     assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
@@ -143,26 +181,20 @@ def test_scores_that_decide_everything_or_nothing(scale):
 def test_hidden_states_of_any_size(size):
     """Zeros, subnormals, squares below and far above what the weights are."""
     config = LLAMA
-    block, exact = (
-        block_of(config, torch.float32, Ops("native")),
-        block_of(config, torch.float64, Ops()),
-    )
+    block = block_of(config, torch.float32, Ops("native"))
+    exact = block_of(config, torch.float64, Ops())
     x = size * inputs(config, 2, torch.float32)
-    found, expected = (
-        outputs(block, config, x, True)[0],
-        outputs(exact, config, x.double(), False)[0],
-    )
+    found, _ = outputs(block, config, x, True)
+    expected, _ = outputs(exact, config, x.double(), False)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_the_number_of_threads_changes_no_bit():
     config = replace(LLAMA, hidden_size=300, ffn_hidden_size=700)
-    block, x, threads, results = (
-        block_of(config, torch.float32, Ops("native")),
-        inputs(config, 3, torch.float32),
-        torch.get_num_threads(),
-        [],
-    )
+    block = block_of(config, torch.float32, Ops("native"))
+    x = inputs(config, 3, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
@@ -246,7 +278,10 @@ def test_generation_takes_steps_and_a_gradient_goes_op_by_op(dtype, monkeypatch)
 
 
 def test_every_wrong_weight_is_seen():
-    """Each of the weights changed in turn changes the step's output as it does the block's: none is left out, or taken for another."""
+    """Each weight, changed in turn, changes the step's output as it does the block's.
+
+    So none is left out, or taken for another.
+    """
     config = replace(BLOCKS["layer norms"], parallel_residual=False)
     block, x = block_of(config, torch.float32, Ops("native")), inputs(config, 2, torch.float32)
     first = outputs(block, config, x, True)[0]

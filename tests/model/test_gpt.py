@@ -1,4 +1,4 @@
-"""The model against transformers, in one process: logits, loss, every gradient, the cache."""
+"""The model against transformers, in one process: logits, loss, every gradient."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
     ],
 )
 def test_llama_equals_transformers_in_logits_and_every_gradient(change):
-    """fp32, two implementations of one function: rounding of sums over at most 96 terms, 1e-6 of the norm."""
+    """Two implementations of one function in fp32: sums over at most 96 terms, 1e-6 of the norm."""
     config = replace(LLAMA, **change)
     model = model_of(config)
     with torch.no_grad():
@@ -98,7 +98,10 @@ def test_padding_of_the_vocabulary_changes_nothing_and_gets_no_gradient():
 
 
 def test_initial_weights_have_the_spread_they_should():
-    """Megatron's: init_method_std, and that over sqrt(2 layers) for what writes into the residual stream. 2,304 draws or more: 5 sigma is 7.4%."""
+    """Megatron's: init_method_std, and that over sqrt(2 layers) for what writes into the residual.
+
+    2,304 draws or more: 5 sigma is 7.4%.
+    """
     weights = pieces_of(model_of(LLAMA))
     for name, expected in (
         ("attention.q", 0.1),

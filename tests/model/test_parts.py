@@ -1,4 +1,7 @@
-"""The model in parts: cut into stages, cut by tokens, computed again. Each is bit for bit the whole, under dropout too."""
+"""The model in parts: cut into stages, cut by tokens, computed again.
+
+Each is bit for bit the whole, under dropout too.
+"""
 
 from dataclasses import replace
 
@@ -19,15 +22,35 @@ from trivium.rng import DropoutStream
 
 CPU, VOCAB, LENGTH = torch.device("cpu"), 101, 16
 UNTIED = ModelConfig(
-    num_layers=3, hidden_size=24, ffn_hidden_size=48, num_attention_heads=4, kv_channels=6, group_query_attention=True, num_query_groups=2,
-    max_position_embeddings=LENGTH, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, disable_bias_linear=True,
-    untie_embeddings_and_output_weights=True, attention_dropout=0.0, hidden_dropout=0.3, init_method_std=0.1,
-)  # fmt: skip
+    num_layers=3,
+    hidden_size=24,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    kv_channels=6,
+    group_query_attention=True,
+    num_query_groups=2,
+    max_position_embeddings=LENGTH,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    swiglu=True,
+    disable_bias_linear=True,
+    untie_embeddings_and_output_weights=True,
+    attention_dropout=0.0,
+    hidden_dropout=0.3,
+    init_method_std=0.1,
+)
 TIED = replace(UNTIED, untie_embeddings_and_output_weights=False)
 GPT2 = ModelConfig(
-    num_layers=3, hidden_size=24, ffn_hidden_size=96, num_attention_heads=4, kv_channels=6, max_position_embeddings=LENGTH,
-    attention_dropout=0.0, hidden_dropout=0.3, init_method_std=0.1,
-)  # fmt: skip
+    num_layers=3,
+    hidden_size=24,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    kv_channels=6,
+    max_position_embeddings=LENGTH,
+    attention_dropout=0.0,
+    hidden_dropout=0.3,
+    init_method_std=0.1,
+)
 MODELS = {"untied llama": UNTIED, "tied llama": TIED, "gpt2": GPT2}
 TOKENS = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 TARGETS = TOKENS.roll(-1, dims=1), torch.ones(TOKENS.shape)
@@ -38,13 +61,13 @@ def model_of(config: ModelConfig, **part) -> GPT:
 
 
 def context_of(tokens: torch.Tensor | None = None) -> TokenContext:
-    """Of some of the tokens, by their places; of all of them by default."""
+    """Return the context of some of the tokens, by their places; of all by default."""
     positions = torch.arange(LENGTH) if tokens is None else tokens
     return TokenContext(positions, stream=DropoutStream.of(1, 7, torch.tensor([4, 9]), positions))
 
 
 def gradients_of(*models: GPT) -> dict[str, torch.Tensor]:
-    """By name; those of a weight that two stages hold are added, as the pipeline does."""
+    """Return gradients by name, those of a weight on two stages added, as the pipeline does."""
     found: dict[str, torch.Tensor] = {}
     for parameter in dict.fromkeys(p for model in models for p in model.parameters()):
         for piece in parameter.param_layout.pieces(parameter.grad):
@@ -62,7 +85,10 @@ def names_of(model: GPT) -> list[str]:
 
 
 def through_stages(stages: list[GPT]) -> torch.Tensor:
-    """The losses; hidden states and their gradients pass from stage to stage by value, as messages do."""
+    """Run all stages forward and backward; return the losses.
+
+    Hidden states and their gradients pass from stage to stage by value, as messages do.
+    """
     x, edges = TOKENS, []
     for stage in stages[:-1]:
         y = stage(x, context_of())
@@ -76,7 +102,10 @@ def through_stages(stages: list[GPT]) -> torch.Tensor:
 
 
 def stages_of(config: ModelConfig, ends: tuple[int, ...], *, shared: bool) -> list[GPT]:
-    """Layers up to each of `ends` on a stage. shared: embedding and head stand on one rank, and a tied weight is one parameter."""
+    """Make stages of the layers up to each of `ends`.
+
+    shared: embedding and head stand on one rank, and a tied weight is one parameter.
+    """
     stages: list[GPT] = []
     sharding = Sharding() if shared else Sharding(embedding=Axis("embedding", 2, 0, (0, 1)))
     for stage, (first, last) in enumerate(zip((0, *ends), ends, strict=False)):
@@ -98,7 +127,10 @@ def stages_of(config: ModelConfig, ends: tuple[int, ...], *, shared: bool) -> li
 @pytest.mark.parametrize("ends", [(1, 3), (0, 3), (3, 3), (0, 1, 1, 3, 3)], ids=str)
 @pytest.mark.parametrize("config", MODELS.values(), ids=list(MODELS))
 def test_stages_are_the_whole_model_in_losses_and_every_gradient(config, ends, shared):
-    """Also where a stage has no layer, or embedding or head alone. A tied weight gets the same two gradients, and a sum of two has one order."""
+    """Also where a stage has no layer, or embedding or head alone.
+
+    A tied weight gets the same two gradients, and a sum of two has one order.
+    """
     whole, stages = model_of(config), stages_of(config, ends, shared=shared)
     total, expected = whole(TOKENS, context_of(), targets=TARGETS)
     total.backward()
@@ -111,7 +143,10 @@ def test_stages_are_the_whole_model_in_losses_and_every_gradient(config, ends, s
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=list(MODELS))
 def test_each_stage_holds_what_it_computes_and_no_more(config):
-    """Every parameter on one stage, but a tied weight, which is on the first and on the last, and counted on the first."""
+    """Every parameter is on one stage, but a tied weight is on the first and on the last.
+
+    It is counted on the first.
+    """
     stages, whole = stages_of(config, (1, 2, 3), shared=False), model_of(config)
     held = [name for stage in stages for name in names_of(stage)]
     twins = {"embedding.word.weight"} if config.tied else set()
@@ -168,7 +203,10 @@ def test_every_part_has_the_role_that_its_name_says(config):
 )
 @pytest.mark.parametrize("config", MODELS.values(), ids=list(MODELS))
 def test_dropout_and_positions_of_some_tokens_are_those_of_the_whole(config, cut):
-    """Of sequence parallel, of context parallel's zig-zag, of both: all but attention treats each token by itself."""
+    """All but attention treats each token by itself.
+
+    The cuts are those of sequence parallel, of context parallel's zig-zag, and of both.
+    """
     tokens = torch.tensor(list(cut))
     embeds, block = model_of(config, layers=range(0), predicts=False), model_of(config).layers[1]
     whole, part = embeds(TOKENS, context_of()), embeds(TOKENS[:, tokens], context_of(tokens))
@@ -184,7 +222,10 @@ def test_dropout_and_positions_of_some_tokens_are_those_of_the_whole(config, cut
 
 
 def trained(model: GPT) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Losses and all gradients of one backward pass into buckets, which count them, and the bytes that forward kept for it."""
+    """Run one backward pass into buckets, which count the gradients.
+
+    Returns the losses, all gradients, and the bytes that forward kept for backward.
+    """
     reductions = {ReductionGroup.DENSE: Reduction()}
     buckets, kept = make_buckets(model.parameters(), torch.float32, CPU, reductions, 2000), []
     for bucket in buckets:
@@ -217,7 +258,10 @@ RECOMPUTES = {
     ids=list(MODELS),
 )
 def test_recompute_changes_no_bit_and_keeps_less(config, recompute, block_passes, monkeypatch):
-    """With both kinds of dropout on; each use of a parameter is still one gradient. The block passes say what was computed again."""
+    """With both kinds of dropout on; each use of a parameter is still one gradient.
+
+    The passes of blocks say what was computed again.
+    """
     expected, reference, everything = trained(model_of(config))
     honest, passes = Block.forward, []
     monkeypatch.setattr(
@@ -241,6 +285,10 @@ def test_recomputed_attention_is_computed_twice_and_nothing_else():
         def rms_norm(self, *args, **kwargs):
             calls.append("norm")
             return super().rms_norm(*args, **kwargs)
+
+        def add_rms_norm(self, *args, **kwargs):
+            calls.append("norm")
+            return super().add_rms_norm(*args, **kwargs)
 
     for recompute, count in ((Recompute(), 3), (Recompute("selective"), 6)):
         calls.clear()
