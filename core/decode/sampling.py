@@ -1,4 +1,7 @@
-"""Drawing the next token from logits."""
+"""Drawing the next token from logits.
+
+Letters: model/shape.py.
+"""
 
 from dataclasses import dataclass
 
@@ -21,7 +24,11 @@ class Sampling:
     top_p: float = 1.0
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+def sample(
+    logits: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> Tensor:
     """Draw one token, int64 [B], per row of logits [B, V].
 
     The generator lives on the CPU, so that a seed means the same on every device.

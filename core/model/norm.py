@@ -23,7 +23,13 @@ class Norm(nn.Module):
     Weight and bias are whole on every rank of tensor parallel.
     """
 
-    def __init__(self, shape: NormShape, sharding: Sharding, ops: Ops, seed: int | None):
+    def __init__(
+        self,
+        shape: NormShape,
+        sharding: Sharding,
+        ops: Ops,
+        seed: int | None,
+    ):
         super().__init__()
         self.ops = ops
         self.epsilon = shape.epsilon
@@ -48,6 +54,7 @@ class Norm(nn.Module):
         The ops may do both in one pass over memory.
         """
         if self.from_one:
+            # No op for this: the weight is put together first.
             total = x + branch
             return total, self(total)
         weight = use(self.weight)
@@ -112,7 +119,10 @@ class ProjectionNorm(nn.Module):
 
 
 def norm_at(
-    shape: NormShape | None, sharding: Sharding, ops: Ops, seed: int | None
+    shape: NormShape | None,
+    sharding: Sharding,
+    ops: Ops,
+    seed: int | None,
 ) -> Norm | NoNorm:
     """Make the norm of hidden states that the shape describes, or the identity."""
     if shape is None:

@@ -45,7 +45,9 @@ def new_parameter(shape: ParameterShape, sharding: Sharding, seed: int | None) -
 
 
 def new_bias(
-    shape: ParameterShape | None, sharding: Sharding, seed: int | None
+    shape: ParameterShape | None,
+    sharding: Sharding,
+    seed: int | None,
 ) -> nn.Parameter | None:
     """Make a bias, where there is one."""
     if shape is None:
@@ -54,18 +56,24 @@ def new_bias(
 
 
 def column_parallel(
-    shape: LinearShape, sharding: Sharding, ops: Ops, seed: int | None
+    shape: LinearShape,
+    sharding: Sharding,
+    ops: Ops,
+    seed: int | None,
 ) -> ColumnParallelLinear:
-    """Make a layer whose weight is cut by rows."""
+    """Make a layer whose weight is cut by rows: each rank computes its own features."""
     weight = new_parameter(shape.weight, sharding, seed)
     bias = new_bias(shape.bias, sharding, seed)
     return ColumnParallelLinear(weight, bias, sharding, ops)
 
 
 def row_parallel(
-    shape: LinearShape, sharding: Sharding, ops: Ops, seed: int | None
+    shape: LinearShape,
+    sharding: Sharding,
+    ops: Ops,
+    seed: int | None,
 ) -> RowParallelLinear:
-    """Make a layer whose weight is cut by columns."""
+    """Make a layer whose weight is cut by columns: the ranks' products are summed."""
     weight = new_parameter(shape.weight, sharding, seed)
     bias = new_bias(shape.bias, sharding, seed)
     return RowParallelLinear(weight, bias, sharding, ops)
