@@ -1,21 +1,33 @@
-"""Communication over an Axis: plain, started early, differentiable, point to point. Each is the identity at size 1, so no caller asks for the size.
+"""Communication over an Axis: collectives and messages, differentiable ones, and their failures.
 
-A failure names the rank, the operation and the ranks it was with: on its own the transport only says that something timed out.
+Every function is the identity at size 1, so no caller asks for the size. A function called
+`start_x` returns when x is under way, as a `Pending` whose `wait` gives the result.
+
+A failure names the rank, the operation and the ranks it was with: on its own the transport only
+says that something timed out.
+
+Letters: B batch, T tokens, H hidden; size is that of the axis.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from .mesh import Axis
 
+Result = TypeVar("Result")
+
 # torch 2.13 renamed both and warns of the names that 2.10 to 2.12 have.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+# What the transport says, as a pattern, and what it means for the user.
 _MEANINGS = (
     (
         "by peer|[Bb]roken pipe|remote process exited",
@@ -23,18 +35,27 @@ _MEANINGS = (
     ),
     (
         "[Tt]imed ?out|[Tt]imeout",
-        "a rank hangs or the network is cut; if it is only slow, raise --distributed-timeout-minutes",
+        "a rank hangs or the network is cut;"
+        " if it is only slow, raise --distributed-timeout-minutes",
     ),
 )
+_LONGEST = 300  # letters of what the transport said
 
 
 class CommunicationError(RuntimeError):
-    """A collective or a message that did not complete: which one, on which rank, with whom, and what the transport said."""
+    """A collective or a message that did not complete.
+
+    It says which one, on which rank, with whom, and what the transport said.
+    """
 
 
 @dataclass
 class Pending:
-    """Communication under way. Its buffers must not be touched before `wait`, and are kept alive until then."""
+    """Communication under way.
+
+    buffers: must not be touched before `wait`, and are kept alive until then.
+    axis, operation: for the error, if it fails; `work` is None where nothing is to be waited for.
+    """
 
     result: torch.Tensor
     axis: Axis | None = None
@@ -43,10 +64,11 @@ class Pending:
     buffers: tuple[torch.Tensor, ...] = ()
 
     def wait(self) -> torch.Tensor:
-        """The result, once it is there. Waiting again is free."""
-        if self.work is not None:
+        """Return the result, once it is there. Waiting again is free."""
+        if self.work is not None and self.axis is not None:
             guarded(self.axis, self.operation, self.work.wait)
-            self.work, self.buffers = None, ()
+            self.work = None
+            self.buffers = ()
         return self.result
 
 
@@ -56,10 +78,10 @@ def all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum") -> torch.Tenso
 
 
 def start_all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum") -> Pending:
-    """As all_reduce, under way when this returns."""
+    """Start all_reduce."""
     if axis.size == 1:
         return Pending(tensor)
-    reduction = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
+    reduction = _OPERATIONS[op]
     return _start(
         axis,
         "all-reduce",
@@ -70,9 +92,10 @@ def start_all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum") -> Pendi
 
 
 def start_reduce_scatter(tensor: torch.Tensor, axis: Axis) -> Pending:
-    """Sum `tensor` [size * n, ...] over `axis`; the result is this rank's n rows of the sum, in their own place in `tensor`.
+    """Start the sum of `tensor` [size * n, ...] over `axis`, of which each rank gets n rows.
 
-    The other rows hold nothing useful afterwards.
+    The result is this rank's n rows of the sum, in their own place in `tensor`. The other rows hold
+    nothing useful afterwards.
     """
     if axis.size == 1:
         return Pending(tensor)
@@ -87,7 +110,7 @@ def start_reduce_scatter(tensor: torch.Tensor, axis: Axis) -> Pending:
 
 
 def start_all_gather(tensor: torch.Tensor, axis: Axis) -> Pending:
-    """Fill `tensor` [size * n, ...] with the n rows that each rank of `axis` already holds in their place."""
+    """Start to fill `tensor` [size * n, ...] with the n rows that each rank has in their place."""
     if axis.size == 1:
         return Pending(tensor)
     own = own_slice(tensor, axis)
@@ -101,10 +124,11 @@ def start_all_gather(tensor: torch.Tensor, axis: Axis) -> Pending:
 
 
 def all_to_all(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """x [size, ...]: slice i goes to rank i of `axis`; slice i of the result came from rank i."""
+    """Exchange slices of x [size, ...]: slice i of the result came from rank i of `axis`."""
     if axis.size == 1:
         return x
-    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    x = x.contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return _start(
         axis,
         "all-to-all",
@@ -115,7 +139,7 @@ def all_to_all(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def start_send(tensor: torch.Tensor, axis: Axis, to: int) -> Pending:
-    """Send a contiguous `tensor` to rank `to` of `axis`, another than this one."""
+    """Start to send a contiguous `tensor` to rank `to` of `axis`, another than this one."""
     peer = axis.ranks[to]
     return _start(
         axis,
@@ -127,7 +151,7 @@ def start_send(tensor: torch.Tensor, axis: Axis, to: int) -> Pending:
 
 
 def start_receive(buffer: torch.Tensor, axis: Axis, source: int) -> Pending:
-    """Receive into `buffer` what rank `source` of `axis` sends."""
+    """Start to receive into `buffer` what rank `source` of `axis` sends."""
     peer = axis.ranks[source]
     return _start(
         axis,
@@ -139,33 +163,45 @@ def start_receive(buffer: torch.Tensor, axis: Axis, source: int) -> Pending:
 
 
 def own_slice(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """This rank's rows of a tensor [size * n, ...] that is cut over `axis`: a view."""
+    """Return this rank's rows of a tensor [size * n, ...] that is cut over `axis`: a view."""
     rows = tensor.shape[0] // axis.size
     return tensor[axis.rank * rows : (axis.rank + 1) * rows]
 
 
 def copy_to(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """x unchanged, its gradient summed over `axis`: the way into a column-parallel layer (Shoeybi et al. 2019, f)."""
+    """Return x unchanged; its gradient is summed over `axis`.
+
+    The way into a column-parallel layer (Shoeybi et al. 2019, f).
+    """
     return _CopyTo.apply(x, axis) if axis.size > 1 else x
 
 
 def reduce_from(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """x summed over `axis`, its gradient unchanged: the way out of a row-parallel layer (Shoeybi et al. 2019, g)."""
+    """Return x summed over `axis`; its gradient is unchanged.
+
+    The way out of a row-parallel layer (Shoeybi et al. 2019, g).
+    """
     return _ReduceFrom.apply(x, axis) if axis.size > 1 else x
 
 
 def gather_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """[B, T/size, H] -> [B, T, H] on every rank; the gradient is summed and cut again (Korthikanti et al. 2022, g)."""
+    """Gather [B, T/size, H] to [B, T, H] on every rank; the gradient is summed and cut again.
+
+    Korthikanti et al. 2022, g.
+    """
     return _GatherTokens.apply(x, axis) if axis.size > 1 else x
 
 
 def reduce_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """[B, T, H] summed over `axis`, of which each rank keeps its [B, T/size, H]; the gradient is gathered (Korthikanti et al. 2022, g bar)."""
+    """Sum [B, T, H] over `axis` and keep this rank's [B, T/size, H]; the gradient is gathered.
+
+    Korthikanti et al. 2022, g bar.
+    """
     return _ReduceTokens.apply(x, axis) if axis.size > 1 else x
 
 
 def start_gather_tokens(x: torch.Tensor, axis: Axis) -> Callable[[], torch.Tensor]:
-    """Begin [B, T/size, H] -> [B, T, H]; call what is returned for the result."""
+    """Start to gather [B, T/size, H] to [B, T, H]; call what is returned for the result."""
     if axis.size == 1:
         return lambda: x
     whole = x.new_empty(axis.size, *x.shape)
@@ -175,7 +211,10 @@ def start_gather_tokens(x: torch.Tensor, axis: Axis) -> Callable[[], torch.Tenso
 
 
 def start_reduce_tokens(x: torch.Tensor, axis: Axis) -> Callable[[], torch.Tensor]:
-    """Begin [B, T, H] -> this rank's [B, T/size, H] of the sum; call what is returned for the result. x may be overwritten."""
+    """Start the sum of [B, T, H] over `axis`, of which this rank keeps [B, T/size, H].
+
+    Call what is returned for the result. x may be overwritten.
+    """
     if axis.size == 1:
         return lambda: x
     slices = x.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous()
@@ -230,30 +269,38 @@ def _start(
     axis: Axis,
     operation: str,
     result: torch.Tensor,
-    begin: Callable[[], dist.Work],
+    begin: Callable[[], dist.Work | None],
     *buffers: torch.Tensor,
 ) -> Pending:
     return Pending(result, axis, operation, guarded(axis, operation, begin), buffers)
 
 
-def guarded(axis: Axis, operation: str, call: Callable):
-    """call(), its failure told as a CommunicationError; for operations that another library starts over `axis`."""
+def guarded(axis: Axis, operation: str, call: Callable[[], Result]) -> Result:
+    """Return call(); raise its failure as a CommunicationError.
+
+    Also for operations that another library starts over `axis`.
+    """
     try:
         return call()
     except (RuntimeError, ValueError) as error:
-        me, others = (
-            axis.ranks[axis.rank],
-            ", ".join(map(str, axis.ranks[:16])) + (", ..." if axis.size > 16 else ""),
-        )
-        raise CommunicationError(
-            f"rank {me}: {operation} over {axis.name} (ranks {others}) failed: {_explained(str(error))}"
-        ) from error
+        me = axis.ranks[axis.rank]
+        others = ", ".join(map(str, axis.ranks[:16]))
+        more = ", ..." if axis.size > 16 else ""
+        what = f"rank {me}: {operation} over {axis.name} (ranks {others}{more})"
+        raise CommunicationError(f"{what} failed: {_explained(str(error))}") from error
 
 
 def _explained(said: str) -> str:
-    """What the transport said, in one line of at most 300 letters that ends with what it means for the user, where that is known."""
-    said = re.sub(r"\[/\S+:\d+\] ", "", " ".join(said.split())).split(". This is typically")[
-        0
-    ]  # gloo's source lines and guesses
-    meaning = next((f"; {meaning}" for words, meaning in _MEANINGS if re.search(words, said)), "")
-    return said[: 300 - len(meaning)] + meaning
+    """Return what the transport said, in one line of at most 300 letters.
+
+    It ends with what that means for the user, if it is known.
+    """
+    line = " ".join(said.split())
+    line = re.sub(r"\[/\S+:\d+\] ", "", line)  # gloo's source lines
+    line = line.split(". This is typically")[0]  # and guesses
+    meaning = ""
+    for pattern, words in _MEANINGS:
+        if re.search(pattern, line):
+            meaning = f"; {words}"
+            break
+    return line[: _LONGEST - len(meaning)] + meaning

@@ -2,11 +2,12 @@
 
 Problem. A parameter on a rank is seldom a tensor that a checkpoint knows. It may be a slice of one,
 several of them stacked, padded, or a copy of what other ranks hold too. Initial values, the sum and
-the norm of gradients, the optimizer's shards, checkpoints and exports must all agree on which element
-is which, and count each once.
+the norm of gradients, the optimizer's shards, checkpoints and exports must all agree on which
+element is which, and count each once.
 
-Idea. Whoever makes a parameter says once what it is: a `Layout`, made of `Part`s. A part is a tensor
-by its global name and shape, and the box of it that lies here. Everything else loops over parts.
+Idea. Whoever makes a parameter says once what it is: a `Layout`, made of `Part`s. A part is a
+tensor by its global name and shape, and the box of it that lies here. Everything else loops over
+parts.
 
 Example. The fused weight of q [8, 4] and k [2, 4] on rank 1 of 2 tensor-parallel ranks:
 
@@ -31,7 +32,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 
@@ -100,7 +101,8 @@ class Piece:
     primary: bool = True
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """The rows of one of several fused projections.
 
     count: of the whole projection.
@@ -162,7 +164,10 @@ class Layout:
         placed = []
         row = 0
         for name, rows in parts.items():
-            count, copies = rows if isinstance(rows, Rows) else Rows(rows)
+            if not isinstance(rows, Rows):
+                rows = Rows(rows)
+            count = rows.count
+            copies = rows.copies
             local = _divided(count, tp.size // copies.size, name)
             first = tp.rank // copies.size * local
             box = ((first, first + local), *((0, size) for size in columns))

@@ -1,4 +1,6 @@
-"""The mesh: which ranks stand along which axis. `plan` is arithmetic, `connect` makes process groups.
+"""The mesh: which ranks stand along which axis.
+
+`Mesh.plan` is arithmetic and asks no other process; `connect` makes the process groups.
 
 Words. A *rank* is one process. An *axis* is a line of ranks that work together in one way, such as
 the ranks of tensor parallelism. The *mesh* is all the axes on which one rank stands.
@@ -21,6 +23,7 @@ experts, and `expert_dp` ranks the same slices: over those, gradients of experts
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from math import prod
+from typing import Any
 
 import torch.distributed as dist
 
@@ -141,7 +144,7 @@ class Mesh:
                 timeout=timeout,
             )
         groups = {self.world.ranks: dist.group.WORLD}
-        connected = {}
+        connected: dict[str, Any] = {}
         for axis in self.axes():
             if axis.size == 1:
                 continue

@@ -1,4 +1,6 @@
-"""Communication over an axis: what every form gives on 1, 2 and 3 ranks, with its gradient, and what is said when a rank does not answer."""
+"""Communication over an axis: what every form gives on 1, 2 and 3 ranks, with its gradient, and
+what is said when a rank does not answer.
+"""
 
 import os
 import time
@@ -41,7 +43,10 @@ def given(rank: int, *shape: int) -> torch.Tensor:
 
 
 def plain(mesh: Mesh) -> dict[str, torch.Tensor]:
-    """Every form that is not differentiable. What is started is waited for only once all are under way."""
+    """Every form that is not differentiable.
+
+    What is started is waited for only once all are under way.
+    """
     axis, n = mesh.tp, mesh.tp.size
     found = {op: all_reduce(given(mesh.rank, 2, 3), axis, op) for op in ("sum", "max", "min")}
     summed, scattered, gathered = (
@@ -110,7 +115,9 @@ def test_every_collective_gives_what_it_says(n):
 
 
 def messages(mesh: Mesh) -> list[torch.Tensor]:
-    """Two to every other rank and two from each, all started before the first is waited for: those of a pair arrive in the order they were sent."""
+    """Two to every other rank and two from each, all started before the first is waited for: those
+    of a pair arrive in the order they were sent.
+    """
     others = [rank for rank in range(mesh.tp.size) if rank != mesh.tp.rank]
     sends = [
         start_send(given(10 * mesh.rank + other + 100 * i, 4), mesh.tp, other)
@@ -173,9 +180,11 @@ def through(mesh: Mesh, name: str, batch: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", ["copy_to", "reduce_from", "gather_tokens", "reduce_tokens"])
 def test_differentiable_forms_and_their_gradients(n, batch, name):
-    """The first two are a conjugate pair around a region whose outside is the same on all ranks; the last two are each other's transpose.
+    """The first two are a conjugate pair around a region whose outside is the same on all ranks;
+    the last two are each other's transpose.
 
-    A batch of one is a case of its own: its tokens already lie in the order of the ranks, and what copies elsewhere is a view there.
+    A batch of one is a case of its own: its tokens already lie in the order of the ranks, and what
+    copies elsewhere is a view there.
     """
     ranks = range(n)
     results = run_ranks(n, through, name, batch, tp=n)
@@ -219,7 +228,9 @@ def test_at_size_one_every_other_form_does_too():
 
 
 def gradient_of_a_shared_output(mesh: Mesh, name: str) -> torch.Tensor:
-    """Both branches of a residual get one gradient tensor: what is summed over ranks must be a copy of it."""
+    """Both branches of a residual get one gradient tensor: what is summed over ranks must be a copy
+    of it.
+    """
     x = torch.ones(1, 2, 3, requires_grad=True)
     branch, skip = (
         x.repeat(1, 2, 1) if name == twice else x for twice in ("reduce_tokens", "gather_tokens")
@@ -227,9 +238,8 @@ def gradient_of_a_shared_output(mesh: Mesh, name: str) -> torch.Tensor:
     total = (
         getattr(comm, name)(branch, mesh.tp) + skip
     )  # backward takes the branch first: it came last
-    (
-        total * torch.ones_like(total)
-    ).sum().backward()  # the product makes the gradient one in memory; that of a sum alone is a number
+    # The product makes the gradient one in memory; that of a sum alone is a number.
+    (total * torch.ones_like(total)).sum().backward()
     return x.grad
 
 
@@ -257,7 +267,9 @@ OPERATIONS: dict[str, Callable[[Axis], object]] = {
 
 
 def alone(mesh: Mesh) -> list[str]:
-    """Every operation over dp at once on its first rank alone, each in a group of its own that waits 4 seconds; what the errors say."""
+    """Every operation over dp at once on its first rank alone, each in a group of its own that
+    waits 4 seconds; what the errors say.
+    """
 
     def failure_of(operation, group) -> str:
         with pytest.raises(CommunicationError) as failure:
@@ -284,7 +296,9 @@ def test_a_rank_that_does_not_answer_is_an_error_that_names_rank_operation_and_r
     assert said[2:] == [[], []]
     for rank in (0, 1):
         for operation, message in zip(OPERATIONS, said[rank], strict=True):
-            start = f"rank {rank}: {operation.format(peer=rank + 2)} over dp (ranks {rank}, {rank + 2}) failed: "
+            peer = rank + 2
+            what = f"{operation.format(peer=peer)} over dp (ranks {rank}, {peer})"
+            start = f"rank {rank}: {what} failed: "
             assert message.startswith(start) and len(message) > len(start), message
             assert "\n" not in message
 
@@ -312,7 +326,9 @@ def test_a_rank_that_dies_is_an_error_at_once(tmp_path):
 
 
 def test_an_error_is_one_line_of_bearable_length(monkeypatch):
-    """Of many ranks the first sixteen are named; of what the transport says its first 300 letters, without line breaks."""
+    """Of many ranks the first sixteen are named; of what the transport says its first 300 letters,
+    without line breaks.
+    """
 
     def fail(*args, **kwargs):
         raise RuntimeError("timed out\n   after\na while " + "and more " * 100)

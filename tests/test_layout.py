@@ -1,4 +1,6 @@
-"""Layouts: over any cut, each element of a part lies on exactly one rank (or is counted on one), and padding in no part."""
+"""Layouts: over any cut, each element of a part lies on exactly one rank (or is counted on one),
+and padding in no part.
+"""
 
 from math import prod
 
@@ -95,7 +97,9 @@ def test_cut_parts_are_primary_everywhere(tp):
 
 @pytest.mark.parametrize("copies", [2, 4])
 def test_fewer_heads_than_ranks_are_held_by_neighbours_and_counted_once(copies):
-    """4 / copies key-value heads of 2 rows on 4 ranks, beside queries that are cut over all of them."""
+    """4 / copies key-value heads of 2 rows on 4 ranks, beside queries that are cut over all of
+    them.
+    """
     heads, meshes = 4 // copies, [Mesh.plan(4, rank, tp=4, kv_copies=copies) for rank in range(4)]
     layouts = [
         Layout.rows_cut(
@@ -122,7 +126,9 @@ def test_fewer_heads_than_ranks_are_held_by_neighbours_and_counted_once(copies):
 
 
 def test_a_gradient_is_partial_over_the_ranks_that_hold_the_same_heads_and_over_no_others():
-    """Each of the copies serves other query heads, so each sees a share; a projection of its own rows sees all."""
+    """Each of the copies serves other query heads, so each sees a share; a projection of its own
+    rows sees all.
+    """
     for rank in range(4):
         mesh = Mesh.plan(4, rank, tp=4, kv_copies=2)
         q, k = Layout.rows_cut({"q": 16, "k": Rows(4, mesh.kv)}, (), mesh.tp).parts
@@ -211,7 +217,8 @@ def places(part: Part) -> torch.Tensor:
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(layout=layouts_to_cut(), data=st.data())
 def test_the_pieces_of_any_flat_range_tile_exactly_that_range(layout, data):
-    """Memory that begins and ends anywhere, as an optimizer's shard does: each of its elements is in one piece, under its own name and
+    """Memory that begins and ends anywhere, as an optimizer's shard does: each of its elements is
+    in one piece, under its own name and
     place, but those of the padding in none."""
     count = prod(layout.shape)
     start = data.draw(st.integers(0, count), label="start")

@@ -1,4 +1,6 @@
-"""The mesh: ranks stand where Megatron puts them, at any scale, and connected axes reduce over their own ranks."""
+"""The mesh: ranks stand where Megatron puts them, at any scale, and connected axes reduce over
+their own ranks.
+"""
 
 import itertools
 from contextlib import redirect_stderr, redirect_stdout
@@ -47,7 +49,7 @@ def lines(world: int, axis: str, **sizes: int) -> set[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def rank_generator():
-    """Megatron's own arithmetic; its import prints warnings about kernels that are not installed."""
+    """Megatron's own arithmetic; its import prints warnings about kernels that are missing."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         return pytest.importorskip("megatron.core.parallel_state").RankGenerator
 
@@ -121,7 +123,9 @@ def test_expert_state_has_as_many_instances_as_dense_state():
 
 
 def test_4096_ranks_worked_by_hand():
-    """tp innermost, then cp, dp and pp: rank = tp + 8 (cp + 2 (dp + 32 pp)), experts over 16 of the 64 in cp x dp."""
+    """tp innermost, then cp, dp and pp: rank = tp + 8 (cp + 2 (dp + 32 pp)), experts over 16 of the
+    64 in cp x dp.
+    """
     mesh = Mesh.plan(4096, 1 + 8 * (1 + 2 * (5 + 32 * 3)), tp=8, cp=2, ep=16, pp=8)
     assert (mesh.tp.rank, mesh.cp.rank, mesh.dp.rank, mesh.pp.rank) == (1, 1, 5, 3)
     assert (mesh.ep.rank, mesh.expert_dp.rank, mesh.dp_cp.rank) == (11, 0, 11)
@@ -158,7 +162,9 @@ def test_at_4096_ranks_every_axis_partitions_the_world(large):
 
 
 def test_at_4096_ranks_each_copy_of_a_parameter_is_one_shard_in_one_block(large):
-    """shards x copies is dp x cp: each block of shards holds the whole state, and a shard lies on one rank of each block."""
+    """shards x copies is dp x cp: each block of shards holds the whole state, and a shard lies on
+    one rank of each block.
+    """
     sizes, meshes = large
     for mesh in meshes:
         assert (

@@ -1,7 +1,8 @@
-"""Random numbers: a function of what they are for, the same under any cut, and as random as they claim.
+"""Random numbers: a function of what they are for, the same under any cut, and as random as they
+claim.
 
-Bounds are five standard deviations of the statistic unless said otherwise: a right generator with fixed seeds either passes
-for ever or was a 1-in-two-million accident.
+Bounds are five standard deviations of the statistic unless said otherwise: a right generator with
+fixed seeds either passes for ever or was a 1-in-two-million accident.
 """
 
 import itertools
@@ -114,7 +115,9 @@ def test_normals_have_the_tails_of_a_normal(bound, sign):
 
 
 def test_normals_are_finite_at_the_ends():
-    """Rows found by search, where the 24 bits behind one radius are all zeros (the largest there is), and all ones (none)."""
+    """Rows found by search, where the 24 bits behind one radius are all zeros (the largest there
+    is), and all ones (none).
+    """
     longest, shortest = (
         normal_rows(2, "ends", 21_560_157, 21_560_158, 8)[0, 6:],
         normal_rows(2, "ends", 1_525_134, 1_525_135, 8)[0, 2:4],
@@ -174,7 +177,8 @@ def test_each_sample_site_and_row_drops_with_probability_p():
     for axes in ((1, 2), (0, 2), (0, 1)):
         frequency = mask.mean(axis=axes)
         deviation = math.sqrt(0.25 * 0.75 / (mask.size / frequency.size))
-        # The largest of 64 deviations; 6 rather than 5 for the 192 tries. Their spread must not be too small either.
+        # The largest of 64 deviations; 6 rather than 5 for the 192 tries. Their spread must not be
+        # too small either.
         assert np.abs(frequency - 0.75).max() < 6 * deviation
         assert 0.5 < frequency.std() / deviation < 1.5
 
@@ -209,7 +213,9 @@ def test_many_pairs_of_masks_are_independent():
 
 
 def test_masks_need_both_words_of_the_key_to_agree():
-    """Samples whose 64-bit keys share 32 bits, one pair in 4 billion: still other masks, and not the same one in another order."""
+    """Samples whose 64-bit keys share 32 bits, one pair in 4 billion: still other masks, and not
+    the same one in another order.
+    """
     keys = torch.tensor([[7, 7, 6, 9], [1, 2, 2, 1]], dtype=torch.int32).unsqueeze(-1)
     masks = (
         DropoutStream(keys, torch.arange(128).int())
@@ -246,7 +252,9 @@ def test_a_sample_has_its_mask_in_any_batch():
     "cut", [[5], [0, 1, 2, 3], [12, 13, 14, 15], [4, 5, 10, 11], [15, 3, 9, 0]], ids=str
 )
 def test_the_mask_of_some_tokens_is_the_slice_of_the_whole_mask(cut):
-    """Of any tokens in any order: of sequence parallel, of both zig-zag chunks of context parallel, of both at once."""
+    """Of any tokens in any order: of sequence parallel, of both zig-zag chunks of context parallel,
+    of both at once.
+    """
     samples, tokens = torch.tensor([7, 2**40]), torch.tensor(cut)
     whole = DropoutStream.of(1234, 6, samples, torch.arange(16)).keep(
         torch.Size((2, 16, 24)), 0.5, "layers.1.mlp"
@@ -285,7 +293,9 @@ def test_without_a_stream_or_at_zero_dropout_is_the_identity():
 
 
 def test_attention_seeds_differ_by_every_input():
-    """Iterations, micro-batches, chunks and ranks: 8,000 of 2^32 within a run, 0.007 collisions expected."""
+    """Iterations, micro-batches, chunks and ranks: 8,000 of 2^32 within a run, 0.007 collisions
+    expected.
+    """
     inputs = list(itertools.product(range(20), range(20), range(4), range(5)))
     one, other = ({attention_dropout_seed(seed, *place) for place in inputs} for seed in (1, 2))
     assert len(one) == len(other) == 8000

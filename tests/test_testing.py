@@ -1,4 +1,6 @@
-"""The harness itself: results in order, the first failure with its traceback, and no case that spoils the next."""
+"""The harness itself: results in order, the first failure with its traceback, and no case that
+spoils the next.
+"""
 
 import os
 import time

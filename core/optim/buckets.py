@@ -6,8 +6,8 @@ whatever the shapes are.
 
 Idea. Parameters lie one after another in flat memory, a *bucket* of about 40 million elements, and
 each of them is a view of it. One collective then reduces a bucket, one kernel updates it, and a
-rank's *shard* is an equal range of its elements. Example with three parameters over two shards, each
-slot aligned to 8 elements (really to 64); parameters that decay come first (groups.py):
+rank's *shard* is an equal range of its elements. Example with three parameters over two shards,
+each slot aligned to 8 elements (really to 64); parameters that decay come first (groups.py):
 
     element   0          8                     24     32
               | w [2, 3] . | v [4, 4]          | b [5] . |
@@ -112,7 +112,8 @@ class Shard(ABC):
     spans: the shard by parameter group; only those with elements.
     counted: ranges of the shard that this rank counts in the gradient norm. Over all ranks each
         element counts once: of a box that several model-parallel ranks hold, the primary part; of a
-        shard, the first of its copies. Ranks of `ep` hold different experts, and each counts its own.
+        shard, the first of its copies. Ranks of `ep` hold different experts, and each counts its
+        own.
     partial_sums: ranges whose gradients are shares of a sum over an axis.
 
     All of these are fixed when the shard is made: a step looks nothing up in the layouts.

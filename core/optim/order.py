@@ -19,8 +19,9 @@ with zeros where no gradient came:
 
 The list follows the order in which buckets become ready if no gradient is missing, so that waiting
 for a turn then costs nothing: a backward pass goes from the head to the embedding. ZeRO-2 reduces a
-bucket after every micro-batch, and with several model chunks their passes take turns as the pipeline
-plan says: `BackwardPasses`. The plan is the same on all data-parallel ranks, and so is the list.
+bucket after every micro-batch, and with several model chunks their passes take turns as the
+pipeline plan says: `BackwardPasses`. The plan is the same on all data-parallel ranks, and so is the
+list.
 
 ZeRO-2 waits for a reduction inside a pass, so as not to hold gradients longer than needed. There,
 ranks that exchange tokens within a pass (context parallel) must leave out the same parameters; a

@@ -1,8 +1,9 @@
 """From each rank's gradients to those of the whole batch, their norm, and the factor that clips it.
 
 1. Over data parallel and twins: `reduce_gradients` has each bucket do it (buckets.py).
-2. Over an axis whose ranks each saw a share, such as the tokens of sequence parallel: `sum_partial`.
-3. The norm: `squared_norm` of what this rank counts; the sum over all ranks is the whole.
+2. Over an axis whose ranks each saw a share, such as the tokens of sequence parallel:
+`sum_partial`. 3. The norm: `squared_norm` of what this rank counts; the sum over all ranks is the
+whole.
 """
 
 from collections import defaultdict
@@ -17,7 +18,7 @@ from .buckets import Shard
 
 
 def reduce_gradients(shards: Sequence[Shard]) -> None:
-    """Leave every shard with the gradients of the whole batch, once all backward passes are done."""
+    """Leave every shard with the gradients of the whole batch, after all backward passes."""
     for shard in reversed(shards):  # backward finished the last ones first
         shard.start_reduction()
     for shard in reversed(shards):

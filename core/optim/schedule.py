@@ -15,8 +15,8 @@ from ..config import OptimizerConfig
 def learning_rate(optimizer: OptimizerConfig, i: int) -> float:
     """Return the rate of the update that follows `i` earlier ones (iteration - 1).
 
-    Megatron's rules. Up to w: init + (lr - init) i / w, where init is --lr-warmup-init. After it the
-    shape of --lr-decay-style; past n, min_lr, unless the shape has no end.
+    Megatron's rules. Up to w: init + (lr - init) i / w, where init is --lr-warmup-init. After it
+    the shape of --lr-decay-style; past n, min_lr, unless the shape has no end.
     """
     warmup = warmup_iterations(optimizer)
     if warmup and i <= warmup:

@@ -57,7 +57,9 @@ PEERS = {
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_flat_update_equals_torch_with_clip_and_decay_of_matrices_alone(kind):
-    """Five updates with two micro-batches each; fp32 arithmetic in another order, 1e-6 of the largest weight."""
+    """Five updates with two micro-batches each; fp32 arithmetic in another order, 1e-6 of the
+    largest weight.
+    """
     ours, theirs = parameters(), [nn.Parameter(p.detach().clone()) for p in parameters()]
     optimizer = optimizer_of(ours, optimizer=kind)
     assert [len(bucket.parameters) for bucket in optimizer.buckets] == [2, 1]

@@ -1,4 +1,6 @@
-"""Buckets over data parallel: whatever is cut, copied or overlapped, masters are those of one process; and every use of a parameter counts."""
+"""Buckets over data parallel: whatever is cut, copied or overlapped, masters are those of one
+process; and every use of a parameter counts.
+"""
 
 from dataclasses import dataclass
 
@@ -21,7 +23,8 @@ from trivium.role import Role
 from trivium.testing import run_ranks
 
 CPU, ONE = torch.device("cpu"), Axis("tp")
-# Of one bucket of 192 slots each but the last, and so shards of 2 and of 4 end inside of matrices, vectors and the padding behind them.
+# Of one bucket of 192 slots each but the last, and so shards of 2 and of 4 end inside of matrices,
+# vectors and the padding behind them.
 SHAPES = {
     "a.weight": (7, 5),
     "a.bias": (7,),
@@ -46,7 +49,9 @@ class How:
     size: int = 60  # of a bucket
 
     def __str__(self) -> str:
-        return f"shards{self.shards}-{'zero1' if self.keep_gradients else 'zero2'}{'-overlap' * self.overlap}-{str(self.dtype)[6:]}-{self.optimizer}"
+        strategy = "zero1" if self.keep_gradients else "zero2"
+        words = [f"shards{self.shards}", strategy, str(self.dtype)[6:], self.optimizer]
+        return "-".join([*words, *["overlap"] * self.overlap])
 
 
 def parameters() -> list[nn.Parameter]:
@@ -72,7 +77,11 @@ def optimizer_over(mesh: Mesh, params: list[nn.Parameter], how: How) -> Optimize
 
 
 def backward(params: list[nn.Parameter], seed: int, whole: bool = True) -> None:
-    """Gradients that depend on the weights. `whole`: small whole numbers, so that any sum over micro-batches and ranks is exact, in bf16 too."""
+    """Gradients that depend on the weights.
+
+    `whole`: small whole numbers, so that any sum over micro-batches and ranks is exact, in bf16
+    too.
+    """
     generator, total = torch.Generator().manual_seed(seed), 0
     for p in params:
         weight, noise = use(p), 10 * torch.randn(p.shape, generator=generator)
@@ -84,7 +93,9 @@ def backward(params: list[nn.Parameter], seed: int, whole: bool = True) -> None:
 def trained(
     mesh: Mesh, how: How, whole: bool = True
 ) -> tuple[list, list[torch.Tensor], list[float]]:
-    """Some updates: the pieces of this rank's masters and moments, all working weights, and the squared norm of each update over all ranks."""
+    """Some updates: the pieces of this rank's masters and moments, all working weights, and the
+    squared norm of each update over all ranks.
+    """
     params = parameters()
     optimizer, norms = optimizer_over(mesh, params, how), []
     own = MICRO_BATCHES // mesh.dp_cp.size
@@ -105,7 +116,9 @@ def trained(
 
 
 def assembled(ranks: list) -> dict[str, torch.Tensor]:
-    """Whole masters and moments of the pieces of all ranks, which must agree where they overlap and leave nothing out."""
+    """Whole masters and moments of the pieces of all ranks, which must agree where they overlap and
+    leave nothing out.
+    """
     whole: dict[str, torch.Tensor] = {}
     for pieces, *_ in ranks:
         for name, box, tensor in pieces:
@@ -139,7 +152,9 @@ WAYS = [
 
 @pytest.mark.parametrize(("n", "how"), WAYS, ids=str)
 def test_masters_moments_and_weights_are_those_of_one_process(n, how):
-    """Gradients that sum exactly: bit for bit, over three updates of which the second is skipped, with weight decay on matrices alone."""
+    """Gradients that sum exactly: bit for bit, over three updates of which the second is skipped,
+    with weight decay on matrices alone.
+    """
     alone = trained(Mesh.plan(1, 0), How(dtype=how.dtype, optimizer=how.optimizer))
     ranks = run_ranks(n, trained, how, shards=how.shards)
     expected, found = assembled([alone]), assembled(ranks)
@@ -174,7 +189,9 @@ def test_overlap_changes_no_bit(n, shards, keep_gradients, dtype):
 
 
 def started(mesh: Mesh, how: How) -> tuple[list[int], int]:
-    """How many reductions have begun after the first micro-batch, the second, and all; and the number of buckets."""
+    """How many reductions have begun after the first micro-batch, the second, and all; and the
+    number of buckets.
+    """
     params = parameters()
     optimizer, seen, honest = optimizer_over(mesh, params, how), [], comm.start_reduce_scatter
 
@@ -211,7 +228,9 @@ def test_a_bucket_is_reduced_when_its_last_gradient_is_there():
 
 
 def used(times: int, micro_batches: int, uses: int = 1, keep_gradients: bool = True) -> Optimizer:
-    """A weight used `times` times in each of the micro-batches that were announced, and then reduced."""
+    """A weight used `times` times in each of the micro-batches that were announced, and then
+    reduced.
+    """
     layout = Layout.whole("words", (4, 3), ONE)
     weight = new_parameter(
         layout.tied(Axis("embedding"), uses) if uses > 1 else layout, Init(1, 0.5)
@@ -239,10 +258,9 @@ def test_as_many_uses_as_the_layout_says_are_summed(keep_gradients):
 @pytest.mark.parametrize("keep_gradients", [True, False])
 def test_a_parameter_used_too_often_is_an_error(times, uses, keep_gradients):
     """Its bucket would be on its way while a gradient is still being added."""
-    with pytest.raises(
-        RuntimeError,
-        match=rf"bucket of words and 0 more: gradient {2 * uses + 1} of {2 * uses}: a parameter was used more often",
-    ):
+    counts = f"gradient {2 * uses + 1} of {2 * uses}"
+    message = f"bucket of words and 0 more: {counts}: a parameter was used more often"
+    with pytest.raises(RuntimeError, match=message):
         used(times, 2, uses, keep_gradients)
 
 
@@ -340,7 +358,9 @@ def decays(bucket: Bucket) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_boundary_of_decay_may_lie_inside_a_shard(size):
-    """Matrices first: over all shards those before the boundary are all matrices and those behind it all vectors, and each shard knows its part."""
+    """Matrices first: over all shards those before the boundary are all matrices and those behind
+    it all vectors, and each shard knows its part.
+    """
     buckets = [bucket_of(rank, size, torch.float32) for rank in range(size)]
     decayed = torch.cat([decays(bucket) for bucket in buckets])
     for p, (start, stop) in zip(buckets[0].parameters, buckets[0].slots, strict=True):
@@ -390,7 +410,9 @@ def test_neighbours_share_a_bucket_up_to_its_size_and_none_is_in_two():
 
 
 def test_a_tied_weight_has_a_bucket_of_its_own():
-    """Its gradients come twice, or are summed over both ends of the pipeline, unlike its neighbours'."""
+    """Its gradients come twice, or are summed over both ends of the pipeline, unlike its
+    neighbours'.
+    """
     for twins, uses in ((Axis("embedding"), 2), (Axis("embedding", 2, 1, (0, 1)), 1)):
         params = parameters()
         attach_layout(params[2], layout_of(params[2]).tied(twins, uses))
@@ -408,7 +430,9 @@ def test_a_tied_weight_has_a_bucket_of_its_own():
 
 
 def on_both_ends(mesh: Mesh, keep_gradients: bool) -> tuple[torch.Tensor, float]:
-    """A tied weight on the first and the last of two stages, two data-parallel copies of each: its master, and the norm of all gradients."""
+    """A tied weight on the first and the last of two stages, two data-parallel copies of each: its
+    master, and the norm of all gradients.
+    """
     layout = Layout.whole("words", (5, 3), ONE).tied(
         mesh.embedding, uses=1 if mesh.pp.size > 1 else 2
     )
@@ -436,7 +460,9 @@ def test_twins_stay_the_same_and_count_once(shards, keep_gradients):
 
 
 def partial_gradients(mesh: Mesh) -> tuple[dict[str, float], float]:
-    """On rank r of tp all gradients are r + 1: of a norm that saw its tokens, of a norm that saw all, and of q and a shared k of a fused weight."""
+    """On rank r of tp all gradients are r + 1: of a norm that saw its tokens, of a norm that saw
+    all, and of q and a shared k of a fused weight.
+    """
     norm = new_parameter(Layout.whole("norm", (70,), mesh.tp, partial=True), Init(1, fill=1.0))
     bias = new_parameter(Layout.whole("bias", (7,), mesh.tp), Init(1))
     fused = new_parameter(

@@ -1,4 +1,6 @@
-"""ZeRO-3: parameters cut by fully_shard add up to those of one process, in every phase of an update and in checkpoints."""
+"""ZeRO-3: parameters cut by fully_shard add up to those of one process, in every phase of an update
+and in checkpoints.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -131,7 +133,9 @@ def initial_masters(mesh: Mesh) -> list[Held]:
 @MESHES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_gradients_are_summed_in_fp32_over_ranks_and_micro_batches(ranks, shards, dtype):
-    """The gradient of one micro-batch is rounded to the working dtype, as in one process; the sums are not."""
+    """The gradient of one micro-batch is rounded to the working dtype, as in one process; the sums
+    are not.
+    """
     found = run_ranks(ranks, gradients_of_rank, dtype, shards=shards)
     model = Toy()
     model.to(dtype)
@@ -147,7 +151,9 @@ def test_gradients_are_summed_in_fp32_over_ranks_and_micro_batches(ranks, shards
 
 
 def gradients_of_rank(mesh: Mesh, dtype: torch.dtype) -> tuple[list[Held], float]:
-    """This rank's gradients of two micro-batches, after an update of others, and its share of their squared norm."""
+    """This rank's gradients of two micro-batches, after an update of others, and its share of their
+    squared norm.
+    """
     model, optimizer = cut_toy(mesh, dtype)
     optimizer.begin(1)
     backward(model, 99)
@@ -169,7 +175,9 @@ def test_a_unit_is_whole_only_while_it_runs_and_its_input_keeps_its_dtype(grad):
 
 
 def memory_of_units(mesh: Mesh, grad: bool) -> tuple[set, int, int, list[int]]:
-    """Dtypes of the units' inputs; bytes of the first unit's weight while it runs and when the second one does; of all weights after the pass."""
+    """Dtypes of the units' inputs; bytes of the first unit's weight while it runs and when the
+    second one does; of all weights after the pass.
+    """
     model, _ = cut_toy(mesh, torch.bfloat16)
     first, second = model.units
     earlier = []
@@ -207,7 +215,9 @@ def logits_with_loaded_weights(mesh: Mesh) -> torch.Tensor:
 
 @MESHES
 def test_an_update_is_that_of_one_process_and_a_skipped_one_is_none(ranks, shards):
-    """Two updates by AdamW, with another in between that is skipped; its decay leaves the scales alone."""
+    """Two updates by AdamW, with another in between that is skipped; its decay leaves the scales
+    alone.
+    """
     found = run_ranks(ranks, weights_after_updates, shards=shards)
     model = Toy()
     groups = [
@@ -223,7 +233,8 @@ def test_an_update_is_that_of_one_process_and_a_skipped_one_is_none(ranks, shard
     expected = by_name(model, [p.detach() for p in model.parameters()])
     weights = assemble([pieces for pieces, _ in found])
     for name, tensor in expected.items():
-        # An error d of a gradient moves AdamW's update by at most lr d / (4 eps): 2.5e-5 for d = 1e-6, where a gradient is as small as eps.
+        # An error d of a gradient moves AdamW's update by at most lr d / (4 eps): 2.5e-5 for d =
+        # 1e-6, where a gradient is as small as eps.
         assert (weights[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
     for _, logits in found:
         assert (logits - logits_of(model, 0)).norm() <= 1e-5 * logits.norm()
@@ -293,7 +304,10 @@ def gradients_with_a_skip(mesh: Mesh) -> list[Held]:
     return held(optimizer, lambda shard: shard.pieces(shard.gradients))
 
 
-RUN = f"{SMALL}{LLAMA} --attention-dropout 0 --hidden-dropout 0.1 --clip-grad 0.3 --eval-iters 0 --train-iters 8"
+RUN = (
+    f"{SMALL}{LLAMA} --attention-dropout 0 --hidden-dropout 0.1 --clip-grad 0.3 --eval-iters 0"
+    " --train-iters 8"
+)
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +363,9 @@ def save_again(mesh: Mesh, arguments: str, source: Path, target: Path) -> None:
 
 
 def test_a_run_goes_on_under_another_strategy(arguments, tmp_path):
-    """Three iterations cut over 2 ranks, two in one process, three cut over 4: losses equal to rounding."""
+    """Three iterations cut over 2 ranks, two in one process, three cut over 4: losses equal to
+    rounding.
+    """
     train(f"{arguments} --save {tmp_path}/whole")
     parts = f"{arguments} --save {tmp_path}/parts --load {tmp_path}/parts"
     train(f"{parts} {ZERO3} --exit-interval 3", 2)

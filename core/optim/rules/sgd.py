@@ -17,9 +17,12 @@ def update(memory: FlatMemory, step: Step, config: OptimizerConfig, ops: Ops) ->
     """
     masters, weights = memory.masters, memory.weights
     momentum = memory.state["momentum"]
+
     gradients = memory.gradients * step.grad_scale
-    moved = config.sgd_momentum * momentum + gradients + memory.weight_decay * masters
+    decay = memory.weight_decay * masters
+    moved = config.sgd_momentum * momentum + gradients + decay
     updated = masters - step.lr * moved
+
     # Selected, never multiplied: a skipped update may have gradients that are not finite.
     torch.where(step.skip, weights, updated.to(weights.dtype), out=weights)
     torch.where(step.skip, momentum, moved, out=momentum)
