@@ -1,1 +1,1 @@
-"""Checkpoints: slices in safetensors, a manifest, published by rename; Hugging Face folders in and out."""
+"""Checkpoints: slices in safetensors files with a manifest, published by one rename."""

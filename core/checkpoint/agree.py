@@ -1,4 +1,8 @@
-"""What every rank must know alike before a checkpoint is published or applied: did one fail, why, and which iteration it is about."""
+"""Agreement of all ranks before a checkpoint is published or applied.
+
+Did one fail, and why? Which iteration is it about? A rank that answered for itself alone would go
+on, or leave, while the others wait for it in the next collective until their timeout.
+"""
 
 from collections.abc import Callable
 
@@ -12,11 +16,13 @@ _MESSAGE_BYTES = 2000
 
 
 def together(action: Callable[[], None], world: Axis, device: torch.device) -> None:
-    """Run `action` on this rank; raise the same CheckpointError on every rank if it failed on one, the lowest failing rank's.
+    """Run `action` on this rank; raise on every rank if it failed on one.
 
-    Any exception counts: a rank that left alone would keep the others waiting for their timeout.
+    All raise the same CheckpointError, that of the lowest failing rank. Any exception counts: a
+    rank that left alone would keep the others waiting for their timeout.
     """
-    message, cause = None, None
+    message: str | None = None
+    cause: Exception | None = None
     try:
         action()
     except Exception as error:
@@ -28,24 +34,27 @@ def together(action: Callable[[], None], world: Axis, device: torch.device) -> N
 
 
 def from_first(value: int, world: Axis, device: torch.device) -> int:
-    """The first rank's `value`, a non-negative integer or -1, on every rank."""
+    """Return the first rank's `value`, a non-negative integer or -1, on every rank."""
     mine = value if world.rank == 0 else -1
-    return int(
-        all_reduce(torch.tensor(mine, dtype=torch.int64, device=device), world, "max").item()
-    )
+    shared = all_reduce(_number(mine, device), world, "max")
+    return int(shared.item())
 
 
 def _lowest_message(message: str | None, world: Axis, device: torch.device) -> str | None:
-    failed = torch.tensor(
-        world.size if message is None else world.rank, dtype=torch.int64, device=device
-    )
-    lowest = int(all_reduce(failed, world, "min").item())
+    """Return the message of the lowest rank that has one; None if there is none."""
+    mine = world.size if message is None else world.rank
+    lowest = int(all_reduce(_number(mine, device), world, "min").item())
     if lowest == world.size:
         return None
-    text = torch.zeros(_MESSAGE_BYTES, dtype=torch.int32)
-    if lowest == world.rank:
+    # A text travels as the maximum of its bytes: all ranks but one give zeros.
+    codes = torch.zeros(_MESSAGE_BYTES, dtype=torch.int32)
+    if message is not None and lowest == world.rank:
         line = message.encode()[:_MESSAGE_BYTES]
-        text[: len(line)] = torch.tensor(list(line), dtype=torch.int32)
-    codes = all_reduce(text.to(device), world, "max").tolist()
-    line = bytes(code for code in codes if code).decode(errors="replace")
-    return line if world.size == 1 else f"rank {lowest}: {line}"
+        codes[: len(line)] = torch.tensor(list(line), dtype=torch.int32)
+    shared = all_reduce(codes.to(device), world, "max").tolist()
+    text = bytes(code for code in shared if code).decode(errors="replace")
+    return text if world.size == 1 else f"rank {lowest}: {text}"
+
+
+def _number(value: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.int64, device=device)

@@ -1,8 +1,21 @@
-"""Saving while training goes on: every rank copies its slices to memory that a process of its own then writes from.
+"""Saving while training goes on.
 
-In the foreground: the copy to the host, and two small agreements among the ranks. In the background: one process per rank and save
-(writer.py), which meet in the file system alone. A failure is seen by the rank whose process it is, in `problem`; what all ranks do about
-it they decide in `finish`.
+The problem: writing takes long, and the weights change with the next update. So training stops for
+a copy to host memory alone, and files are written from the copy. A thread would share the
+interpreter with the trainer and slow its steps down, so a process of its own writes.
+
+The idea, for one save:
+
+    foreground, all ranks    agree that the folder is made; copy the slices to memory that another
+                             process can map (_Memory); start that process (_Flight)
+    background, each rank    writer.py writes the rank's files; the first rank's then waits for the
+                             others' files, joins the manifests and publishes (rank_files.complete)
+    foreground, all ranks    `finish`: wait until all are done or one has failed, and agree on it
+
+The processes meet in the file system alone: no collective runs in the background, where it would
+mix with those of the training step. A failure is seen by the rank whose process it is (`problem`);
+what all ranks do about it they decide in `finish`. A trainer that ends, however it ends, takes
+its writer along (the lifeline in writer.py), so that a restarted run never meets an old writer.
 """
 
 import json
@@ -26,24 +39,29 @@ from ..mesh import Axis
 from . import publish
 from .agree import together
 from .manifest import CheckpointError
-from .part import MAX_SHARD_BYTES, not_saved, reported
+from .rank_files import MAX_SHARD_BYTES, not_saved, reported
 from .retention import KEEP_ALL, Retention
-from .save import begin, blocks_of
+from .save import begin, boxes_of
 
 _ALIGNMENT = 64  # bytes: of every tensor in the memory
-_GRAIN = (
-    1 << 20
-)  # bytes: the job grows by a digit now and then, and new memory is slow until it has been written once
+# Bytes: sizes are rounded up to it, for the job grows by a digit now and then, and new memory is
+# slow until it has been written once.
+_GRAIN = 1 << 20
 _PAUSE = 0.02  # seconds between looks at the processes while all ranks wait
-# What a scheduler or a terminal sends to every process of a job: the trainer answers it, and may want to finish the save first.
+# What a scheduler or a terminal sends to every process of a job: the trainer answers it, and may
+# want to finish the save first.
 _TRAINERS_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP}
 
 
 class Background:
-    """The save in flight of this rank, at most one. All ranks of `world` call `start` and `finish` alike; `device` is where they agree."""
+    """The save in flight of this rank, at most one.
+
+    All ranks of `world` call `start` and `finish` alike; `device` is where they agree.
+    """
 
     def __init__(self, world: Axis, device: torch.device):
-        self.world, self.device = world, device
+        self.world = world
+        self.device = device
         self._memory = _Memory()
         self._flight: _Flight | None = None
 
@@ -58,9 +76,10 @@ class Background:
         retention: Retention = KEEP_ALL,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
-        """Begin to save `iteration`, as `save` does; the tensors of `pieces` may change as soon as this returns.
+        """Begin to save `iteration`, as `save` does.
 
-        None may be in flight: `finish` it first. Raises CheckpointError on all ranks where one cannot begin.
+        The tensors of `pieces` may change as soon as this returns. None may be in flight: `finish`
+        it first. Raises CheckpointError on all ranks where one cannot begin.
         """
         save_dir = Path(save_dir).absolute()
         job = {
@@ -81,9 +100,8 @@ class Background:
 
         def launch() -> None:
             with reported(save_dir, iteration):
-                self._flight = _Flight(
-                    save_dir, iteration, self._memory, *self._memory.hold(pieces, job)
-                )
+                start, stop = self._memory.hold(pieces, job)
+                self._flight = _Flight(save_dir, iteration, self._memory, start, stop)
 
         try:
             together(launch, self.world, self.device)
@@ -92,35 +110,40 @@ class Background:
             raise
 
     def problem(self) -> str | None:
-        """Why the save in flight has failed on this rank; None while it has not. Costs one look at a process."""
+        """Return why the save in flight has failed on this rank; None while it has not.
+
+        It costs one look at a process.
+        """
         return self._flight.problem() if self._flight else None
 
     def published(self) -> int | None:
-        """On the first rank, the iteration in flight once it is published; None before, and on the others."""
+        """Return, on the first rank, the iteration in flight once it is published.
+
+        None before that, and on the other ranks.
+        """
         flight = self._flight
-        done = (
-            self.world.rank == 0
-            and flight is not None
-            and not flight.running()
-            and flight.problem() is None
-        )
-        return flight.iteration if done else None
+        if flight is None or self.world.rank != 0 or flight.running():
+            return None
+        return None if flight.problem() else flight.iteration
 
     def finish(self) -> int | None:
-        """Wait until the save in flight is published, and tell its iteration; None if there is none.
+        """Wait until the save in flight is published; return its iteration, None without one.
 
-        Raises the same CheckpointError on all ranks if it failed on one: nothing is published then, and nothing is left behind.
+        Raises the same CheckpointError on all ranks if it failed on one: nothing is published then,
+        and nothing is left behind.
         """
         flight = self._flight
         if flight is None:
             return None
-        # A rank whose process waits for another's part would wait for ever if that one failed: so they wait together.
-        while not self._decided():
+        # The first rank's process waits for the files of the others, for ever if one of them has
+        # failed: so all ranks wait together, until one has failed or all are done.
+        while not self._decided(flight):
             time.sleep(_PAUSE)
 
         def report() -> None:
-            if flight.problem():
-                raise CheckpointError(flight.problem())
+            problem = flight.problem()
+            if problem:
+                raise CheckpointError(problem)
 
         try:
             together(report, self.world, self.device)
@@ -131,12 +154,11 @@ class Background:
         self._flight = None
         return flight.iteration
 
-    def _decided(self) -> bool:
-        """Whether one has failed, or all are done."""
-        mine = [self._flight.problem() is not None, self._flight.running()]
-        failed, running = all_reduce(
-            torch.tensor(mine, dtype=torch.int64, device=self.device), self.world, "max"
-        ).tolist()
+    def _decided(self, flight: "_Flight") -> bool:
+        """Return whether one rank has failed, or all are done."""
+        mine = [flight.problem() is not None, flight.running()]
+        flags = torch.tensor(mine, dtype=torch.int64, device=self.device)
+        failed, running = all_reduce(flags, self.world, "max").tolist()
         return bool(failed) or not running
 
     def _give_up(self, folder: Path) -> None:
@@ -150,46 +172,48 @@ class Background:
 
 
 class _Memory:
-    """Memory that another process can map, kept between saves: its pages are given by the system once.
+    """Memory that another process can map, kept between saves: the system gives its pages once.
 
-    A memory file where there is one, since a container's /dev/shm may be small; else a temporary file without a name.
+    It is a memory file where the system has such, since a container's /dev/shm may be small; else a
+    temporary file without a name.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.descriptor = -1
         self._mapped: mmap.mmap | None = None
 
     def hold(self, pieces: Iterable[Piece], job: dict) -> tuple[int, int]:
-        """Copy the pieces in, and behind them the job with the place of each as JSON; where that begins and ends.
+        """Copy the pieces in, and behind them, as JSON, the job with the place of each.
 
-        The copies are complete when this returns, also those from a device.
+        Returns where the JSON begins and ends. The copies are complete then, also those from a
+        device.
         """
-        blocks, placed, end = [], [], 0
-        for piece, block in blocks_of(pieces):
-            start = -(-end // _ALIGNMENT) * _ALIGNMENT
-            end = start + block.stored.num_bytes
+        boxes: list[list] = []
+        placed: list[tuple[torch.Tensor, int, int]] = []
+        end = 0
+        for piece, box in boxes_of(pieces):
+            start = _rounded_up(end, _ALIGNMENT)
+            end = start + box.stored.num_bytes
             if end > start:
-                blocks.append(
-                    [block.name, block.whole, block.offsets, block.dtype, block.shape, start, end]
-                )
+                boxes.append([box.name, box.whole, box.offsets, box.dtype, box.shape, start, end])
                 placed.append((piece.tensor, start, end))
-        text = json.dumps(job | {"blocks": blocks}).encode()
-        self._reserve(end + len(text))
-        memory = torch.frombuffer(self._mapped, dtype=torch.uint8)
+        text = json.dumps(job | {"boxes": boxes}).encode()
+        mapped = self._reserve(end + len(text))
+        memory = torch.frombuffer(mapped, dtype=torch.uint8)
         with torch.no_grad():
             for tensor, start, stop in placed:
-                memory[start:stop].view(tensor.dtype).view(tensor.shape).copy_(
-                    tensor, non_blocking=True
-                )
+                copy = memory[start:stop].view(tensor.dtype).view(tensor.shape)
+                copy.copy_(tensor, non_blocking=True)
         for device in {tensor.device for tensor, _, _ in placed if tensor.is_cuda}:
             torch.cuda.synchronize(device)
-        self._mapped[end : end + len(text)] = text
+        mapped[end : end + len(text)] = text
         return end, end + len(text)
 
-    def _reserve(self, size: int) -> None:
-        size = -(-size // _GRAIN) * _GRAIN
+    def _reserve(self, size: int) -> mmap.mmap:
+        """Return memory of `size` bytes or more: what there is, or new memory in its place."""
+        size = _rounded_up(size, _GRAIN)
         if self._mapped is not None and len(self._mapped) >= size:
-            return
+            return self._mapped
         self.close()
         if hasattr(os, "memfd_create"):
             self.descriptor = os.memfd_create("trivium-checkpoint")
@@ -198,22 +222,29 @@ class _Memory:
                 self.descriptor = os.dup(file.fileno())
         os.ftruncate(self.descriptor, size)
         self._mapped = mmap.mmap(self.descriptor, size)
+        return self._mapped
 
     def close(self) -> None:
         """Give the memory back, as soon as no view of it is left."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
-        self.descriptor, self._mapped = -1, None
+        self.descriptor = -1
+        self._mapped = None
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.close()
 
 
+def _rounded_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
 class _Flight:
-    """One save on its way, and the process that writes this rank's part of it."""
+    """One save on its way, and the process that writes this rank's files of it."""
 
     def __init__(self, save_dir: Path, iteration: int, memory: _Memory, start: int, stop: int):
-        self.save_dir, self.iteration = save_dir, iteration
+        self.save_dir = save_dir
+        self.iteration = iteration
         self._problem: str | None = None
         command = [
             sys.executable,
@@ -222,14 +253,14 @@ class _Flight:
             "trivium.checkpoint.writer",
             *map(str, (memory.descriptor, start, stop)),
         ]
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, _TRAINERS_SIGNALS
-        )  # a process inherits what its maker blocks
+        # A process inherits what its maker blocks.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
         try:
             self._process = subprocess.Popen(
                 command,
                 pass_fds=[memory.descriptor],
-                stdin=subprocess.PIPE,  # the lifeline: closed when this process is gone, however it ends
+                # The lifeline: closed when this process is gone, however it ends.
+                stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
@@ -238,16 +269,18 @@ class _Flight:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def running(self) -> bool:
-        """Whether the process has not ended yet."""
+        """Return whether the process has not ended yet."""
         return self._process.poll() is None
 
     def problem(self) -> str | None:
-        """Why it failed; None while it runs, and when it is done."""
+        """Return why it failed; None while it runs, and when it is done."""
         if self._problem is None and not self.running() and self._process.returncode:
+            assert self._process.stderr is not None
             said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
-            self._problem = (
-                said[-1] if said else str(not_saved(self.save_dir, self.iteration, self._ended()))
-            )
+            if said:
+                self._problem = said[-1]
+            else:
+                self._problem = str(not_saved(self.save_dir, self.iteration, self._ended()))
         return self._problem
 
     def end(self) -> None:
@@ -257,9 +290,8 @@ class _Flight:
 
     def _ended(self) -> str:
         status = self._process.returncode
-        how = (
-            f"was killed by {signal.Signals(-status).name}"
-            if status < 0
-            else f"ended with status {status}"
-        )
+        if status < 0:
+            how = f"was killed by {signal.Signals(-status).name}"
+        else:
+            how = f"ended with status {status}"
         return f"its writer, process {self._process.pid}, {how}"

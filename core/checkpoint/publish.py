@@ -1,10 +1,27 @@
-"""The life of a SAVE folder: iterations written aside, published by one rename, named by the tracker. No torch in here.
+"""The life of a SAVE folder: iterations are written aside, published by one rename, and tracked.
 
-iter_0000100.tmp             being written, or left by a run that was killed
-iter_0000100                 published: complete, synced
-iter_0000100.replaced.tmp    an older iter_0000100 while a new one takes its name; it counts as published until that is done
-iter_0000100.removed.tmp     retired, being deleted
-latest_checkpointed_iteration.txt    the tracker, Megatron's: the iteration to resume from; people edit it
+    iter_0000100.tmp             being written, or left by a run that was killed
+    iter_0000100                 published: complete, synced
+    iter_0000100.replaced.tmp    an older iter_0000100 while a new one takes its name
+    iter_0000100.removed.tmp     retired, being deleted
+    latest_checkpointed_iteration.txt    the tracker, Megatron's: where to resume; people edit it
+
+The problem: a run can be killed at any moment, and a disk loses what was not synced. No moment
+may leave half a checkpoint under a published name, or less published than before.
+
+The idea: a rename is the only step that takes effect at once. What a crash leaves at each point:
+
+    while files are written       iter_N.tmp; the next `begin` removes it
+    before the rename             the same, complete or not: nobody looks inside
+    after the rename              iter_N is published; the tracker names an older one, which the
+                                  next run resumes from; the following save moves the tracker on
+    while the tracker is written  TRACKER.tmp beside the old tracker, which still holds
+    while iter_N is replaced      between the two renames the old one is found under its name
+                                  aside (.replaced.tmp) and counts as published; `settle` gives
+                                  it its name back, or deletes it if its successor is there
+    while an old one is retired   iter_N.removed.tmp, half deleted; the next `clean` removes it
+
+No torch in here.
 """
 
 import os
@@ -22,7 +39,7 @@ _STALE = re.compile(r"(iter_\d{7,}(\.removed|\.replaced)?|" + re.escape(TRACKER)
 
 
 def folder_name(iteration: int) -> str:
-    """Megatron's name: seven digits, more where needed."""
+    """Return Megatron's name of an iteration: seven digits, more where needed."""
     return f"iter_{iteration:07d}"
 
 
@@ -54,7 +71,7 @@ def begin(save_dir: Path, iteration: int) -> Path:
 
 
 def begun(save_dir: Path, iteration: int) -> Path:
-    """The folder that `iteration` is written into until it is published."""
+    """Return the folder that `iteration` is written into until it is published."""
     return save_dir / f"{folder_name(iteration)}.tmp"
 
 
@@ -76,7 +93,11 @@ def publish(save_dir: Path, iteration: int) -> Path:
 
 
 def swap_in(temporary: Path, final: Path) -> None:
-    """Rename `temporary` to `final`; a folder of that name steps aside first and is deleted last, so no half folder ever bears the name."""
+    """Rename `temporary` to `final`.
+
+    A folder of that name steps aside first and is deleted last, so that no half folder ever bears
+    the name.
+    """
     sync(temporary)
     settle(final)
     if final.exists():
@@ -87,21 +108,37 @@ def swap_in(temporary: Path, final: Path) -> None:
 
 
 def settle(final: Path) -> None:
-    """Finish or undo a `swap_in` that was killed: the folder aside is deleted if its successor is there, else gets its name back."""
-    if _aside(final).exists():
-        remove(_aside(final)) if final.exists() else _aside(final).rename(final)
+    """Finish or undo a `swap_in` that was killed.
+
+    The folder aside is deleted if its successor is there, else it gets its name back.
+    """
+    aside = _aside(final)
+    if not aside.exists():
+        return
+    if final.exists():
+        remove(aside)
+    else:
+        aside.rename(final)
 
 
 def remove(path: Path) -> None:
     """Delete a folder with all it holds, or a file, or a link but not what it points to."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def published_folders(save_dir: Path) -> dict[int, Path]:
-    """Iteration -> folder, oldest first. One that a kill caught between stepping aside and being replaced is found under its name aside."""
+    """Return iteration -> folder, oldest first.
+
+    One that a kill caught between stepping aside and being replaced is found under its name aside.
+    """
     found: dict[int, Path] = {}
-    for pattern in (_REPLACED, _PUBLISHED):
-        for path in save_dir.iterdir() if save_dir.is_dir() else ():
+    if not save_dir.is_dir():
+        return found
+    for pattern in (_REPLACED, _PUBLISHED):  # a published name goes before one aside
+        for path in save_dir.iterdir():
             match = pattern.fullmatch(path.name)
             if match and path.is_dir():
                 found[int(match[1])] = path
@@ -109,12 +146,15 @@ def published_folders(save_dir: Path) -> dict[int, Path]:
 
 
 def published_iterations(save_dir: Path) -> list[int]:
-    """The iterations with a published folder, in ascending order."""
+    """Return the iterations with a published folder, in ascending order."""
     return list(published_folders(save_dir))
 
 
 def tracked_iteration(save_dir: Path) -> int | None:
-    """The iteration the tracker names; None without a tracker. Raises CheckpointError where it holds no number."""
+    """Return the iteration that the tracker names; None without a tracker.
+
+    Raises CheckpointError where it holds no number.
+    """
     if not (save_dir / TRACKER).exists():
         return None
     text = read_text(save_dir / TRACKER).strip()
@@ -124,16 +164,17 @@ def tracked_iteration(save_dir: Path) -> int | None:
 
 
 def named_iteration(load_dir: Path) -> int | None:
-    """N where `load_dir` is itself a SAVE/iter_N, else None."""
+    """Return N if `load_dir` is itself a SAVE/iter_N, else None."""
     match = _PUBLISHED.fullmatch(load_dir.name)
     return int(match[1]) if match else None
 
 
 def candidates(load_dir: Path, ckpt_step: int | None = None) -> list[int]:
-    """The iterations to try, best first; [] where nothing was ever published.
+    """Return the iterations to try, best first; [] where nothing was ever published.
 
-    `load_dir` is SAVE or SAVE/iter_N. An explicit step or folder stands alone. Else the tracker decides if it names a
-    published folder, otherwise the newest; then come the older ones. Raises CheckpointError where what is named is not there.
+    `load_dir` is SAVE or SAVE/iter_N. An explicit step or folder stands alone. Else the tracker
+    decides if it names a published folder, otherwise the newest; then come the older ones. Raises
+    CheckpointError where what is named is not there.
     """
     named = named_iteration(load_dir)
     if named is not None:
@@ -156,7 +197,7 @@ def candidates(load_dir: Path, ckpt_step: int | None = None) -> list[int]:
 
 
 def locate(load_dir: Path, iteration: int) -> Path:
-    """The folder of a candidate."""
+    """Return the folder of a candidate."""
     if named_iteration(load_dir) is not None:
         return load_dir
     return published_folders(load_dir).get(iteration, load_dir / folder_name(iteration))
@@ -167,7 +208,10 @@ def _aside(final: Path) -> Path:
 
 
 def _newest(load_dir: Path, published: list[int]) -> int:
-    """Where to start: the tracker's word, or the newest folder if there is none. -1 where nothing was published."""
+    """Return where to start: the tracker's word, or the newest folder if there is none.
+
+    -1 where nothing was published.
+    """
     newest = published[-1] if published else -1
     try:
         tracked = tracked_iteration(load_dir)
@@ -183,7 +227,8 @@ def _newest(load_dir: Path, published: list[int]) -> int:
             f"{load_dir / TRACKER} names iteration {tracked}, but no iteration is published there"
         )
     get_logger().warning(
-        f"{load_dir / TRACKER} names iteration {tracked}, which is not there; taking the newest published, iteration {newest}"
+        f"{load_dir / TRACKER} names iteration {tracked}, which is not there; "
+        f"taking the newest published, iteration {newest}"
     )
     return newest
 

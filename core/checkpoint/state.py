@@ -1,9 +1,10 @@
-"""state.json: what a run must know beside its tensors to go on. Read with distrust."""
+"""Read state.json, with distrust: what a run must know beside its tensors to go on."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .manifest import CheckpointError, read_json
 
@@ -13,14 +14,17 @@ _LARGEST = 2**53  # the largest whole number that every JSON reader gives back a
 
 @dataclass(frozen=True)
 class Marks:
-    """What retention goes by."""
+    """The facts about a checkpoint that retention goes by."""
 
     validation_loss: float | None
     persistent: bool
 
 
 def read_state(path: Path, iteration: int) -> dict:
-    """The state of `iteration`, every field of the type and in the range that its use needs. Raises CheckpointError that names the field."""
+    """Return the state of `iteration`, every field of the type and range that its use needs.
+
+    Raises CheckpointError that names the field.
+    """
     state = read_json(path)
     _check(state, _FIELDS, f"{path}:")
     if state["iteration"] != iteration:
@@ -31,7 +35,10 @@ def read_state(path: Path, iteration: int) -> dict:
 
 
 def read_marks(folder: Path) -> Marks:
-    """Of a published checkpoint; one whose state cannot be read is persistent and has no loss."""
+    """Return the marks of a published checkpoint.
+
+    One whose state cannot be read is persistent and has no loss.
+    """
     try:
         state = read_json(folder / STATE_FILE)
     except CheckpointError:
@@ -40,29 +47,29 @@ def read_marks(folder: Path) -> Marks:
     return Marks(loss if _is_number(loss) else None, state.get("persistent") is not False)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: Any) -> bool:
     # type() rather than isinstance: True is an int.
     return type(value) is int and 0 <= value <= _LARGEST
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf
 
 
-def _is_scale(value: object) -> bool:
+def _is_scale(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_flag(value: object) -> bool:
+def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
 # Field -> what it must be, in words and as a test, or the fields of an object.
-_Rule = tuple[str, Callable[[object], bool]]
+_Rule = tuple[str, Callable[[Any], bool]]
 _COUNT: _Rule = ("a whole number from 0 to 2^53", _is_count)
 _FIELDS: dict[str, "_Rule | dict[str, _Rule]"] = {
     "iteration": _COUNT,

@@ -1,9 +1,12 @@
-"""The process that writes one rank's part of an asynchronous save: `python -m trivium.checkpoint.writer MEMORY START STOP`.
+"""The process that writes one rank's files of an asynchronous save.
 
-MEMORY is the inherited descriptor of the memory that holds the tensors and, at bytes START to STOP, the job as JSON. stdin is a lifeline:
-nothing is ever written to it, its other end is the trainer's, and when the trainer is gone so is this process, before it could meet a run
-that was started in its place.
-It ends with status 0, or with 1 and one line on stderr. It starts in 0.1 s because nothing here imports torch.
+Run as `python -m trivium.checkpoint.writer MEMORY START STOP`. MEMORY is the inherited descriptor
+of the memory that holds the tensors and, at bytes START to STOP, the job as JSON. stdin is a
+lifeline: nothing is ever written to it, its other end is the trainer's, and when the trainer is
+gone so is this process, before it could meet a run that was started in its place.
+
+It ends with status 0, or with 1 and one line on stderr. It starts in 0.1 s because nothing here
+imports torch.
 """
 
 import json
@@ -19,16 +22,16 @@ from pathlib import Path
 
 from . import publish
 from .manifest import CheckpointError, one_line
-from .part import Block, complete, part_path, reported, write_part
+from .rank_files import TensorBox, complete, rank_manifest, reported, write_rank_files
 from .retention import Retention
 
 _NICE = 10  # where cores are short, training goes first
-_PAUSE = 0.02  # seconds between looks for the other ranks' parts
+_PAUSE = 0.02  # seconds between looks for the other ranks' files
 _LOOK = 0.2  # seconds between looks at who the parent is
 
 
 def main(memory: int, start: int, stop: int) -> int:
-    """Do the job; the exit status."""
+    """Do the job; return the exit status."""
     os.nice(_NICE)
     threading.Thread(target=_end_with_trainer, daemon=True).start()
     try:
@@ -41,13 +44,16 @@ def main(memory: int, start: int, stop: int) -> int:
 
 
 def _do(job: dict, memory: memoryview) -> None:
-    """Write the rank's part; the first rank then waits for the others' and publishes."""
-    save_dir, iteration, rest = Path(job["save_dir"]), job["iteration"], job["complete"]
+    """Write the rank's files; the first rank then waits for the others' and publishes."""
+    save_dir = Path(job["save_dir"])
+    iteration = job["iteration"]
+    rest = job["complete"]
     folder = publish.begun(save_dir, iteration)
     with reported(save_dir, iteration):
-        write_part(folder, job["rank"], _blocks(job["blocks"], memory), job["max_shard_bytes"])
+        boxes = _boxes(job["boxes"], memory)
+        write_rank_files(folder, job["rank"], boxes, job["max_shard_bytes"])
         if rest:
-            _wait_for_parts(folder, rest["world_size"])
+            _wait_for_all(folder, rest["world_size"])
     if rest:
         complete(
             save_dir,
@@ -59,29 +65,33 @@ def _do(job: dict, memory: memoryview) -> None:
         )
 
 
-def _blocks(items: list[list], memory: memoryview) -> Iterator[Block]:
+def _boxes(items: list[list], memory: memoryview) -> Iterator[TensorBox]:
     for name, whole, offsets, dtype, shape, start, stop in items:
-        yield Block(
-            name,
-            tuple(whole),
-            tuple(offsets),
-            dtype,
-            tuple(shape),
-            partial(memory.__getitem__, slice(start, stop)),
-        )
+        data = partial(_bytes, memory, start, stop)
+        yield TensorBox(name, tuple(whole), tuple(offsets), dtype, tuple(shape), data)
 
 
-def _wait_for_parts(folder: Path, world_size: int) -> None:
-    """Until all ranks have written: one after the other, so that a look costs one file whatever the number of ranks."""
+def _bytes(memory: memoryview, start: int, stop: int) -> memoryview:
+    return memory[start:stop]
+
+
+def _wait_for_all(folder: Path, world_size: int) -> None:
+    """Wait until all ranks have written.
+
+    One after the other, so that a look costs one file whatever the number of ranks.
+    """
     for rank in range(world_size):
-        while not part_path(folder, rank).exists():
+        while not rank_manifest(folder, rank).exists():
             if not folder.exists():
                 raise CheckpointError(f"{folder} was removed")
             time.sleep(_PAUSE)
 
 
 def _end_with_trainer() -> None:
-    """Leave as soon as stdin is closed or the parent is another: processes that the trainer forked meanwhile hold stdin's other end too."""
+    """Leave as soon as stdin is closed or the parent is another.
+
+    stdin alone would not do: processes that the trainer forked meanwhile hold its other end too.
+    """
     trainer = os.getppid()
     while os.getppid() == trainer and not select.select([0], [], [], _LOOK)[0]:
         pass

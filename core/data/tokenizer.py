@@ -138,7 +138,9 @@ class HuggingFaceTokenizer:
     def __init__(self, tokenizer: HFTokenizer, eod: int, files: tuple[Path, ...]):
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._tokenizer, self.eod, self.files = tokenizer, eod, files
+        self._tokenizer = tokenizer
+        self.eod = eod
+        self.files = files
         # Ids may have gaps: the largest decides, not their number.
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = _sha256(tokenizer.to_str().encode(), str(eod).encode())
@@ -164,7 +166,8 @@ class SentencePieceTokenizer:
             self._model = library.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
             raise DataFlagError(f"--tokenizer-model {path}: not a model of sentencepiece") from None
-        self.vocab_size, self.files = self._model.get_piece_size(), (path,)
+        self.vocab_size = self._model.get_piece_size()
+        self.files: tuple[Path, ...] = (path,)
         self.eod = self._model.piece_to_id(END_OF_TEXT)
         if self.eod == self._model.unk_id():
             self.eod = self._model.eos_id()
@@ -204,7 +207,9 @@ class TikTokenizer:
             raise DataFlagError(
                 f"--tokenizer-model {path}: not a JSON list of rank, token_bytes, token_str"
             ) from None
-        self.vocab_size, self.eod, self.files = self._encoding.n_vocab, special["</s>"], (path,)
+        self.vocab_size = self._encoding.n_vocab
+        self.eod = special["</s>"]
+        self.files: tuple[Path, ...] = (path,)
         self.fingerprint = _sha256(path.read_bytes())
 
     def encode(self, text: str) -> list[int]:

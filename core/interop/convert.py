@@ -14,7 +14,7 @@ import torch
 from ..checkpoint import publish
 from ..checkpoint.load import Checkpoint
 from ..checkpoint.manifest import CheckpointError
-from ..checkpoint.part import Block, complete, write_part
+from ..checkpoint.rank_files import TensorBox, complete, write_rank_files
 from ..checkpoint.retention import Retention
 from ..checkpoint.shards import DTYPE_NAMES, host_bytes
 from ..config import Config, DataConfig, ModelConfig, PrecisionConfig
@@ -140,13 +140,13 @@ def copy_tokenizer(source: HFFolder, save_dir: Path, vocab_size: int) -> DataCon
     return tokenizer_of(folder, vocab_size)
 
 
-def _blocks(weights: Weights, names: list[str], dtype: torch.dtype | None) -> Iterator[Block]:
+def _blocks(weights: Weights, names: list[str], dtype: torch.dtype | None) -> Iterator[TensorBox]:
     for name in names:
         shape = weights.shape(name)
         stored_as = dtype or weights.dtype(name)
         origin = (0,) * len(shape)
         read = partial(_bytes, weights.read, name, stored_as)
-        yield Block(name, shape, origin, DTYPE_NAMES[stored_as], shape, read)
+        yield TensorBox(name, shape, origin, DTYPE_NAMES[stored_as], shape, read)
 
 
 def _bytes(read: Callable[[str], torch.Tensor], name: str, dtype: torch.dtype) -> memoryview:
@@ -154,11 +154,11 @@ def _bytes(read: Callable[[str], torch.Tensor], name: str, dtype: torch.dtype) -
 
 
 def _publish(
-    save_dir: Path, iteration: int, blocks: Iterable[Block], state: dict, config_yaml: str
+    save_dir: Path, iteration: int, blocks: Iterable[TensorBox], state: dict, config_yaml: str
 ) -> None:
     folder = publish.begin(save_dir, iteration)
     try:
-        write_part(folder, 0, blocks, MAX_SHARD_BYTES)
+        write_rank_files(folder, 0, blocks, MAX_SHARD_BYTES)
         complete(save_dir, iteration, 1, state, config_yaml, Retention())
     finally:
         shutil.rmtree(folder, ignore_errors=True)

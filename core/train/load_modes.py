@@ -7,7 +7,7 @@ import yaml
 
 from ..checkpoint import publish
 from ..checkpoint.manifest import CheckpointError, read_text
-from ..checkpoint.part import CONFIG_FILE
+from ..checkpoint.rank_files import CONFIG_FILE
 from ..config import CheckpointConfig, Config, ConfigError
 from ..config.flags import read_config
 from ..optim.schedule import learning_rate

@@ -263,7 +263,7 @@ def test_state_that_is_not_json_is_refused_in_the_foreground(tmp_path):
 TRAINER = """
 import json, os, subprocess, sys, time
 memory = os.memfd_create("m")
-job = {"save_dir": sys.argv[1], "iteration": 100, "rank": 0, "max_shard_bytes": 1000, "blocks": [], "complete": {"world_size": 2}}
+job = {"save_dir": sys.argv[1], "iteration": 100, "rank": 0, "max_shard_bytes": 1000, "boxes": [], "complete": {"world_size": 2}}
 size = os.write(memory, json.dumps(job).encode())
 os.mkdir(sys.argv[1] + "/iter_0000100.tmp")
 command = [sys.executable, "-m", "trivium.checkpoint.writer", str(memory), "0", str(size)]
