@@ -1,4 +1,5 @@
-// The native module `trivium._native`: numpy arrays and raw addresses in, plain functions below. Nothing here knows torch.
+// The native module `trivium._native`: numpy arrays and raw addresses in, plain functions below.
+// Nothing here knows torch.
 #include <pybind11/pybind11.h>
 
 void bind_kernels(pybind11::module_& m);

@@ -1,4 +1,5 @@
-// Plain loops: with no sum across elements the compiler vectorises them by itself, given -fno-math-errno for the square root.
+// Plain loops: with no sum across elements the compiler vectorises them by itself, given
+// -fno-math-errno for the square root.
 #include "adamw.h"
 
 #include <algorithm>
@@ -29,8 +30,11 @@ TRIVIUM_INLINE void put(BFloat16* p, float value) {
 template <class T>
 struct Update {
     template <int L>
-    static TRIVIUM_INLINE void run(const AdamW s, const Buffers b, T* __restrict weights, int64_t begin, int64_t end) {
-        const float root_factor = 1.0f / s.root_correction;  // a product in the loop, where a second division would cost as much as the root
+    static TRIVIUM_INLINE void run(const AdamW s, const Buffers b, T* __restrict weights,
+                                   int64_t begin, int64_t end) {
+        const float root_factor =
+            1.0f / s.root_correction;  // a product in the loop, where a second division would cost
+                                       // as much as the root
         float* __restrict masters = b.masters;
         float* __restrict exp_avg = b.exp_avg;
         float* __restrict exp_avg_sq = b.exp_avg_sq;
@@ -39,7 +43,8 @@ struct Update {
             const float g = grads[i] * s.grad_scale;
             const float m = exp_avg[i] + s.one_minus_beta1 * (g - exp_avg[i]);
             const float v = exp_avg_sq[i] * s.beta2 + s.one_minus_beta2 * (g * g);
-            const float p = masters[i] * s.lr_decay - s.step_size * m / (std::sqrt(v) * root_factor + s.eps);
+            const float p =
+                masters[i] * s.lr_decay - s.step_size * m / (std::sqrt(v) * root_factor + s.eps);
             exp_avg[i] = m;
             exp_avg_sq[i] = v;
             masters[i] = p;
@@ -51,7 +56,8 @@ struct Update {
 }  // namespace
 
 template <class T>
-void adamw(const AdamW& a, float* masters, float* exp_avg, float* exp_avg_sq, const float* grads, T* weights, int64_t size, int threads) {
+void adamw(const AdamW& a, float* masters, float* exp_avg, float* exp_avg_sq, const float* grads,
+           T* weights, int64_t size, int threads) {
     const Buffers buffers{masters, exp_avg, exp_avg_sq, grads};
     parallel_for((size + ELEMENTS_PER_TASK - 1) / ELEMENTS_PER_TASK, threads, [&](int64_t task) {
         const int64_t begin = task * ELEMENTS_PER_TASK;

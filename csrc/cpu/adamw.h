@@ -19,6 +19,7 @@ struct AdamW {
 
 // Loshchilov and Hutter 2019. `weights`, unless null, gets masters rounded to T.
 template <class T>
-void adamw(const AdamW& a, float* masters, float* exp_avg, float* exp_avg_sq, const float* grads, T* weights, int64_t size, int threads);
+void adamw(const AdamW& a, float* masters, float* exp_avg, float* exp_avg_sq, const float* grads,
+           T* weights, int64_t size, int threads);
 
 }  // namespace trivium

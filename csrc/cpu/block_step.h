@@ -1,5 +1,6 @@
-// One more token of each of a few sequences through a whole block of a GPT on the CPU, against the keys and values of those before it.
-// The same kernels as of a block op by op, with the same roundings; what is saved is the way from one call to the next.
+// One more token of each of a few sequences through a whole block of a GPT on the CPU, against the
+// keys and values of those before it. The same kernels as of a block op by op, with the same
+// roundings; what is saved is the way from one call to the next.
 #pragma once
 #include <cstdint>
 
@@ -13,16 +14,17 @@ struct Block {
     int64_t hidden, ffn;            // widths
     int64_t heads, kv_heads, size;  // of the attention; size: of a head
     int64_t window;                 // how many tokens a query sees, its own among them; 0 for all
-    float scale, softcap;           // of the scores: their factor, and c where they become c tanh(score / c); 0 for no cap
-    float eps;                      // of the norms
-    bool interleaved;               // as in Rotation
-    bool norm_of_projection;        // q_norm and k_norm go over all heads together, not over each
+    float scale, softcap;     // of the scores: their factor, and c where they become c tanh(score /
+                              // c); 0 for no cap
+    float eps;                // of the norms
+    bool interleaved;         // as in Rotation
+    bool norm_of_projection;  // q_norm and k_norm go over all heads together, not over each
     bool gated, parallel_residual;
     ActivationKind activation;
 };
 
-// Of a linear layer [outputs, inputs] with or without a bias, or of a norm: a LayerNorm where it has a bias, else an RMSNorm, and none
-// where it has no weight.
+// The weights of a linear layer [outputs, inputs], with or without a bias, or of a norm: a LayerNorm
+// where it has a bias, else an RMSNorm, and none where it has no weight.
 template <class T>
 struct Affine {
     const T* weight;
@@ -31,10 +33,12 @@ struct Affine {
 
 template <class T>
 struct BlockWeights {
-    Affine<T> attention_norm, qkv, q_norm, k_norm, out, attention_post_norm, mlp_norm, up, down, mlp_post_norm;
+    Affine<T> attention_norm, qkv, q_norm, k_norm, out, attention_post_norm, mlp_norm, up, down,
+        mlp_post_norm;
 };
 
-// Keys and values [rows, capacity, kv_heads, size] of `length` tokens. The new token's are written behind them.
+// Keys and values [rows, capacity, kv_heads, size] of `length` tokens. The new token's are written
+// behind them.
 template <class T>
 struct KeyValues {
     T* keys;
@@ -51,7 +55,7 @@ struct Angles {
 
 // y [rows, hidden] from x [rows, hidden], a row of each sequence; they must not overlap.
 template <class T>
-void block_step(const Block& block, const BlockWeights<T>& weights, const Angles& angles, const KeyValues<T>& past, const T* x, T* y, int64_t rows,
-                int threads);
+void block_step(const Block& block, const BlockWeights<T>& weights, const Angles& angles,
+                const KeyValues<T>& past, const T* x, T* y, int64_t rows, int threads);
 
 }  // namespace trivium

@@ -1,5 +1,6 @@
-// Memory plan. Statistics: a row is read once from memory for its maximum and again from cache for the sum. Gradient: read and written once.
-// Rows are counted in int64: their product with the stride passes 2^31 at 16,744 rows of 128,256 columns.
+// Memory plan. Statistics: a row is read once from memory for its maximum and again from cache for
+// the sum. Gradient: read and written once. Rows are counted in int64: their product with the
+// stride passes 2^31 at 16,744 rows of 128,256 columns.
 #include "cross_entropy.h"
 
 #include <algorithm>
@@ -29,7 +30,8 @@ TRIVIUM_INLINE float highest_of(const T* x, int64_t columns) {
     for (; j < columns; j += L) {
         const int64_t n = std::min<int64_t>(L, columns - j);
         store<L>(lanes, load<L>(x + j, n));
-        for (int64_t i = 0; i < n; ++i) found = lanes[i] > found || lanes[i] != lanes[i] ? lanes[i] : found;
+        for (int64_t i = 0; i < n; ++i)
+            found = lanes[i] > found || lanes[i] != lanes[i] ? lanes[i] : found;
     }
     store<L>(lanes, larger<L>(larger<L>(best[0], best[1]), larger<L>(best[2], best[3])));
     for (int i = 0; i < L; ++i) found = lanes[i] > found ? lanes[i] : found;
@@ -55,7 +57,8 @@ TRIVIUM_INLINE float sum_of_exponentials(const T* x, float highest, int64_t begi
 template <class T>
 struct Statistics {
     template <int L>
-    static TRIVIUM_INLINE void run(const Logits<const T> a, float* highest, float* rest, float* target, int64_t begin, int64_t end) {
+    static TRIVIUM_INLINE void run(const Logits<const T> a, float* highest, float* rest,
+                                   float* target, int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const T* x = a.logits + row * a.stride;
             const int64_t column = a.column[row];
@@ -74,8 +77,8 @@ struct Statistics {
 template <class T>
 struct Gradient {
     template <int L>
-    static TRIVIUM_INLINE void run(const Logits<T> a, const float* highest, const float* scale, const float* target_gradient, int64_t begin,
-                                   int64_t end) {
+    static TRIVIUM_INLINE void run(const Logits<T> a, const float* highest, const float* scale,
+                                   const float* target_gradient, int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             T* x = a.logits + row * a.stride;
             const float top = highest[row], factor = scale[row];
@@ -95,23 +98,30 @@ struct Gradient {
 }  // namespace
 
 template <class T>
-void cross_entropy_statistics(const Logits<const T>& a, float* highest, float* rest, float* target, int threads) {
+void cross_entropy_statistics(const Logits<const T>& a, float* highest, float* rest, float* target,
+                              int threads) {
     const int64_t step = std::max<int64_t>(1, ELEMENTS_PER_TASK / std::max<int64_t>(1, a.columns));
-    parallel_for((a.rows + step - 1) / step, threads,
-                 [&](int64_t task) { dispatch<Statistics<T>>(a, highest, rest, target, task * step, std::min(a.rows, (task + 1) * step)); });
+    parallel_for((a.rows + step - 1) / step, threads, [&](int64_t task) {
+        dispatch<Statistics<T>>(a, highest, rest, target, task * step,
+                                std::min(a.rows, (task + 1) * step));
+    });
 }
 
 template <class T>
-void cross_entropy_gradient(const Logits<T>& a, const float* highest, const float* scale, const float* target_gradient, int threads) {
+void cross_entropy_gradient(const Logits<T>& a, const float* highest, const float* scale,
+                            const float* target_gradient, int threads) {
     const int64_t step = std::max<int64_t>(1, ELEMENTS_PER_TASK / std::max<int64_t>(1, a.columns));
     parallel_for((a.rows + step - 1) / step, threads, [&](int64_t task) {
-        dispatch<Gradient<T>>(a, highest, scale, target_gradient, task * step, std::min(a.rows, (task + 1) * step));
+        dispatch<Gradient<T>>(a, highest, scale, target_gradient, task * step,
+                              std::min(a.rows, (task + 1) * step));
     });
 }
 
 template void cross_entropy_statistics(const Logits<const float>&, float*, float*, float*, int);
 template void cross_entropy_statistics(const Logits<const BFloat16>&, float*, float*, float*, int);
-template void cross_entropy_gradient(const Logits<float>&, const float*, const float*, const float*, int);
-template void cross_entropy_gradient(const Logits<BFloat16>&, const float*, const float*, const float*, int);
+template void cross_entropy_gradient(const Logits<float>&, const float*, const float*, const float*,
+                                     int);
+template void cross_entropy_gradient(const Logits<BFloat16>&, const float*, const float*,
+                                     const float*, int);
 
 }  // namespace trivium

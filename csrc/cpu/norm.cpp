@@ -1,5 +1,6 @@
-// Memory plan. Forward: each row is read from memory once, and again from cache, then written once. Backward: x and dy likewise,
-// dx written once; the sums for dweight and dbias stay in cache, one row of partial sums per block of rows.
+// Memory plan. Forward: each row is read from memory once, and again from cache, then written once.
+// Backward: x and dy likewise, dx written once; the sums for dweight and dbias stay in cache, one
+// row of partial sums per block of rows.
 #include "norm.h"
 
 #include <algorithm>
@@ -11,8 +12,9 @@
 namespace trivium {
 namespace {
 
-constexpr int64_t ELEMENTS_PER_TASK = 1 << 15;  // 128 KiB of fp32: some 10 us, well above the cost of handing out a task
-constexpr int64_t BACKWARD_BLOCKS = 32;         // rows of partial sums for dweight
+constexpr int64_t ELEMENTS_PER_TASK =
+    1 << 15;  // 128 KiB of fp32: some 10 us, well above the cost of handing out a task
+constexpr int64_t BACKWARD_BLOCKS = 32;  // rows of partial sums for dweight
 
 // The sum of value(j, n) over a row, in four chains: one chain would wait for its own addition.
 template <int L, class Value>
@@ -44,18 +46,21 @@ struct Forward {
             }
             float mean = 0.0f;
             if (kind == NormKind::layer) {
-                mean = sum_of_row<L>(columns, [&](int64_t j, int64_t n) __attribute__((always_inline)) { return load<L>(x + j, n); }) /
+                mean = sum_of_row<L>(columns, [&](int64_t j, int64_t n) __attribute__((
+                                                  always_inline)) { return load<L>(x + j, n); }) /
                        static_cast<float>(columns);
                 a.mean[row] = mean;
             }
-            const float squares = sum_of_row<L>(columns, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-                const Floats<L> v = first<L>(load<L>(x + j, n) - mean, n);
-                return v * v;
-            });
+            const float squares =
+                sum_of_row<L>(columns, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+                    const Floats<L> v = first<L>(load<L>(x + j, n) - mean, n);
+                    return v * v;
+                });
             const float rstd = 1.0f / std::sqrt(squares / static_cast<float>(columns) + a.eps);
             a.rstd[row] = rstd;
             each_vector<L>(columns, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-                const Floats<L> x_hat = (load<L>(x + j, n) - mean) * rstd, w = load<L>(a.weight + j, n);
+                const Floats<L> x_hat = (load<L>(x + j, n) - mean) * rstd,
+                                w = load<L>(a.weight + j, n);
                 if (kind == NormKind::rms)
                     store<L>(y + j, w * rounded_to<L>(x, x_hat), n);
                 else
@@ -65,26 +70,35 @@ struct Forward {
     }
 };
 
-// With g = dy * weight: dx = rstd * (g - x_hat * mean(g * x_hat)), less rstd * mean(g) for a layer norm; dweight += dy * x_hat; dbias += dy.
+// With g = dy * weight: dx = rstd * (g - x_hat * mean(g * x_hat)), less rstd * mean(g) for a layer
+// norm; dweight += dy * x_hat; dbias += dy.
 template <NormKind kind, class T>
 struct Backward {
     template <int L>
-    static TRIVIUM_INLINE void run(const NormBackward<T> a, float* dweight, float* dbias, int64_t begin, int64_t end) {
+    static TRIVIUM_INLINE void run(const NormBackward<T> a, float* dweight, float* dbias,
+                                   int64_t begin, int64_t end) {
         const int64_t columns = a.columns;
         for (int64_t row = begin; row < end; ++row) {
             const T* dy = a.dy + row * columns;
             const T* x = a.x + row * columns;
             const T* dsum = a.dsum ? a.dsum + row * columns : nullptr;
             T* dx = a.dx + row * columns;
-            const float mean = kind == NormKind::layer ? a.mean[row] : 0.0f, rstd = a.rstd[row], count = static_cast<float>(columns);
-            const float projection = sum_of_row<L>(columns, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-                                         return load<L>(dy + j, n) * load<L>(a.weight + j, n) * (load<L>(x + j, n) - mean);
-                                     }) * rstd / count;
+            const float mean = kind == NormKind::layer ? a.mean[row] : 0.0f, rstd = a.rstd[row],
+                        count = static_cast<float>(columns);
+            const float projection =
+                sum_of_row<L>(columns,
+                              [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+                                  return load<L>(dy + j, n) * load<L>(a.weight + j, n) *
+                                         (load<L>(x + j, n) - mean);
+                              }) *
+                rstd / count;
             float mean_g = 0.0f;
             if (kind == NormKind::layer)
-                mean_g = sum_of_row<L>(columns, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-                             return load<L>(dy + j, n) * load<L>(a.weight + j, n);
-                         }) / count;
+                mean_g = sum_of_row<L>(columns,
+                                       [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+                                           return load<L>(dy + j, n) * load<L>(a.weight + j, n);
+                                       }) /
+                         count;
             each_vector<L>(columns, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
                 const Floats<L> g = load<L>(dy + j, n), x_hat = (load<L>(x + j, n) - mean) * rstd;
                 store<L>(dweight + j, load<L>(dweight + j, n) + g * x_hat, n);
@@ -100,24 +114,28 @@ struct Backward {
 template <NormKind kind, class T>
 void forward(const NormForward<T>& a, int threads) {
     const int64_t step = std::max<int64_t>(1, ELEMENTS_PER_TASK / a.columns);
-    parallel_for((a.rows + step - 1) / step, threads,
-                 [&](int64_t task) { dispatch<Forward<kind, T>>(a, task * step, std::min(a.rows, (task + 1) * step)); });
+    parallel_for((a.rows + step - 1) / step, threads, [&](int64_t task) {
+        dispatch<Forward<kind, T>>(a, task * step, std::min(a.rows, (task + 1) * step));
+    });
 }
 
 template <NormKind kind, class T>
 void backward(const NormBackward<T>& a, int threads) {
     const int64_t columns = a.columns;
-    const int64_t step = std::max<int64_t>(std::max<int64_t>(1, ELEMENTS_PER_TASK / columns), (a.rows + BACKWARD_BLOCKS - 1) / BACKWARD_BLOCKS);
+    const int64_t step = std::max<int64_t>(std::max<int64_t>(1, ELEMENTS_PER_TASK / columns),
+                                           (a.rows + BACKWARD_BLOCKS - 1) / BACKWARD_BLOCKS);
     const int64_t blocks = (a.rows + step - 1) / step;
     const size_t size = static_cast<size_t>(blocks * columns);
     std::vector<float> dweight(size, 0.0f), dbias(a.dbias ? size : 0, 0.0f);
     parallel_for(blocks, threads, [&](int64_t block) {
         float* const to_dbias = a.dbias ? dbias.data() + block * columns : nullptr;
-        dispatch<Backward<kind, T>>(a, dweight.data() + block * columns, to_dbias, block * step, std::min(a.rows, (block + 1) * step));
+        dispatch<Backward<kind, T>>(a, dweight.data() + block * columns, to_dbias, block * step,
+                                    std::min(a.rows, (block + 1) * step));
     });
     for (int64_t j = 0; j < columns; ++j) {
         a.dweight[j] = 0.0f;
-        for (int64_t block = 0; block < blocks; ++block) a.dweight[j] += dweight[block * columns + j];
+        for (int64_t block = 0; block < blocks; ++block)
+            a.dweight[j] += dweight[block * columns + j];
     }
     for (int64_t j = 0; a.dbias && j < columns; ++j) {
         a.dbias[j] = 0.0f;
@@ -129,12 +147,14 @@ void backward(const NormBackward<T>& a, int threads) {
 
 template <class T>
 void norm_forward(NormKind kind, const NormForward<T>& a, int threads) {
-    kind == NormKind::rms ? forward<NormKind::rms>(a, threads) : forward<NormKind::layer>(a, threads);
+    kind == NormKind::rms ? forward<NormKind::rms>(a, threads)
+                          : forward<NormKind::layer>(a, threads);
 }
 
 template <class T>
 void norm_backward(NormKind kind, const NormBackward<T>& a, int threads) {
-    kind == NormKind::rms ? backward<NormKind::rms>(a, threads) : backward<NormKind::layer>(a, threads);
+    kind == NormKind::rms ? backward<NormKind::rms>(a, threads)
+                          : backward<NormKind::layer>(a, threads);
 }
 
 template void norm_forward(NormKind, const NormForward<float>&, int);

@@ -1,4 +1,5 @@
-// RMSNorm and LayerNorm on the CPU over raw pointers: rows of `columns` elements, fp32 arithmetic whatever the type in memory.
+// RMSNorm and LayerNorm on the CPU over raw pointers: rows of `columns` elements, fp32 arithmetic
+// whatever the type in memory.
 #pragma once
 #include <cstdint>
 
@@ -8,8 +9,9 @@ namespace trivium {
 
 enum class NormKind { rms, layer };
 
-// y = weight * T(x * rstd) with rstd = 1 / sqrt(mean(x^2) + eps), or y = (x - mean) * rstd * weight + bias. Where `branch` is
-// given, x is x + branch rounded to T, and kept in `sum`. mean (of layer alone) and rstd, fp32 [rows], are kept for the backward.
+// y = weight * T(x * rstd) with rstd = 1 / sqrt(mean(x^2) + eps), or y = (x - mean) * rstd * weight
+// + bias. Where `branch` is given, x is x + branch rounded to T, and kept in `sum`. mean (of layer
+// alone) and rstd, fp32 [rows], are kept for the backward.
 template <class T>
 struct NormForward {
     const T* x;
@@ -24,9 +26,10 @@ struct NormForward {
     float eps;
 };
 
-// dx, and dweight and dbias (fp32 [columns]), from dy and the x that was normalised. Where `dsum` is given, the gradient that reaches
-// x past the norm, it is added to dx. The sums over rows are cut into the same blocks whatever the number of threads: equal bits on
-// any machine of one instruction set.
+// dx, and dweight and dbias (fp32 [columns]), from dy and the x that was normalised. Where `dsum`
+// is given, the gradient that reaches x past the norm, it is added to dx. The sums over rows are
+// cut into the same blocks whatever the number of threads: equal bits on any machine of one
+// instruction set.
 template <class T>
 struct NormBackward {
     const T* dy;

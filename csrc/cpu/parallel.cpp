@@ -1,6 +1,7 @@
-// Why not -fopenmp: torch ships its own OpenMP runtime, under a hashed file name in some releases, so that a module linked
-// to the system's would start a second pool; the two then spin against each other for the same cores. GOMP_parallel is the
-// entry point that GCC's runtime and LLVM's both export. Looked up by name when first needed, it is the one in use.
+// Why not -fopenmp: torch ships its own OpenMP runtime, under a hashed file name in some releases,
+// so that a module linked to the system's would start a second pool; the two then spin against each
+// other for the same cores. GOMP_parallel is the entry point that GCC's runtime and LLVM's both
+// export. Looked up by name when first needed, it is the one in use.
 #include "parallel.h"
 
 #include <dlfcn.h>
@@ -41,7 +42,8 @@ void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>
     team.body = &body;
     threads = static_cast<int>(std::min<int64_t>(threads, tasks));
     if (threads <= 1) return work(&team);
-    static const auto gomp_parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    static const auto gomp_parallel =
+        reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     if (gomp_parallel) return gomp_parallel(work, &team, static_cast<unsigned>(threads), 0);
     run_plain_threads(&team, threads);
 }

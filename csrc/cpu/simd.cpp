@@ -8,15 +8,16 @@ namespace {
 
 Isa supported() {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return Isa::avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
     return Isa::plain;
 }
 
-// TRIVIUM_SIMD=plain or avx2 asks for less than the processor has: to test the narrower paths on it, and to compare.
+// TRIVIUM_SIMD=plain or avx2 asks for less than the processor has: to test the narrower paths on
+// it, and to compare.
 Isa chosen() {
     const char* const asked = std::getenv("TRIVIUM_SIMD");
     if (asked && std::strcmp(asked, "plain") == 0) return Isa::plain;

@@ -1,7 +1,9 @@
-// Several floats at a time, in GCC and Clang vector types: one source for AVX-512, AVX2 and whatever else the compiler knows.
+// Several floats at a time, in GCC and Clang vector types: one source for AVX-512, AVX2 and
+// whatever else the compiler knows.
 //
-// A kernel is a struct with a static `run<L>(...)` over vectors of L lanes; dispatch<Kernel>(...) runs it in the widest
-// instruction set of this processor. Everything is always_inline: the instruction set is that of the function it is inlined into.
+// A kernel is a struct with a static `run<L>(...)` over vectors of L lanes; dispatch<Kernel>(...)
+// runs it in the widest instruction set of this processor. Everything is always_inline: the
+// instruction set is that of the function it is inlined into.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -13,7 +15,8 @@
 #define TRIVIUM_AVX2 __attribute__((target("avx2,fma")))
 #endif
 
-// GCC warns that a wide vector is passed differently with and without AVX; inlined, none is ever passed.
+// GCC warns that a wide vector is passed differently with and without AVX; inlined, none is ever
+// passed.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
@@ -26,16 +29,18 @@ struct BFloat16 {
 
 enum class Isa { plain, avx2, avx512 };
 
-// The widest instruction set that this processor and its operating system support, or the one that the environment names.
+// The widest instruction set that this processor and its operating system support, or the one that
+// the environment names.
 Isa isa();
 
-// L lanes: of fp32, of their bits, of the bits of a 16-bit type. Native registers alone: GCC takes wider vectors apart through memory.
+// L lanes: of fp32, of their bits, of the bits of a 16-bit type. Native registers alone: GCC takes
+// wider vectors apart through memory.
 template <int L>
 struct Lanes;
-#define TRIVIUM_LANES(L)                                          \
-    template <>                                                   \
-    struct Lanes<L> {                                             \
-        typedef float Float __attribute__((vector_size(4 * L)));  \
+#define TRIVIUM_LANES(L)                                           \
+    template <>                                                    \
+    struct Lanes<L> {                                              \
+        typedef float Float __attribute__((vector_size(4 * L)));   \
         typedef uint32_t Word __attribute__((vector_size(4 * L))); \
         typedef uint16_t Half __attribute__((vector_size(2 * L))); \
     };
@@ -74,7 +79,8 @@ TRIVIUM_INLINE void store(float* p, Floats<L> v) {
     std::memcpy(p, &v, sizeof v);
 }
 
-// v rounded to bf16, to nearest even, in the high half of each word. A NaN stays one: adding to its bits could make it infinite.
+// v rounded to bf16, to nearest even, in the high half of each word. A NaN stays one: adding to its
+// bits could make it infinite.
 template <int L>
 TRIVIUM_INLINE Words<L> bf16_words(Floats<L> v) {
     const Words<L> word = (Words<L>)v;
@@ -89,7 +95,8 @@ TRIVIUM_INLINE void store(BFloat16* p, Floats<L> v) {
     std::memcpy(p, &half, sizeof half);
 }
 
-// The first n <= L elements, zero beyond them: rows of any length without a scalar twin of each loop.
+// The first n <= L elements, zero beyond them: rows of any length without a scalar twin of each
+// loop.
 template <int L, class T>
 TRIVIUM_INLINE Floats<L> load(const T* p, int64_t n) {
     if (n == L) return load<L>(p);
@@ -147,7 +154,8 @@ TRIVIUM_INLINE Floats<L> larger(Floats<L> a, Floats<L> b) {
     return a > b ? a : b;
 }
 
-// Where the lanes of `chosen` are all ones those of `a`, where zero those of `b`: a NaN in the other one goes nowhere.
+// Takes a lane of `a` where that of `chosen` is all ones, and of `b` where it is zero: a NaN in the
+// other one goes nowhere.
 template <int L>
 TRIVIUM_INLINE Floats<L> select(Words<L> chosen, Floats<L> a, Floats<L> b) {
     return (Floats<L>)((chosen & (Words<L>)a) | (~chosen & (Words<L>)b));

@@ -27,7 +27,8 @@ struct Block {
             const Floats<L> v = load<L>(x + j, std::min<int64_t>(L, size - j));
             squares[0] += v * v;
         }
-        *total += static_cast<double>(sum<L>((squares[0] + squares[1]) + (squares[2] + squares[3])));
+        *total +=
+            static_cast<double>(sum<L>((squares[0] + squares[1]) + (squares[2] + squares[3])));
     }
 };
 

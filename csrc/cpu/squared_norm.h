@@ -4,8 +4,8 @@
 
 namespace trivium {
 
-// The sum of the squares in fp64: fp32 only within a few thousand elements, then blocks in their order, so that the number of threads changes
-// no bit.
+// The sum of the squares in fp64: fp32 only within a few thousand elements, then blocks in their
+// order, so that the number of threads changes no bit.
 double squared_norm(const float* x, int64_t size, int threads);
 
 }  // namespace trivium

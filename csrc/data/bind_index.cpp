@@ -16,7 +16,8 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
 template <class T>
-Array<T> sample_index(const Array<int32_t>& lengths, int32_t first, const Array<int32_t>& documents, int64_t seq_length, int64_t num_samples) {
+Array<T> sample_index(const Array<int32_t>& lengths, int32_t first, const Array<int32_t>& documents,
+                      int64_t seq_length, int64_t num_samples) {
     Array<T> out({num_samples + 1, int64_t{2}});
     const int32_t *length = lengths.data(), *document = documents.data();
     T* target = out.mutable_data();
@@ -24,9 +25,12 @@ Array<T> sample_index(const Array<int32_t>& lengths, int32_t first, const Array<
     bool complete;
     {
         py::gil_scoped_release release;
-        complete = trivium::build_sample_index<T>(length, first, document, num_documents, seq_length, num_samples, target);
+        complete = trivium::build_sample_index<T>(length, first, document, num_documents,
+                                                  seq_length, num_samples, target);
     }
-    if (!complete) throw std::invalid_argument("the documents hold fewer tokens than num_samples * seq_length + 1");
+    if (!complete)
+        throw std::invalid_argument(
+            "the documents hold fewer tokens than num_samples * seq_length + 1");
     return out;
 }
 
@@ -62,8 +66,12 @@ py::tuple exhaustive_blend_index(const Array<int64_t>& sizes) {
 }  // namespace
 
 void bind_index(py::module_& m) {
-    m.def("sample_index_int32", &sample_index<int32_t>, "(lengths, first, documents, seq_length, num_samples) -> [num_samples + 1, 2]");
-    m.def("sample_index_int64", &sample_index<int64_t>, "As sample_index_int32, for positions or offsets above 2^31 - 1");
-    m.def("blend_index", &blend_index, "(weights, size) -> (dataset [size] int16, sample [size] int64)");
-    m.def("exhaustive_blend_index", &exhaustive_blend_index, "(sizes) -> (dataset [sum] int16, sample [sum] int64)");
+    m.def("sample_index_int32", &sample_index<int32_t>,
+          "(lengths, first, documents, seq_length, num_samples) -> [num_samples + 1, 2]");
+    m.def("sample_index_int64", &sample_index<int64_t>,
+          "As sample_index_int32, for positions or offsets above 2^31 - 1");
+    m.def("blend_index", &blend_index,
+          "(weights, size) -> (dataset [size] int16, sample [size] int64)");
+    m.def("exhaustive_blend_index", &exhaustive_blend_index,
+          "(sizes) -> (dataset [sum] int16, sample [sum] int64)");
 }

@@ -4,7 +4,8 @@
 #include <limits>
 #include <vector>
 
-// The order of a blend is decided by float64 ties: a fused multiply-add rounds once where the contract rounds twice.
+// The order of a blend is decided by float64 ties: a fused multiply-add rounds once where the
+// contract rounds twice.
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
@@ -14,8 +15,8 @@
 namespace trivium {
 
 template <class T>
-bool build_sample_index(const int32_t* lengths, int32_t first, const int32_t* documents, int64_t num_documents, int64_t seq_length,
-                        int64_t num_samples, T* out) {
+bool build_sample_index(const int32_t* lengths, int32_t first, const int32_t* documents,
+                        int64_t num_documents, int64_t seq_length, int64_t num_samples, T* out) {
     out[0] = 0;
     out[1] = 0;
     int64_t begin = 0;  // token at which documents[position] begins
@@ -33,10 +34,13 @@ bool build_sample_index(const int32_t* lengths, int32_t first, const int32_t* do
     return true;
 }
 
-template bool build_sample_index<int32_t>(const int32_t*, int32_t, const int32_t*, int64_t, int64_t, int64_t, int32_t*);
-template bool build_sample_index<int64_t>(const int32_t*, int32_t, const int32_t*, int64_t, int64_t, int64_t, int64_t*);
+template bool build_sample_index<int32_t>(const int32_t*, int32_t, const int32_t*, int64_t, int64_t,
+                                          int64_t, int32_t*);
+template bool build_sample_index<int64_t>(const int32_t*, int32_t, const int32_t*, int64_t, int64_t,
+                                          int64_t, int64_t*);
 
-void build_blend_index(const double* weights, int32_t num_datasets, int64_t size, int16_t* dataset, int64_t* sample) {
+void build_blend_index(const double* weights, int32_t num_datasets, int64_t size, int16_t* dataset,
+                       int64_t* sample) {
     std::vector<int64_t> used(num_datasets, 0);
     for (int64_t s = 0; s < size; ++s) {
         const double drawn = static_cast<double>(std::max<int64_t>(s, 1));
@@ -54,7 +58,8 @@ void build_blend_index(const double* weights, int32_t num_datasets, int64_t size
     }
 }
 
-void build_exhaustive_blend_index(const int64_t* sizes, int32_t num_datasets, int16_t* dataset, int64_t* sample) {
+void build_exhaustive_blend_index(const int64_t* sizes, int32_t num_datasets, int16_t* dataset,
+                                  int64_t* sample) {
     int64_t total = 0;
     std::vector<int32_t> open;  // datasets with samples left, in order
     for (int32_t k = 0; k < num_datasets; ++k) {
@@ -62,7 +67,8 @@ void build_exhaustive_blend_index(const int64_t* sizes, int32_t num_datasets, in
         if (sizes[k] > 0) open.push_back(k);
     }
     std::vector<double> weights(num_datasets);
-    for (int32_t k = 0; k < num_datasets; ++k) weights[k] = static_cast<double>(sizes[k]) / static_cast<double>(total);
+    for (int32_t k = 0; k < num_datasets; ++k)
+        weights[k] = static_cast<double>(sizes[k]) / static_cast<double>(total);
     std::vector<int64_t> used(num_datasets, 0);
     for (int64_t s = 0; s < total; ++s) {
         const double drawn = static_cast<double>(std::max<int64_t>(s, 1));

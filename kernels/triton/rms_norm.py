@@ -27,18 +27,28 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
+def _load(pointers, mask):
+    """Load as fp32, zero where the mask is false."""
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _forward(x, weight, y, rstd, rows, columns, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Compute y and rstd of a tile of ROWS whole rows."""
     # int64 first: row * columns wraps at 2^31 elements otherwise.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    in_rows = row < rows
+    in_columns = column < columns
+    mask = in_rows[:, None] & in_columns[None, :]
     offset = row[:, None] * columns + column[None, :]
-    v = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
-    r = 1.0 / tl.sqrt(tl.sum(v * v, axis=1) / columns + eps)
-    tl.store(rstd + row, r, mask=row < rows)
-    x_hat = (v * r[:, None]).to(x.dtype.element_ty).to(tl.float32)
-    w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
+    v = _load(x + offset, mask)
+    mean_square = tl.sum(v * v, axis=1) / columns
+    r = 1.0 / tl.sqrt(mean_square + eps)
+    tl.store(rstd + row, r, mask=in_rows)
+    x_hat = v * r[:, None]
+    x_hat = x_hat.to(x.dtype.element_ty).to(tl.float32)  # rounded before the weight, as Llama does
+    w = _load(weight + column, in_columns)
     tl.store(y + offset, x_hat * w[None, :], mask=mask)
 
 
@@ -46,20 +56,23 @@ def _forward(x, weight, y, rstd, rows, columns, eps, ROWS: tl.constexpr, BLOCK: 
 def _forward_wide(x, weight, y, rstd, columns, eps, BLOCK: tl.constexpr):
     """Compute y and rstd of one wide row: its sum of squares by blocks, then y by blocks."""
     row = tl.program_id(0).to(tl.int64)
+    first = row * columns
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        v = tl.load(x + row * columns + column, mask=column < columns, other=0.0).to(tl.float32)
+        v = _load(x + first + column, column < columns)
         total += v * v
-    r = 1.0 / tl.sqrt(tl.sum(total, axis=0) / columns + eps)
+    mean_square = tl.sum(total, axis=0) / columns
+    r = 1.0 / tl.sqrt(mean_square + eps)
     tl.store(rstd + row, r)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < columns
-        v = tl.load(x + row * columns + column, mask=mask, other=0.0).to(tl.float32)
-        w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-        x_hat = (v * r).to(x.dtype.element_ty).to(tl.float32)
-        tl.store(y + row * columns + column, x_hat * w, mask=mask)
+        v = _load(x + first + column, mask)
+        w = _load(weight + column, mask)
+        x_hat = (v * r).to(x.dtype.element_ty)
+        x_hat = x_hat.to(tl.float32)
+        tl.store(y + first + column, x_hat * w, mask=mask)
 
 
 @triton.jit
@@ -73,35 +86,43 @@ def _backward(
     """
     program = tl.program_id(0).to(tl.int64)  # and with it every tile and row below
     column = tl.arange(0, BLOCK)
-    w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
+    in_columns = column < columns
+    w = _load(weight + column, in_columns)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    tiles = tl.cdiv(rows, ROWS)
+    for tile in range(program, tiles, tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        in_rows = row < rows
+        mask = in_rows[:, None] & in_columns[None, :]
         offset = row[:, None] * columns + column[None, :]
-        r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
-        x_hat = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32) * r
-        g = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
+        r = tl.load(rstd + row, mask=in_rows, other=0.0)
+        r = r[:, None]
+        x_hat = _load(x + offset, mask) * r
+        g = _load(dy + offset, mask)
         dw += g * x_hat
         g *= w[None, :]
-        mean = tl.sum(g * x_hat, axis=1)[:, None] / columns
+        projection = tl.sum(g * x_hat, axis=1)
+        mean = projection[:, None] / columns
         tl.store(dx + offset, r * (g - x_hat * mean), mask=mask)
-    tl.store(partial + program * columns + column, tl.sum(dw, axis=0), mask=column < columns)
+    own = partial + program * columns
+    tl.store(own + column, tl.sum(dw, axis=0), mask=in_columns)
 
 
 @triton.jit
 def _row_means(dy, x, weight, rstd, mean, columns, BLOCK: tl.constexpr):
     """Compute mean[row] = mean(dy * weight * x_hat) of wide rows."""
     row = tl.program_id(0).to(tl.int64)
+    first = row * columns
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < columns
-        v = tl.load(x + row * columns + column, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(dy + row * columns + column, mask=mask, other=0.0).to(tl.float32)
-        w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+        v = _load(x + first + column, mask)
+        g = _load(dy + first + column, mask)
+        w = _load(weight + column, mask)
         total += v * g * w
-    tl.store(mean + row, tl.sum(total, axis=0) * tl.load(rstd + row) / columns)
+    r = tl.load(rstd + row)
+    tl.store(mean + row, tl.sum(total, axis=0) * r / columns)
 
 
 @triton.jit
@@ -113,15 +134,18 @@ def _backward_wide(dy, x, weight, rstd, mean, dx, partial, rows, columns, BLOCK:
     program = tl.program_id(1).to(tl.int64)  # and with it every row below
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = column < columns
-    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    w = _load(weight + column, mask)
     dw = tl.zeros((BLOCK,), tl.float32)
     for row in range(program, rows, tl.num_programs(1)):
+        first = row * columns
         r = tl.load(rstd + row)
-        x_hat = tl.load(x + row * columns + column, mask=mask, other=0.0).to(tl.float32) * r
-        g = tl.load(dy + row * columns + column, mask=mask, other=0.0).to(tl.float32)
+        x_hat = _load(x + first + column, mask) * r
+        g = _load(dy + first + column, mask)
         dw += g * x_hat
-        tl.store(dx + row * columns + column, r * (g * w - x_hat * tl.load(mean + row)), mask=mask)
-    tl.store(partial + program * columns + column, dw, mask=mask)
+        m = tl.load(mean + row)
+        tl.store(dx + first + column, r * (g * w - x_hat * m), mask=mask)
+    own = partial + program * columns
+    tl.store(own + column, dw, mask=mask)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
