@@ -1,4 +1,8 @@
-"""Where weight gradients go: every use of a parameter to its sink, at once or when the schedule says, and bit for bit what autograd would give."""
+"""Where weight gradients go.
+
+Every use of a parameter to its sink, at once or when the schedule says, and bit for bit what
+autograd would give.
+"""
 
 from dataclasses import replace
 
@@ -140,7 +144,9 @@ def layers_over(sharding: Sharding, dtype: torch.dtype) -> list[nn.Module]:
 def pass_through(
     mesh: Mesh, how: str, sequence_parallel: bool, dtype: torch.dtype
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
-    """The gradient of the input, those of the parameters, and how many were written before and after backward and after the products.
+    """Return the gradient of the input, those of the parameters, and counts.
+
+    The counts are how many gradients were written before and after backward and after the products.
 
     how: autograd; sink; deferred, with the products run after backward.
     """
@@ -179,7 +185,10 @@ def pass_through(
     ("n", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["alone", "tp2", "tp2-sp"]
 )
 def test_deferred_products_are_bitwise_the_plain_gradient(n, sequence_parallel, dtype):
-    """Two weights wait, two biases do not. With sequence parallel a held product gathers its input only when it runs."""
+    """Two weights wait, two biases do not.
+
+    With sequence parallel a held product gathers its input only when it runs.
+    """
     plain, sink, deferred = (
         run_ranks(n, pass_through, how, sequence_parallel, dtype, tp=n)
         for how in ("autograd", "sink", "deferred")
@@ -196,7 +205,9 @@ def test_deferred_products_are_bitwise_the_plain_gradient(n, sequence_parallel, 
 
 
 def gathers(mesh: Mesh) -> list[int]:
-    """How often tokens were gathered by the end of a backward pass that held its products, and after those."""
+    """How often tokens were gathered by the end of a backward pass that held its products, and
+    after those.
+    """
     sharding = Sharding(tp=mesh.tp, sequence_parallel=True)
     layer = column_parallel(12, {"a": 16}, sharding, Init(1, 0.3), bias=False)
     memory, honest, begun = Memory(layer.weight), comm.start_gather_tokens, []
@@ -250,14 +261,35 @@ def test_a_backward_pass_that_fails_leaves_nothing_held():
 # --- the whole model ---
 
 LLAMA = ModelConfig(
-    num_layers=2, hidden_size=24, ffn_hidden_size=48, num_attention_heads=4, kv_channels=6, group_query_attention=True, num_query_groups=2,
-    max_position_embeddings=16, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, disable_bias_linear=True,
-    untie_embeddings_and_output_weights=True, qk_layernorm=True, attention_dropout=0.0, hidden_dropout=0.0, init_method_std=0.1,
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=24,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    kv_channels=6,
+    group_query_attention=True,
+    num_query_groups=2,
+    max_position_embeddings=16,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    swiglu=True,
+    disable_bias_linear=True,
+    untie_embeddings_and_output_weights=True,
+    qk_layernorm=True,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    init_method_std=0.1,
+)
 GPT2 = ModelConfig(
-    num_layers=2, hidden_size=24, ffn_hidden_size=96, num_attention_heads=4, kv_channels=6, max_position_embeddings=16,
-    attention_dropout=0.0, hidden_dropout=0.0, init_method_std=0.1,
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=24,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    kv_channels=6,
+    max_position_embeddings=16,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    init_method_std=0.1,
+)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +299,10 @@ GPT2 = ModelConfig(
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_every_use_of_every_parameter_reaches_its_sink_as_often_as_its_layout_says(config, dtype):
-    """And the sum is autograd's, bit for bit where there is one use; a tied weight's two are added by autograd in the working dtype."""
+    """And the sum is autograd's, bit for bit where there is one use.
+
+    A tied weight's two are added by autograd in the working dtype.
+    """
     tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
     models = [
         GPT(config, 50, ops=Ops(), seed=3).to_device(torch.device("cpu"), dtype) for _ in range(2)
@@ -291,7 +326,10 @@ def test_every_use_of_every_parameter_reaches_its_sink_as_often_as_its_layout_sa
 
 
 def test_a_use_waits_for_the_weights_before_it_reads_them():
-    """Weights that are still on their way from other ranks: each use, and so every micro-batch, asks before it computes."""
+    """Weights that are still on their way from other ranks.
+
+    Each use, and so every micro-batch, asks before it computes.
+    """
     weight = new_parameter(Layout.whole("w", (3, 2), Axis("tp")), Init(1, 0.5))
     memory = Memory(weight)
     memory.wait_for_weights = lambda: weight.data.fill_(7.0)

@@ -1,4 +1,7 @@
-"""The C++ kernels by themselves: under the sanitizers, in every instruction set, and compiled for other processors."""
+"""The C++ kernels by themselves.
+
+Under the sanitizers, in every instruction set, and compiled for other processors.
+"""
 
 import os
 import shutil
@@ -71,7 +74,11 @@ def test_the_sanitizers_are_awake(tmp_path):
     """One element too many is seen."""
     source = tmp_path / "over.cpp"
     source.write_text(
-        '#include "cpu/squared_norm.h"\nint main() { float* x = new float[10](); return trivium::squared_norm(x, 11, 1) != 0; }\n'
+        '#include "cpu/squared_norm.h"\n'
+        "int main() {\n"
+        "    float* x = new float[10]();\n"
+        "    return trivium::squared_norm(x, 11, 1) != 0;\n"
+        "}\n"
     )
     flags = ["-std=c++17", "-fsanitize=address", f"-I{ROOT / 'csrc'}"]
     needed = [path for path in SOURCES if Path(path).stem in ("squared_norm", "parallel", "simd")]

@@ -1,4 +1,7 @@
-"""Attention in blocks of keys: each against float64, blocks merged against the whole, flash against plain PyTorch; masks."""
+"""Attention in blocks of keys.
+
+Each against float64, blocks merged against the whole, flash against plain PyTorch; masks.
+"""
 
 import pytest
 import torch
@@ -56,7 +59,8 @@ def assert_close(actual, expected, bound):
         assert error <= bound, f"error {error:.2e} above {bound:.2e}"
 
 
-# Scores, weights, their sums over at most 10 keys, and the result round: 8 units, in norm. bf16 kernels round the weights too.
+# Scores, weights, their sums over at most 10 keys, and the result round: 8 units, in norm. bf16
+# kernels round the weights too.
 @DTYPES
 @BACKENDS
 @KV_HEADS
@@ -83,7 +87,9 @@ def test_a_block_matches_float64(backend, dtype, kv_heads, queries, keys, causal
 @DTYPES
 @KV_HEADS
 def test_flash_equals_plain_pytorch(dtype, kv_heads, monkeypatch):
-    """And plain PyTorch stands in where torch has no such kernel any more, or the head dim is not contiguous."""
+    """And plain PyTorch stands in where torch has no such kernel any more, or the head dim is not
+    contiguous.
+    """
     q, k, v, do = problem(6, 6, kv_heads, dtype)
     o, lse = Ops().attention_block(q, k, v, causal=True)
     grads = Ops().attention_block_backward(do, q, k, v, o, lse, causal=True)
@@ -104,7 +110,10 @@ def test_flash_equals_plain_pytorch(dtype, kv_heads, monkeypatch):
 @BACKENDS
 @pytest.mark.parametrize("loudness", [1, 100])
 def test_blocks_merged_are_the_whole(backend, dtype, loudness):
-    """Three blocks of keys, one of them far louder than the others. Their gradients, by the merged o and lse, add up."""
+    """Three blocks of keys, one of them far louder than the others.
+
+    Their gradients, by the merged o and lse, add up.
+    """
     q, k, v, do = tensors = problem(5, 12, 2, dtype)
     k[:, 4:6] *= loudness
     chosen = Ops(attention_backend=backend)
@@ -123,7 +132,8 @@ def test_blocks_merged_are_the_whole(backend, dtype, loudness):
     dq = sum(block[0].double() for block in blocks)
     dk, dv = (torch.cat([block[i] for block in blocks], dim=1) for i in (1, 2))
     expected = exactly(tensors, everything(5, 12, False), 8**-0.5)
-    # A score is rounded in proportion to its size, in fp32 at least, and its weight, relatively, by as much.
+    # A score is rounded in proportion to its size, in fp32 at least, and its weight, relatively, by
+    # as much.
     largest = max(1.0, expected[1].abs().max().item())
     assert_close(
         (o, lse, dq, dk, dv),
@@ -134,7 +144,9 @@ def test_blocks_merged_are_the_whole(backend, dtype, loudness):
 
 @pytest.mark.parametrize("queries", [2, 5, 11])
 def test_late_queries_need_no_mask(queries, monkeypatch):
-    """The last T of S positions, forward and backward, without scaled_dot_product_attention and the mask it would take."""
+    """The last T of S positions, forward and backward, without scaled_dot_product_attention and the
+    mask it would take.
+    """
     *inputs, do = tensors = problem(queries, 12, 2, torch.float32)
     inputs = [t.requires_grad_() for t in inputs]
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)
@@ -146,7 +158,10 @@ def test_late_queries_need_no_mask(queries, monkeypatch):
 
 
 def test_late_queries_under_dropout_see_what_they_do_without():
-    """Scores of zero: an output is a mean of the values seen. The last two are huge, hidden from the first query, and 16 heads draw each mask."""
+    """Scores of zero: an output is a mean of the values seen.
+
+    The last two are huge, hidden from the first query, and 16 heads draw each mask.
+    """
     q, k, v = torch.zeros(1, 3, 16, 8), torch.zeros(1, 64, 16, 8), torch.ones(1, 64, 16, 8)
     v[:, 62:] = 1e6
     y = Ops().attention(q, k, v, causal=True, dropout=0.5)
@@ -171,7 +186,10 @@ def test_attention_with_a_mask_matches_float64(backend, dtype, kv_heads):
 
 
 def test_the_calls_for_a_gpu_fit_this_torch():
-    """On tensors without memory: arguments, their order and the shapes that come back. What the kernels compute is for tests on a GPU."""
+    """On tensors without memory: arguments, their order and the shapes that come back.
+
+    What the kernels compute is for tests on a GPU.
+    """
     q, k, v, do = (t.to("meta") for t in problem(6, 6, 2, torch.bfloat16))
     o, lse = attention._flash_forward([q, k, v], True, 0.3)
     assert (o.shape, lse.shape, lse.dtype) == (q.shape, (2, 4, 6), torch.float32)

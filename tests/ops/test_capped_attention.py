@@ -1,4 +1,6 @@
-"""Attention with capped scores against plain autograd, in fp64, and blocks of which some queries see nothing."""
+"""Attention with capped scores against plain autograd, in fp64, and blocks of which some queries
+see nothing.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""The fused ops of the CPU against float64, forward and backward, on ordinary and on hostile numbers, in every instruction set."""
+"""The fused ops of the CPU against float64, forward and backward, on ordinary and on hostile
+numbers, in every instruction set.
+"""
 
 import os
 import subprocess
@@ -29,7 +31,9 @@ def within(actual, expected, bound):
 
 
 def hostile(size, dtype):
-    """Zeros of both signs, subnormals, numbers so small that their squares vanish, and so large that an exponential overflows."""
+    """Zeros of both signs, subnormals, numbers so small that their squares vanish, and so large
+    that an exponential overflows.
+    """
     special = torch.tensor(
         [
             0.0,
@@ -59,8 +63,9 @@ ACTIVATIONS = {
 }
 
 
-# The fits of exp and of the normal distribution are good to 2e-7 of 1, that is 4 roundings of fp32, of a value or slope that is at most
-# |x| + 1; the result is rounded once more in the dtype, PyTorch's own steps in between as well.
+# The fits of exp and of the normal distribution are good to 2e-7 of 1, that is 4 roundings of fp32,
+# of a value or slope that is at most |x| + 1; the result is rounded once more in the dtype,
+# PyTorch's own steps in between as well.
 def bound_of(x, dy, dtype, roundings=4):
     return (8 * UNIT[torch.float32] + roundings * UNIT[dtype]) * (x.abs() + 1) * dy.abs() + 1e-38
 
@@ -109,8 +114,9 @@ def normed(x, weight, bias, centred):
     return y if bias is None else y + bias
 
 
-# Roundings of one element: x + branch, x_hat, y once each in the dtype, and in fp32 the sums over the row, which stay within
-# sqrt(columns) single ones. In backward each of three terms of the size of rstd * |g| (and x_hat of at most sqrt(columns)).
+# Roundings of one element: x + branch, x_hat, y once each in the dtype, and in fp32 the sums over
+# the row, which stay within sqrt(columns) single ones. In backward each of three terms of the size
+# of rstd * |g| (and x_hat of at most sqrt(columns)).
 @KERNELS
 @DTYPES
 @pytest.mark.parametrize("columns", [*SIZES, 4097])
@@ -144,7 +150,8 @@ def test_norms_and_norms_of_a_sum_match_float64(kernels, dtype, columns, centred
     expected = normed(s, w, b if centred else None, centred)
     ds, dw, *db = torch.autograd.grad(expected, (s, w, b)[: 2 + centred], dy.double())
     ds = ds + dtotal.double()
-    # A mean of 100 under a spread of 1 costs seven bits of what is left: errors of the mean, of fp32, over the spread.
+    # A mean of 100 under a spread of 1 costs seven bits of what is left: errors of the mean, of
+    # fp32, over the spread.
     lost = 4 * (columns**0.5 + 2) * UNIT[torch.float32] * (1 + shift)
     x_hat = (
         ((s - s.mean(-1, keepdim=True) if centred else s) * (expected - b * centred) / w)
@@ -205,7 +212,10 @@ def rotated(x, cos, sin, interleaved):
 )
 @pytest.mark.parametrize("positions", ["shared", "of each sample"])
 def test_heads_are_split_and_rotated(kernels, dtype, interleaved, size, half, positions):
-    """Two products and a sum of elements no larger than the pair: 4 roundings of its length, more where the angles are rounded first."""
+    """Two products and a sum of elements no larger than the pair.
+
+    4 roundings of its length, more where the angles are rounded first.
+    """
     a, k, shape = 3, 2, (2, 5)
     table = torch.randn(*(shape if positions == "of each sample" else shape[1:]), half)
     cos, sin = table.cos(), table.sin()
@@ -232,7 +242,9 @@ def test_heads_are_split_and_rotated(kernels, dtype, interleaved, size, half, po
 
 
 def cross_entropy(kernels, logits, labels, weights, real):
-    """Losses and the gradient of sum(weights * losses), the way parallel/loss puts the two kernels together for one rank."""
+    """Losses and the gradient of sum(weights * losses), the way parallel/loss puts the two kernels
+    together for one rank.
+    """
     ops, gradient = Ops(kernels), logits.clone()
     column = torch.where(labels < real, labels, -1)
     highest, rest, target = ops.cross_entropy_statistics(gradient, column, real)
@@ -260,7 +272,10 @@ def exact_cross_entropy(logits, labels, weights, real):
 )
 @pytest.mark.parametrize("loudness", [1.0, 30.0, 1e4], ids=["ordinary", "loud", "huge"])
 def test_cross_entropy_matches_float64(kernels, dtype, columns, real, loudness):
-    """p in fp32 to a few roundings, rounded once in the dtype; labels anywhere, the last column and the first among them."""
+    """p in fp32 to a few roundings, rounded once in the dtype.
+
+    Labels anywhere, the last column and the first among them.
+    """
     logits = (torch.randn(9, columns) * loudness).to(dtype)
     logits[:, real:] = 1e5 if real < columns else 0
     labels, weights = torch.randint(0, real, (9,)), torch.rand(9)
@@ -281,7 +296,10 @@ def test_cross_entropy_matches_float64(kernels, dtype, columns, real, loudness):
 @DTYPES
 @pytest.mark.parametrize("margin", [5.0, 10.0, 20.0, 25.0])
 def test_the_gradient_of_a_certain_label_is_exact_to_its_last_digit(kernels, dtype, margin):
-    """p = 1 - 4e-9 at the margin of 25: p - 1 from a rounded p would be 0 or a multiple of 6e-8. One rounding, and those of the sum."""
+    """p = 1 - 4e-9 at the margin of 25: p - 1 from a rounded p would be 0 or a multiple of 6e-8.
+
+    One rounding, and those of the sum.
+    """
     logits = torch.zeros(4, 300).to(dtype)
     labels = torch.tensor([0, 17, 255, 299])
     logits[torch.arange(4), labels] = margin
@@ -331,7 +349,10 @@ def test_statistics_of_a_slice_without_the_label_or_without_columns(kernels):
     ("outputs", "inputs"), [(1, 1), (3, 7), (9, 16), (100, 33), (70, 1023)], ids=str
 )
 def test_products_of_few_rows_match_float64(kernels, dtype, rows, outputs, inputs):
-    """fp32 sums of at most 1,023 products, rounded once; past 32 rows it is the library's product."""
+    """fp32 sums of at most 1,023 products, rounded once.
+
+    Past 32 rows it is the library's product.
+    """
     x, weight = torch.randn(1, rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
     expected, terms = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
     y = Ops(kernels).product(x, weight)
@@ -346,7 +367,10 @@ def test_products_of_few_rows_match_float64(kernels, dtype, rows, outputs, input
 @KERNELS
 @pytest.mark.parametrize("sizes", [[1], [15], [16, 100], [2047, 2049, 1], [1_000_003]], ids=str)
 def test_the_squared_norm_is_that_of_float64(kernels, sizes):
-    """fp32 within 2,048 elements in 16 chains or more, fp64 between: 1e-6. PyTorch's stays in fp32 for longer."""
+    """fp32 within 2,048 elements in 16 chains or more, fp64 between: 1e-6.
+
+    PyTorch's stays in fp32 for longer.
+    """
     tensors = [torch.randn(size) * 10.0**k for k, size in enumerate(sizes)]
     found = Ops(kernels).squared_norm(tensors)
     assert found.dtype == torch.float64

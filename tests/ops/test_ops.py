@@ -1,4 +1,7 @@
-"""Every op against float64, forward and backward; AdamW against torch's own; the choice of kernels."""
+"""Every op against float64, forward and backward; AdamW against torch's own.
+
+The choice of kernels.
+"""
 
 import logging
 import math
@@ -37,7 +40,10 @@ def gradients(y, inputs, seed):
 
 
 def assert_within(actual, expected, roundings, dtype):
-    """`roundings` roundings of the largest element. Between them an element of size s passes through values of at most the tensor's maximum."""
+    """`roundings` roundings of the largest element.
+
+    Between them an element of size s passes through values of at most the tensor's maximum.
+    """
     bound = roundings * UNIT[dtype] * expected.abs().max().clamp_min(1e-30)
     error = (actual.double() - expected).abs().max()
     assert error <= bound, f"error {error:.3e} above {bound:.3e}"
@@ -67,7 +73,8 @@ def _seed():
     torch.manual_seed(0)
 
 
-# Roundings: the result, the inner function and the product each round once; twice that for the gradient's extra factor, and 2 for sums within.
+# Roundings: the result, the inner function and the product each round once; twice that for the
+# gradient's extra factor, and 2 for sums within.
 @DTYPES
 def test_activations_match_float64(dtype):
     x = torch.randn(4, 65)
@@ -89,7 +96,8 @@ def test_activations_match_float64(dtype):
     check(lambda v: o.activation(v, "squared_relu"), [x], 8, dtype, lambda v: v.clamp_min(0) ** 2)
 
 
-# Over 64 columns the sums of the mean and variance round like sqrt(64) = 8 single roundings, in fp32 at least.
+# Over 64 columns the sums of the mean and variance round like sqrt(64) = 8 single roundings, in
+# fp32 at least.
 @DTYPES
 def test_layer_norm_matches_float64(dtype):
     def plain(x, weight, bias):
@@ -128,7 +136,8 @@ def rotated_by_complex_numbers(x, cos, sin, interleaved):
     )
 
 
-# Rounded cos and sin, two products and their sum: 4 roundings, each of an element up to sqrt(2) of the largest.
+# Rounded cos and sin, two products and their sum: 4 roundings, each of an element up to sqrt(2) of
+# the largest.
 @DTYPES
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotated", [8, 4], ids=["whole", "half"])
@@ -172,7 +181,8 @@ def attention_in_full(q, k, v, causal, scale):
     return torch.einsum("bats,bsad->btad", scores.softmax(-1), v)
 
 
-# Scores, weights and output round once each, forward and again backward; bf16 kernels also round the weights before the second product.
+# Scores, weights and output round once each, forward and again backward; bf16 kernels also round
+# the weights before the second product.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize(
@@ -214,7 +224,8 @@ def test_tokens_by_kv_cache_match_the_whole_sequence():
 def test_attention_dropout_drops_weights():
     q, k, v = torch.randn(1, 64, 1, 8), torch.randn(1, 64, 1, 8), torch.ones(1, 64, 1, 8)
     y = Ops().attention(q, k, v, causal=False, dropout=0.5)
-    # Without dropout every output is 1; with it, a sum of 64 weights kept with probability 1/2 and doubled.
+    # Without dropout every output is 1; with it, a sum of 64 weights kept with probability 1/2 and
+    # doubled.
     assert y.std() > 0.05
     assert abs(y.mean() - 1) < 0.2
 
@@ -248,7 +259,8 @@ def adam_state(size, dtype):
     )
 
 
-# Each step has a dozen roundings of values no larger than the weight or the update, in another order than torch's: 16 units a step.
+# Each step has a dozen roundings of values no larger than the weight or the update, in another
+# order than torch's: 16 units a step.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1, 1000, ELEMENTS_IN_CACHE + 17], ids=str)
 @pytest.mark.parametrize("step_dtype", [torch.float32, torch.int64], ids=str)
@@ -374,8 +386,8 @@ def test_the_log_line_names_every_op():
     assert Ops("torch", "flash").describe() == f"kernels: {every} torch | attention sdpa (flash)"
     triton = Ops("triton").describe()
     assert (
-        "rms_norm, adamw triton | layer_norm, rope, activation, few_rows, block_step, cross_entropy, grad_norm torch"
-        in triton
+        "rms_norm, adamw triton | layer_norm, rope, activation, few_rows, block_step, "
+        "cross_entropy, grad_norm torch" in triton
     )
     assert "16-bit numbers in fp32" in Ops(fp32_matmul=True).describe()
 
@@ -420,7 +432,8 @@ def test_a_choice_that_there_is_not_is_an_error(kernels, problem):
 def test_a_step_whose_parts_are_not_native_is_an_error_where_it_is_asked_for(kernels, backend):
     with pytest.raises(
         ValueError,
-        match=f"--kernels {kernels}: block_step=native is made of native rms_norm.*leave block_step=native out",
+        match=f"--kernels {kernels}: block_step=native is made of native rms_norm"
+        ".*leave block_step=native out",
     ):
         select_ops(kernels, CPU, torch.float32, backend)
 
@@ -434,7 +447,10 @@ def test_a_choice_for_one_op_that_cannot_serve_is_an_error(monkeypatch):
 
 
 def test_16_bit_products_are_widened_where_the_processor_has_no_instructions_for_them(monkeypatch):
-    """bf16 operands reach the products in fp32 and what comes out is bf16 again; fp32 is left alone, and so is bf16 on other processors."""
+    """bf16 operands reach the products in fp32 and what comes out is bf16 again.
+
+    fp32 is left alone, and so is bf16 on other processors.
+    """
     found = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     assert (

@@ -1,11 +1,15 @@
-"""RMSNorm on each implementation against float64: odd sizes, every dtype, zeros, huge values, and past 2^31 elements."""
+"""RMSNorm on each implementation against float64.
+
+Odd sizes, every dtype, zeros, huge values, and past 2^31 elements.
+"""
 
 import pytest
 import torch
 
 from trivium.ops import Ops, cpu, triton
 
-# The rounding unit of a dtype. Triton's interpreter cuts fp32 off to bf16 where devices round to nearest: twice the unit there.
+# The rounding unit of a dtype. Triton's interpreter cuts fp32 off to bf16 where devices round to
+# nearest: twice the unit there.
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 EPS = 1e-5
 
@@ -40,7 +44,9 @@ def plain(x, weight):
 
 
 def assert_close(actual, expected, scale, roundings, dtype):
-    """Every element within `roundings` roundings of `scale`, the size of the largest term that goes into it, or one step of the subnormals."""
+    """Every element within `roundings` roundings of `scale`, the size of the largest term that goes
+    into it, or one step of the subnormals.
+    """
     bound = (
         roundings * UNIT[dtype] * scale
         + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -53,8 +59,9 @@ def assert_close(actual, expected, scale, roundings, dtype):
 def check(norm, x, weight, dy, dtype):
     """Forward and backward against float64 of the very same inputs.
 
-    y: x_hat and y round once each in dtype, and rstd in fp32: 4 with the interpreter's doubling. dx: its one rounding, that of the
-    terms in fp32, and (reference) of dy * weight in dtype. dweight: a sum over the rows of terms of which each is rounded up to twice.
+    y: x_hat and y round once each in dtype, and rstd in fp32: 4 with the interpreter's doubling.
+    dx: its one rounding, that of the terms in fp32, and (reference) of dy * weight in dtype.
+    dweight: a sum over the rows of terms that are each rounded up to twice.
     """
     device = home(norm)
     x, weight, dy = (t.to(dtype) for t in (x, weight, dy))
@@ -165,7 +172,10 @@ def test_an_fp32_weight_is_cast_to_the_activations(norm):
 
 @NORMS
 def test_follows_hugging_face_llama(norm):
-    """The rounded x_hat times the weight, in bf16: equal but for one rounding where rstd differs in its last bit, two in the interpreter."""
+    """The rounded x_hat times the weight, in bf16.
+
+    Equal but for one rounding where rstd differs in its last bit, two in the interpreter.
+    """
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     device = home(norm)
     theirs = llama.LlamaRMSNorm(64, EPS).to(torch.bfloat16)

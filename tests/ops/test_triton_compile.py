@@ -8,29 +8,38 @@ import pytest
 
 pytest.importorskip("triton")
 
-# A process of its own: the tests around it run the kernels in the interpreter, which is decided when they are imported.
+# A process of its own: the tests around it run the kernels in the interpreter, which is decided
+# when they are imported.
 CODE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from trivium.kernels import adamw, rms_norm
 
-POINTERS = {name: "*fp32" for name in "rstd mean partial masters exp_avg exp_avg_sq grads step_size root_correction grad_scale".split()}
+BUFFERS = "rstd mean partial masters exp_avg exp_avg_sq grads"
+NUMBERS = "step_size root_correction grad_scale"
+POINTERS = {name: "*fp32" for name in f"{BUFFERS} {NUMBERS}".split()}
 POINTERS |= {name: "*bf16" for name in "x y dx dy weight weights".split()} | {"skip": "*i1"}
 SCALARS = {"rows": "i32", "columns": "i32", "size": "i64"}  # the others are fp32
 
 def asm_of(kernel, target, warps, **constants):
-    kinds = {name: POINTERS.get(name) or SCALARS.get(name, "fp32") for name in kernel.arg_names} | {name: "constexpr" for name in constants}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in POINTERS or name in ("columns", "size")}
+    kinds, aligned = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        kinds[name] = POINTERS.get(name) or SCALARS.get(name, "fp32")
+        if name in POINTERS or name in ("columns", "size"):
+            aligned[i,] = [["tt.divisibility", 16]]
+    kinds |= {name: "constexpr" for name in constants}
     constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return compile(ASTSource(kernel, kinds, constants, aligned), target=target, options={"num_warps": warps}).asm
+    source = ASTSource(kernel, kinds, constants, aligned)
+    return compile(source, target=target, options={"num_warps": warps}).asm
 
 backend, arch, width = sys.argv[1:]
 target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(width))
 made = [asm_of(adamw._adamw, target, 8, BLOCK=adamw._BLOCK, COPY=True)]
 for columns in (128, 384, 4096, rms_norm.MAX_TILE):
     rows, block, warps = rms_norm._tile(columns)
-    made += [asm_of(kernel, target, warps, ROWS=rows, BLOCK=block) for kernel in (rms_norm._forward, rms_norm._backward)]
+    for kernel in (rms_norm._forward, rms_norm._backward):
+        made.append(asm_of(kernel, target, warps, ROWS=rows, BLOCK=block))
 for kernel in (rms_norm._forward_wide, rms_norm._row_means, rms_norm._backward_wide):
     made.append(asm_of(kernel, target, 8, BLOCK=rms_norm._BLOCK))
 if backend == "cuda":

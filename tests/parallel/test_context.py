@@ -1,4 +1,7 @@
-"""Attention over sequences that are cut across ranks, against one process: outputs and every gradient, norm-wise."""
+"""Attention over sequences that are cut across ranks, against one process.
+
+Outputs and every gradient, norm-wise.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -69,7 +72,9 @@ def assert_close(actual, expected, bound):
 
 
 def rounding(tokens, unit=2**-24):
-    """Sums of up to `tokens` terms in another order, sqrt(tokens) units of the norm, once each for scores, weights, blocks and result."""
+    """Sums of up to `tokens` terms in another order, sqrt(tokens) units of the norm, once each for
+    scores, weights, blocks and result.
+    """
     return 4 * tokens**0.5 * unit
 
 
@@ -103,7 +108,10 @@ def test_context_inside_tensor_parallelism_matches_one_process(way):
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("way", WAYS)
 def test_bf16_is_as_close_to_fp32_as_one_process_is(way, n):
-    """Blocks and the fp32 sum over them each round to bf16 where one process rounds once: sqrt(2) of its error; 1.5 leaves room for luck."""
+    """Blocks and the fp32 sum over them each round to bf16 where one process rounds once.
+
+    sqrt(2) of its error; 1.5 leaves room for luck.
+    """
     tensors = problem(64, 4, 2, torch.bfloat16, size=16)
     exact = attend(ALONE, [t.float() for t in tensors], way)
     ours, alone = (
@@ -127,9 +135,13 @@ def summed_in_the_ring(mesh: Mesh):
 
 
 def test_the_ring_sums_gradients_in_fp32():
-    """256 + 1 is 256 in bf16, and so is 256 + 1 + 1 + 1 added one by one; in fp32 it is 259, which rounds to 260."""
+    """256 + 1 is 256 in bf16, and so is 256 + 1 + 1 + 1 added one by one.
+
+    In fp32 it is 259, which rounds to 260.
+    """
     for rank, (dq, dk, dv) in enumerate(run_ranks(4, summed_in_the_ring, cp=4)):
-        # The second chunk's queries see all ranks, the first chunk's those before. Keys the other way round.
+        # The second chunk's queries see all ranks, the first chunk's those before. Keys the other
+        # way round.
         for gradient, seen_by_all, rest in (
             (dq, slice(4, 8), slice(0, 4)),
             (dk, slice(0, 4), slice(4, 8)),
@@ -156,7 +168,10 @@ def test_gathered_keys_get_their_gradient_summed_in_fp32(monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("idle", [0, 1])
 def test_a_rank_without_any_gradient_stays_free_of_nan(way, idle):
-    """All of one rank's tokens may be masked in the loss; its keys still get the gradient of the others' queries."""
+    """All of one rank's tokens may be masked in the loss.
+
+    Its keys still get the gradient of the others' queries.
+    """
     tensors = problem(24, 4, 2)
     tensors[3][:, context.token_positions(24, replace(TWO, rank=idle))] = 0
     assert_close(assembled(2, tensors, way, cp=2), attend(ALONE, tensors, way), rounding(24))
@@ -166,7 +181,10 @@ def test_a_rank_without_any_gradient_stays_free_of_nan(way, idle):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_extreme_scores_stay_finite_and_right(way):
-    """Scores of hundreds: exp overflows above 88. A score s carries a rounding of 2^-24 s, and so, relatively, does its weight."""
+    """Scores of hundreds: exp overflows above 88.
+
+    A score s carries a rounding of 2^-24 s, and so, relatively, does its weight.
+    """
     tensors = problem(40, 4, 2)
     tensors[0] *= 100
     exact = [t.double() for t in tensors]
@@ -177,7 +195,10 @@ def test_extreme_scores_stay_finite_and_right(way):
 
 
 def some_documents(tokens):
-    """Documents of both samples: [B, T]. Ends inside chunks and on their borders, a document of one token, one over nearly all ranks."""
+    """Documents of both samples: [B, T].
+
+    Ends inside chunks and on their borders, a document of one token, one over nearly all ranks.
+    """
     ends = torch.zeros(2, tokens, dtype=torch.int64)
     ends[0, [3, 5, 6, tokens // 2, tokens - 1]] = 1
     ends[1, [tokens - 4]] = 1
@@ -210,7 +231,10 @@ def test_documents_do_not_see_each_other(way, n):
 
 
 def dropped_out(mesh: Mesh, way: str):
-    """Outputs and gradient of v, of zero scores and values of one: without dropout each output would be 1."""
+    """Outputs and gradient of v, of zero scores and values of one.
+
+    Without dropout each output would be 1.
+    """
     torch.manual_seed(mesh.rank)
     q, k, v = (
         torch.zeros(1, 64, 4, 8),
@@ -224,12 +248,16 @@ def dropped_out(mesh: Mesh, way: str):
 
 @pytest.mark.parametrize("way", ["allgather", "a2a"])
 def test_attention_dropout_drops_weights(way):
-    """A row that sees s keys varies by 1/s around 1: over 4 heads and s = 1 to 128, the mean deviates by sqrt(4 x 5.4) / 512 = 0.009."""
+    """A row that sees s keys varies by 1/s around 1.
+
+    Over 4 heads and s = 1 to 128, the mean deviates by sqrt(4 x 5.4) / 512 = 0.009.
+    """
     ranks = run_ranks(2, dropped_out, way, cp=2)
     outputs = torch.cat([o[..., 0] for o, _ in ranks])
     assert outputs.std() > 0.05
     assert abs(outputs.mean() - 1) < 5 * 0.009
-    # o is linear in v, and v is 1: the gradient's sum is o's, up to the rounding of sums of 4096 terms of size 1.
+    # o is linear in v, and v is 1: the gradient's sum is o's, up to the rounding of sums of 4096
+    # terms of size 1.
     assert (
         abs(sum(grad.sum() for _, grad in ranks) - sum(o.sum() for o, _ in ranks)) <= 4096 * 2**-20
     )
@@ -249,19 +277,22 @@ def test_what_a_way_cannot_do_is_an_error_that_names_flags_and_remedy():
         documents=documents,
     )
     refused(
-        r"--cp-comm-type p2p with --attention-dropout 0\.1: .*allgather or a2a, or --attention-dropout 0",
+        r"--cp-comm-type p2p with --attention-dropout 0\.1: "
+        ".*allgather or a2a, or --attention-dropout 0",
         "p2p",
         dropout=0.1,
     )
     refused(
-        "3 attention heads .* --context-parallel-size 2; use .* divides 3, or --cp-comm-type p2p or allgather",
+        "3 attention heads .* --context-parallel-size 2; "
+        "use .* divides 3, or --cp-comm-type p2p or allgather",
         "a2a",
     )
     refused("--cp-comm-type ring is not one of p2p, allgather, a2a", "ring")
     refused("11 queries and 11 keys", "p2p", q[:, :11], k[:, :11], v[:, :11])
     with pytest.raises(
         ValueError,
-        match="--seq-length 30 is not a multiple of 2 x --context-parallel-size 4 = 8; nearest that work: 24, 32",
+        match="--seq-length 30 is not a multiple of 2 x --context-parallel-size 4 = 8; "
+        "nearest that work: 24, 32",
     ):
         context.token_positions(30, replace(TWO, size=4))
 
@@ -296,7 +327,10 @@ class Watched(Ops):
 
 @pytest.fixture
 def events(monkeypatch):
-    """What a rank sends, receives, waits for and computes, in its order; nothing arrives but zeros."""
+    """What a rank sends, receives, waits for and computes, in its order.
+
+    Nothing arrives but zeros.
+    """
     seen = []
 
     class Watch(Pending):
@@ -316,7 +350,9 @@ def events(monkeypatch):
 
 
 def ring_on(rank, n, events):
-    """Forward on one rank, 8 tokens of 2 samples with 2 query heads and 1 key-value head of size 8: q, o, do."""
+    """Forward on one rank, 8 tokens of 2 samples with 2 query heads and 1 key-value head of size 8:
+    q, o, do.
+    """
     q, k, v, do = problem(8, 2, 1)
     q.requires_grad_()
     o = context.attention(
@@ -332,7 +368,10 @@ def ring_on(rank, n, events):
 
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_messages_travel_while_a_block_is_computed(events, n):
-    """Forward: the next keys. Backward: the next keys, and the sums of the keys before. Each other rank's keys are half a block of work."""
+    """Forward: the next keys. Backward: the next keys, and the sums of the keys before.
+
+    Each other rank's keys are half a block of work.
+    """
     hop, arrived, block = ["message"] * 2, ["wait"] * 2, ["block"]
     for rank in range(n):
         events.clear()
@@ -358,7 +397,10 @@ def test_messages_travel_while_a_block_is_computed(events, n):
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_the_ring_completes_where_messages_are_not_buffered(events, n):
-    """As over NCCL at its strictest: a rank's next message starts when the one before it has met its counterpart."""
+    """As over NCCL at its strictest.
+
+    A rank's next message starts when the one before it has met its counterpart.
+    """
     queues = []
     for rank in range(n):
         events.clear()

@@ -17,7 +17,10 @@ H, F, V, PADDED = 12, 24, 21, 24
 
 
 def forward_and_gradients(sharding: Sharding) -> dict[str, torch.Tensor]:
-    """A small language model cut as `sharding` says: losses, and this rank's share of the gradient of every part, in global places."""
+    """A small language model cut as `sharding` says.
+
+    Losses, and this rank's share of the gradient of every part, in global places.
+    """
     generator, tp = torch.Generator().manual_seed(7), sharding.tp
     tokens, labels = (
         torch.randint(0, V, (2, 12), generator=generator),
@@ -67,7 +70,10 @@ def test_any_number_of_ranks_matches_one(n, sequence_parallel):
 def of_copied_rows(
     mesh: Mesh, sequence_parallel: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q cut over all of tp beside a k of which several ranks hold the same rows: this rank's k, and its shares of the gradients of x and k."""
+    """q cut over all of tp beside a k of which several ranks hold the same rows.
+
+    This rank's k, and its shares of the gradients of x and k.
+    """
     sharding = Sharding(tp=mesh.tp, kv=mesh.kv, sequence_parallel=sequence_parallel)
     parts = {"q": 8, "k": Rows(4, mesh.kv)}
     layer = column_parallel(H, parts, sharding, Init(1, 0.3), bias=False)
@@ -75,7 +81,8 @@ def of_copied_rows(
     x = x.tensor_split(mesh.tp.size, dim=1)[mesh.tp.rank] if sequence_parallel else x
     x = x.clone().requires_grad_()
     q, k = layer(x).split((8 // mesh.tp.size, 4 * mesh.kv.size // mesh.tp.size), dim=-1)
-    # Each rank's queries weigh its keys by their own number: its share of the gradient is its alone.
+    # Each rank's queries weigh its keys by their own number: its share of the gradient is its
+    # alone.
     (q.sum() + (mesh.tp.rank + 1) * k.sum()).backward()
     part = layer.weight.param_layout.parts[1]
     whole = torch.zeros(part.shape)
@@ -85,7 +92,10 @@ def of_copied_rows(
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence-parallel"])
 def test_rows_that_several_ranks_hold_are_the_same_and_their_gradients_add_up(sequence_parallel):
-    """4 ranks, 2 of them for each half of k. fp32, sums of at most 12 terms in another order: 1e-6."""
+    """4 ranks, 2 of them for each half of k.
+
+    fp32, sums of at most 12 terms in another order: 1e-6.
+    """
     ranks = run_ranks(4, of_copied_rows, sequence_parallel, tp=4, kv_copies=2)
     layer = column_parallel(H, {"q": 8, "k": 4}, Sharding(), Init(1, 0.3), bias=False)
     x = torch.randn(1, 4, H, generator=torch.Generator().manual_seed(2)).requires_grad_()

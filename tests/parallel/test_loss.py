@@ -1,4 +1,7 @@
-"""The head and its loss in chunks against the plain sum of cross-entropies, in float64: losses, and the gradients of the input and the weight."""
+"""The head and its loss in chunks against the plain sum of cross-entropies, in float64.
+
+Losses, and the gradients of the input and the weight.
+"""
 
 from unittest import mock
 
@@ -27,7 +30,10 @@ KERNELS = pytest.mark.parametrize(
 
 
 def problem(dtype=torch.float32):
-    """Loud logits, so that some labels are nearly certain; two tokens that do not count, one of them NaN."""
+    """Loud logits, so that some labels are nearly certain.
+
+    Two tokens that do not count, one of them NaN.
+    """
     generator = torch.Generator().manual_seed(5)
     x, weight = (
         torch.randn(1, TOKENS, H, generator=generator),
@@ -53,7 +59,10 @@ def exactly(x, weight, labels, weights, softcap):
 
 
 def assert_near(found, expected, unit):
-    """Norm-wise: sums over 45 columns, 24 features and 13 tokens, of terms rounded a few times each."""
+    """Norm-wise.
+
+    Sums over 45 columns, 24 features and 13 tokens, of terms rounded a few times each.
+    """
     for actual, exact in zip(found, expected, strict=True):
         assert (actual.double() - exact).norm() <= 32 * unit * exact.norm()
 
@@ -136,7 +145,9 @@ def test_nothing_is_learnt_from_a_token_that_does_not_count(kernels):
 @KERNELS
 @pytest.mark.parametrize("widens", [False, True], ids=["bf16 products", "fp32 products"])
 def test_bf16_rounds_the_logits_gradient_once(kernels, widens, at_a_time):
-    """Logits and their gradient in 8 bits, or, where products are widened, only dx and the gradient of the weight."""
+    """Logits and their gradient in 8 bits, or, where products are widened, only dx and the gradient
+    of the weight.
+    """
     x, weight, labels, weights = problem(torch.bfloat16)
     parameter = torch.nn.Parameter(weight)
     total, losses = loss.head_loss(
