@@ -133,24 +133,30 @@ class GPT(nn.Module):
         """
         if context is None:
             context = TokenContext(torch.arange(x.shape[1], device=x.device))
-        embedding = self.embedding
-        if embedding is not None:
-            x = self._embed(embedding(x), context)
+        if self.embedding is not None:
+            x = self._embed(self.embedding(x), context)
         angles = self._angles(context)
         if self.recomputes_layers and torch.is_grad_enabled():
             x = self.recompute.layers(self._bound_layers(angles, context), x)
         else:
             for block in self.layers:
                 x = block(x, angles[block.windowed], context)
-        if self.final_norm is None:
+        if not self.predicts:
             return x
         if predicted is not None:
             x = x[:, predicted]
+        return self._predict(x, targets)
+
+    def _predict(
+        self, x: Tensor, targets: tuple[Tensor, Tensor] | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the logits of hidden states, or their losses: the model's final norm and head."""
+        assert self.final_norm is not None
         x = self.final_norm(x)
         head = self.head
         if head is None:
-            assert embedding is not None, "a head is a weight of its own or the embedding's"
-            head = embedding.weight
+            assert self.embedding is not None, "a head has a weight of its own or the embedding's"
+            head = self.embedding.weight
         if targets is not None:
             labels, weights = targets
             return head_loss(
@@ -164,7 +170,9 @@ class GPT(nn.Module):
                 softcap=self.softcap,
             )
         logits = column_parallel(x, head, self.sharding, self.ops)
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if self.softcap is None:
+            return logits
+        return self.softcap * torch.tanh(logits / self.softcap)
 
     def _add_embedding(self, ends: EndsShape, seed: int | None) -> None:
         self.embedding = VocabParallelEmbedding(self._words(ends, seed), self.sharding)
