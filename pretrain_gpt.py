@@ -12,8 +12,13 @@ from trivium.config import Config, flags, resolve
 from trivium.config.presets import PRESETS, published_vocabulary
 from trivium.estimate.parameters import total_parameters
 from trivium.interop.families import read_flags
-from trivium.train.errors import failure_of
+from trivium.train.errors import failure_of, tell
 from trivium.train.run import pretrain
+
+PRESET = (
+    "{name:15} {count:>15,} parameters with a vocabulary of {vocabulary:,}: "
+    "{model.num_layers} layers, {model.hidden_size} wide, {model.num_attention_heads} heads"
+)
 
 
 def main(argv: list[str], process: launch.Process) -> None:
@@ -31,10 +36,9 @@ def list_presets() -> None:
     for name, values in PRESETS.items():
         model = resolve(Config.of(values | {"seq_length": 1024}), 1).model
         vocabulary = published_vocabulary(name)
-        count = f"{name:15} {total_parameters(model, vocabulary):>15,} parameters"
-        size = f"{model.num_layers} layers, {model.hidden_size} wide"
-        shape = f"{size}, {model.num_attention_heads} heads"
-        logs.get_logger().info(f"{count} with a vocabulary of {vocabulary:,}: {shape}")
+        count = total_parameters(model, vocabulary)
+        line = PRESET.format(name=name, count=count, vocabulary=vocabulary, model=model)
+        logs.get_logger().info(line)
 
 
 def cli(argv: list[str]) -> int:
@@ -46,11 +50,7 @@ def cli(argv: list[str]) -> int:
         failure = failure_of(error, process)
         if failure is None:
             raise
-        if failure.on_every_rank and process.rank > 0:
-            launch.wait_to_leave()
-        else:
-            launch.tell_error("pretrain_gpt.py", failure.message, process)
-        return failure.status
+        return tell(failure, "pretrain_gpt.py", process)
     return 0
 
 

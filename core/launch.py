@@ -19,6 +19,11 @@ import torch.distributed as dist
 from .config import Config, ConfigError, FlagError, key_value_copies, optimizer_shards
 from .mesh import Mesh
 
+# The variables of torchrun, and of a step that srun started: rank, processes, rank on the node.
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
 # The newest version of PyTorch (major, minor) that the tests run with.
 TESTED_TORCH = (2, 13)
 # Seconds, more than rank 0 may be behind on a busy machine. A launcher ends all ranks as soon as
@@ -38,16 +43,14 @@ class Process:
 def read_environment(env: Mapping[str, str] | None = None) -> Process:
     """Return this process: as torchrun says, else as srun's step says, else a single one.
 
-    torchrun sets RANK, WORLD_SIZE and LOCAL_RANK. A Slurm batch script itself also sees
-    SLURM_PROCID, but belongs to no step: it is one process, whatever SLURM_NTASKS says.
+    A Slurm batch script itself also sees SLURM_PROCID, but belongs to no step: it is one process,
+    whatever SLURM_NTASKS says.
     """
     env = os.environ if env is None else env
-    if "RANK" in env and "WORLD_SIZE" in env:
-        local_rank = int(env.get("LOCAL_RANK", 0))
-        return Process(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank)
-    if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
-        local_rank = int(env.get("SLURM_LOCALID", 0))
-        return Process(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), local_rank)
+    for rank, world_size, local_rank in LAUNCHERS:
+        if rank in env and world_size in env:
+            local = int(env.get(local_rank, 0))
+            return Process(int(env[rank]), int(env[world_size]), local)
     return Process()
 
 
@@ -61,8 +64,11 @@ def threads_of_a_process(
     OMP_NUM_THREADS is the user's word.
     """
     env = os.environ if env is None else env
-    launchers_default = env.get("OMP_NUM_THREADS") == "1" and "TORCHELASTIC_RUN_ID" in env
-    if "LOCAL_WORLD_SIZE" not in env or ("OMP_NUM_THREADS" in env and not launchers_default):
+    if "LOCAL_WORLD_SIZE" not in env:
+        return None
+    given = env.get("OMP_NUM_THREADS")
+    torchruns_default = given == "1" and "TORCHELASTIC_RUN_ID" in env
+    if given is not None and not torchruns_default:
         return None
     cores = _usable_cores() if cores is None else cores
     return max(1, cores // int(env["LOCAL_WORLD_SIZE"]))
@@ -77,7 +83,10 @@ def _usable_cores() -> int:
 def untested_torch(version: str = torch.__version__) -> str | None:
     """Return a warning if `version` of PyTorch is newer than the tested ones; else None."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None or (int(numbers[1]), int(numbers[2])) <= TESTED_TORCH:
+    if numbers is None:
+        return None
+    running = int(numbers[1]), int(numbers[2])
+    if running <= TESTED_TORCH:
         return None
     tested = ".".join(map(str, TESTED_TORCH))
     return f"torch {version} is newer than {tested}, the newest that Trivium is tested with"
@@ -107,11 +116,15 @@ def set_rendezvous(process: Process, env: MutableMapping[str, str] | None = None
     env = os.environ if env is None else env
     if "SLURM_STEP_NODELIST" in env:
         env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+        # Another port for another job of the node, the same one for all processes of a job.
+        job = int(env.get("SLURM_JOB_ID", 0))
+        env.setdefault("MASTER_PORT", str(20000 + job % 20000))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
-    if process.world_size > 1 and missing and not dist.is_initialized():
-        problem = f"WORLD_SIZE is {process.world_size}, but {' and '.join(missing)} not set"
-        raise ConfigError([f"{problem}; start with torchrun, or export them"])
+    if process.world_size == 1 or not missing or dist.is_initialized():
+        return
+    names = " and ".join(missing)
+    problem = f"WORLD_SIZE is {process.world_size}, but {names} not set"
+    raise ConfigError([f"{problem}; start with torchrun, or export them"])
 
 
 def missed_meeting(error: RuntimeError, process: Process) -> str | None:
@@ -129,12 +142,6 @@ def missed_meeting(error: RuntimeError, process: Process) -> str | None:
         f"{said.rstrip('.')}; start all of them where they reach that address, "
         "or raise --distributed-timeout-minutes"
     )
-
-
-def tell_error(program: str, message: str, process: Process) -> None:
-    """Write why a program ends to stderr, with the rank in front where it is not 0."""
-    rank = f"[rank {process.rank}] " if process.rank else ""
-    sys.stderr.write(f"{rank}{program}: {message}\n")
 
 
 def wait_to_leave() -> None:
@@ -167,8 +174,9 @@ def first_host(nodelist: str) -> str:
     head = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodelist)
     if not head:
         raise ValueError(f"SLURM_STEP_NODELIST {nodelist!r} names no host")
-    name, ranges, rest = head.groups()
-    return name + (re.split(r"[-,]", ranges)[0] if ranges else "") + (rest or "")
+    name, ranges, rest = head.groups(default="")
+    first = re.split(r"[-,]", ranges)[0]
+    return name + first + rest
 
 
 def choose_device(requested: str, local_rank: int) -> torch.device:

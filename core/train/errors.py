@@ -1,5 +1,6 @@
 """What the user is told when a run ends with an error, and the exit status that goes with it."""
 
+import sys
 from typing import NamedTuple
 
 from .. import launch
@@ -43,3 +44,16 @@ def failure_of(error: BaseException, process: launch.Process) -> Failure | None:
             remedy = "the same command with --load resumes from the last checkpoint"
             return Failure(f"interrupted; {remedy}", INTERRUPTED)
     return None
+
+
+def tell(failure: Failure, program: str, process: launch.Process) -> int:
+    """Write the message of a failure to stderr; return the exit status.
+
+    One that every rank has found is told by rank 0 alone, and the others wait meanwhile.
+    """
+    if failure.on_every_rank and process.rank > 0:
+        launch.wait_to_leave()
+        return failure.status
+    rank = f"[rank {process.rank}] " if process.rank else ""
+    sys.stderr.write(f"{rank}{program}: {failure.message}\n")
+    return failure.status

@@ -29,28 +29,38 @@ def load_problems(model: ModelConfig, config: CheckpointConfig) -> list[str]:
 
     A first launch that loads from its own --save folder, which is empty yet, is fine.
     """
-    if config.load and is_hf_folder(Path(config.load)):
-        return _hf_load_problems(model, config, config.load)
-    if not config.load or not config.exit_on_missing_checkpoint:
+    if not config.load:
         return []
     folder = Path(config.load)
+    if is_hf_folder(folder):
+        return _hf_load_problems(model, config, folder)
+    if not config.exit_on_missing_checkpoint:
+        return []
     try:
         found = publish.candidates(folder, config.ckpt_step)
     except CheckpointError as error:
         return [f"--load {config.load}: {error}"]
-    first_launch = config.save is not None and folder.resolve() == Path(config.save).resolve()
-    if found or first_launch:
+    if found or _is_folder(folder, config.save):
         return []
     remedy = "correct the path, or leave --load out to start from scratch"
     return [f"--load {config.load} holds no published checkpoint; {remedy}"]
 
 
-def _hf_load_problems(model: ModelConfig, config: CheckpointConfig, load: str) -> list[str]:
+def _is_folder(folder: Path, other: str | None) -> bool:
+    """Return whether `other` is a path of the same folder; False if there is none."""
+    if other is None:
+        return False
+    return folder.resolve() == Path(other).resolve()
+
+
+def _hf_load_problems(model: ModelConfig, config: CheckpointConfig, folder: Path) -> list[str]:
     """Return why --load cannot work with a Hugging Face folder."""
+    load = config.load  # as the user wrote it
     its_kind = f"{load} is a Hugging Face folder"
-    if model.num_layers is None or model.hidden_size is None or model.num_attention_heads is None:
+    shape = (model.num_layers, model.hidden_size, model.num_attention_heads)
+    if None in shape:
         return [f"--load {its_kind}: its shape is given by --hf-config {load}"]
-    if config.save_hf and Path(config.save_hf).resolve() == Path(load).resolve():
+    if config.save_hf and _is_folder(folder, config.save_hf):
         problem = "would replace what --load reads; name another folder"
         return [f"--save-hf {config.save_hf} {problem}"]
     if config.load_mode not in (None, "model_only"):
@@ -60,14 +70,16 @@ def _hf_load_problems(model: ModelConfig, config: CheckpointConfig, load: str) -
         problem = f"{its_kind}, which holds no iterations; leave it out"
         return [f"--ckpt-step {config.ckpt_step}: {problem}"]
     try:
-        differ = differences(HFModel(Path(load)).config, model)
+        found = HFModel(folder).config
+        differ = differences(found, model)
     except CheckpointError as error:
         return [f"--load: {error}"]
     except ValueError:
         return []  # a flag that cannot be read, which validation has told of
     if not differ:
         return []
-    return [f"--load {load} is another model: {'; '.join(differ)}; give --hf-config {load}"]
+    problem = f"--load {load} is another model"
+    return [f"{problem}: {'; '.join(differ)}; give --hf-config {load}"]
 
 
 def check_checkpoint(checkpoint: Checkpoint, config: Config, restored: Restored) -> None:
@@ -104,17 +116,18 @@ def _check_schedule(checkpoint: Checkpoint, config: Config) -> None:
 def _check_model(checkpoint: Checkpoint, config: Config) -> None:
     """Check the model by its flags: weights of the same shapes can be those of another one."""
     saved = parse_config(checkpoint.config_yaml, checkpoint.folder).model
-    now = config.model
     free = set(MAY_CHANGE)
     if load_mode(config.checkpoint) == "model_only":
         free |= MAY_CHANGE_TO_FINETUNE
     differ = []
     for field in fields(ModelConfig):
-        before, after = getattr(saved, field.name), getattr(now, field.name)
-        if field.name not in free and before != after:
-            differ.append(f"--{field.name.replace('_', '-')} was {before}, is {after}")
+        name = field.name
+        before = getattr(saved, name)
+        after = getattr(config.model, name)
+        if name not in free and before != after:
+            flag = name.replace("_", "-")
+            differ.append(f"--{flag} was {before}, is {after}")
     if differ:
+        problem = f"{checkpoint.folder} is of another model"
         remedy = "give the flags it was trained with"
-        raise CheckpointError(
-            f"{checkpoint.folder} is of another model: {'; '.join(differ)}; {remedy}"
-        )
+        raise CheckpointError(f"{problem}: {'; '.join(differ)}; {remedy}")

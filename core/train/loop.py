@@ -20,12 +20,12 @@ def run(
 
     Returns how far the run came.
     """
-    config = trainer.config
+    log, config = logs.get_logger(), trainer.config
     logging, checkpoint = config.logging, config.checkpoint
     train_iters = config.batch.train_iters
     if progress.iteration >= train_iters:
-        done = f"iteration {progress.iteration} of {train_iters} is done"
-        logs.get_logger().info(f" nothing to train: {done}")
+        done = progress.iteration
+        log.info(f" nothing to train: iteration {done} of {train_iters} is done")
         return progress
 
     request = StopRequest(config.batch)
@@ -39,6 +39,7 @@ def run(
         progress = result.progress
         last = progress.iteration == train_iters
         at_interval = _divides(config.batch.exit_interval, progress)
+        # On an accelerator `add` reads a step late: the request of another rank is seen then.
         stop = reporter.add(result) or at_interval
 
         loss = None
@@ -51,6 +52,7 @@ def run(
         persistent = stop or last or _divides(checkpoint.save_interval, progress)
         passing = _divides(checkpoint.non_persistent_save_interval, progress)
         if checkpoint.save and (persistent or passing):
+            # The rows reach the disk before the checkpoint does, so that a resume finds them all.
             stop |= reporter.drain()
             state.save(progress, loss, persistent=persistent or stop)
             reporter.restart_clock()
@@ -60,13 +62,15 @@ def run(
         reason = request.reason
         if at_interval and not request:
             reason = f"--exit-interval {config.batch.exit_interval}"
-        logs.get_logger().info(f" stopped at iteration {progress.iteration}: {reason}")
+        log.info(f" stopped at iteration {progress.iteration}: {reason}")
     return progress
 
 
 def _divides(interval: int | None, progress: Progress) -> bool:
     """Return whether the iteration is a multiple of `interval`; False without one."""
-    return interval is not None and progress.iteration % interval == 0
+    if interval is None:
+        return False
+    return progress.iteration % interval == 0
 
 
 def _evaluate(

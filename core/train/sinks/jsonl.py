@@ -34,7 +34,8 @@ class MetricsFile:
 
     def evaluation(self, row: EvaluationRow) -> None:
         """Append the row of one evaluation."""
-        self._file.write(_line(asdict(row)))
+        values = asdict(row)
+        self._file.write(_line(values))
 
     def flush(self) -> None:
         """Put all rows on the disk: a checkpoint that follows cannot be newer than they are."""
@@ -54,9 +55,12 @@ class MetricsFile:
 
 def metrics_path(config: Config) -> Path | None:
     """Return where the rows go: --metrics-jsonl, else under --save, else nowhere."""
-    if config.logging.metrics_jsonl:
-        return Path(config.logging.metrics_jsonl)
-    return Path(config.checkpoint.save) / "metrics.jsonl" if config.checkpoint.save else None
+    named, save = config.logging.metrics_jsonl, config.checkpoint.save
+    if named:
+        return Path(named)
+    if save:
+        return Path(save) / "metrics.jsonl"
+    return None
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -90,23 +94,33 @@ def _keep_until(path: Path, iteration: int) -> None:
     """
     rows = read_rows(path)
     if iteration == 0 and rows:
-        numbered = (path.with_suffix(f".{number}.jsonl") for number in itertools.count(1))
-        aside = next(name for name in numbered if not name.exists())
-        os.rename(path, aside)
-        logs.get_logger().info(f"{path} holds the rows of an earlier run; they are now in {aside}")
+        _put_aside(path)
         return
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_line(row) for row in rows if row["iteration"] <= iteration)
+        for row in rows:
+            if row["iteration"] <= iteration:
+                file.write(_line(row))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
+def _put_aside(path: Path) -> None:
+    """Rename the file to the first of NAME.1.jsonl, NAME.2.jsonl, ... that is free."""
+    numbered = (path.with_suffix(f".{number}.jsonl") for number in itertools.count(1))
+    aside = next(name for name in numbered if not name.exists())
+    os.rename(path, aside)
+    logs.get_logger().info(f"{path} holds the rows of an earlier run; they are now in {aside}")
+
+
 def _line(row: dict) -> str:
-    """Return the row as JSON, which knows no NaN and no infinity: they become null."""
-    finite = {}
+    """Return the row as a line of JSON.
+
+    JSON knows no NaN and no infinity: they become null.
+    """
+    finite = dict(row)
     for key, value in row.items():
-        lost = isinstance(value, float) and not math.isfinite(value)
-        finite[key] = None if lost else value
+        if isinstance(value, float) and not math.isfinite(value):
+            finite[key] = None
     return json.dumps(finite) + "\n"

@@ -26,10 +26,11 @@ class LossCurve:
     def close(self) -> None:
         """Draw the picture, if the metrics file holds rows; a pipe or a device holds none."""
         rows = read_rows(self._metrics)
-        if rows:
-            picture = self._metrics.with_name("loss.png")
-            draw_losses(rows, picture)
-            logs.get_logger().info(f" loss curve: {picture}")
+        if not rows:
+            return
+        picture = self._metrics.with_name("loss.png")
+        draw_losses(rows, picture)
+        logs.get_logger().info(f" loss curve: {picture}")
 
 
 def draw_losses(rows: list[dict], path: Path) -> None:
@@ -40,15 +41,12 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    curves = (
-        (None, "training", {"linewidth": 1}),
-        ("valid", "validation", {"marker": "o", "markersize": 4}),
-    )
-    for split, label, style in curves:
-        drawn = [row for row in rows if row.get("split") == split and row["lm_loss"] is not None]
-        if drawn:
-            iterations = [row["iteration"] for row in drawn]
-            axes.plot(iterations, [row["lm_loss"] for row in drawn], label=label, **style)
+    training = _points(rows, None)
+    validation = _points(rows, "valid")
+    if training:
+        axes.plot(*zip(*training, strict=True), label="training", linewidth=1)
+    if validation:
+        axes.plot(*zip(*validation, strict=True), label="validation", marker="o", markersize=4)
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
@@ -59,3 +57,16 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
     plt.close(figure)
+
+
+def _points(rows: list[dict], split: str | None) -> list[tuple[int, float]]:
+    """Return (iteration, loss) of the rows of a split; None: of training.
+
+    A loss that was not finite is null in the file, and leaves a gap.
+    """
+    points = []
+    for row in rows:
+        loss = row["lm_loss"]
+        if row.get("split") == split and loss is not None:
+            points.append((row["iteration"], loss))
+    return points
