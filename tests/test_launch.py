@@ -1,6 +1,7 @@
 """Which process this is, under each launcher."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from runs import ROOT, SMALL, free_port, rows_of, start_step
 
 import pretrain_gpt
-from trivium import launch
+from trivium import launch, logs, ops
 from trivium.config import ConfigError, flags, resolve
 from trivium.launch import (
     Process,
@@ -20,7 +21,9 @@ from trivium.launch import (
     read_environment,
     set_rendezvous,
     threads_of_a_process,
+    untested_torch,
 )
+from trivium.train import run
 
 SRUN = {
     "SLURM_PROCID": "5",
@@ -296,3 +299,30 @@ def test_a_failed_process_leaves_at_once_and_tidily_whatever_its_threads_are_at(
         "the loader ends its processes\n",
         "",
     )
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0", "2.13.1+cpu", "built by hand"])
+def test_a_tested_torch_is_not_mentioned(version):
+    assert untested_torch(version) is None
+
+
+@pytest.mark.parametrize("version", ["2.14.0", "2.14.0a0+git123", "3.0.1+cu130"])
+def test_a_newer_torch_than_tested_is_named(version):
+    warning = untested_torch(version)
+    assert warning is not None
+    assert version in warning and "newer than 2.13" in warning
+
+
+def test_the_pinned_torch_is_the_newest_tested_one():
+    pin = re.search(r"^torch==(\d+)\.(\d+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert pin is not None
+    assert (int(pin[1]), int(pin[2])) == launch.TESTED_TORCH
+
+
+@pytest.mark.parametrize(("rank", "times"), [(0, 1), (1, 0)])
+def test_the_first_rank_alone_names_a_newer_torch(monkeypatch, capsys, rank, times):
+    monkeypatch.setattr(launch, "TESTED_TORCH", (2, 9))
+    config = resolve(flags.parse(f"{SMALL} --mock-data".split()).config, 1)
+    logs.setup(rank)
+    run.announce(config, Process(rank, 2, rank), (), ops.Ops(), torch.device("cpu"))
+    assert capsys.readouterr().out.count("is newer than 2.9") == times

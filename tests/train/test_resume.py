@@ -171,6 +171,21 @@ def test_a_checkpoint_tells_the_validation_loss_of_its_own_iteration_or_none(dat
     assert told == {2: None, 4: losses[4], 6: None, 8: losses[8], 9: losses[9]}
 
 
+STATE = (
+    "iteration consumed_samples consumed_tokens data_samples optimizer_steps loss_scale random"
+    " vocab_size fingerprints validation_loss persistent"
+).split()
+
+
+def test_state_json_holds_every_item_in_its_place(data, tmp_path):
+    train(f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --exit-interval 2")
+    state = json.loads((tmp_path / publish.folder_name(2) / "state.json").read_text())
+    assert list(state) == STATE
+    counts = {"iteration": 2, "consumed_samples": 16, "consumed_tokens": 16 * 32}
+    assert counts.items() <= state.items()
+    assert (state["data_samples"], state["optimizer_steps"]) == (160, 2)
+
+
 @pytest.mark.parametrize("way", ["", "--async-save"])
 def test_a_non_persistent_checkpoint_is_there_until_the_next_one(data, tmp_path, way, monkeypatch):
     seen, honest = [], RunState.save
