@@ -126,7 +126,10 @@ def test_one_clear_line_and_status(case, tmp_path, capfd):
     if make:
         make(tmp_path / "data")
     before = sorted(path.name for path in tmp_path.iterdir())
-    arguments = f"{RUN} --data-path {tmp_path}/data {flags.format(folder=tmp_path)} --data-cache-path {tmp_path}/cache"
+    arguments = (
+        f"{RUN} --data-path {tmp_path}/data {flags.format(folder=tmp_path)} "
+        f"--data-cache-path {tmp_path}/cache"
+    )
     assert pretrain_gpt.cli(arguments.split()) == status
     error = capfd.readouterr().err
     message = error.splitlines()
@@ -163,7 +166,10 @@ def test_the_exit_status_reaches_the_shell(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing"])
 def test_a_damaged_checkpoint_falls_back_with_a_message(tmp_path, capfd, damage):
     write_data(tmp_path / "data")
-    arguments = f"{RUN} --data-path {tmp_path}/data --save {tmp_path}/run --load {tmp_path}/run --save-interval 5"
+    arguments = (
+        f"{RUN} --data-path {tmp_path}/data --save {tmp_path}/run --load {tmp_path}/run "
+        "--save-interval 5"
+    )
     train(f"{arguments} --exit-interval 10")
     shard = tmp_path / "run/iter_0000010/shard_00000.safetensors"
     if damage == "flip":
@@ -222,15 +228,22 @@ def test_a_checkpoint_of_another_model_is_refused_even_where_its_tensors_fit(
 def test_a_first_launch_may_load_from_its_own_save_folder(tmp_path, capfd):
     write_data(tmp_path / "data")
     train(
-        f"{RUN} --data-path {tmp_path}/data --save {tmp_path}/run --load {tmp_path}/run --exit-interval 1"
+        f"{RUN} --data-path {tmp_path}/data --save {tmp_path}/run --load {tmp_path}/run "
+        "--exit-interval 1"
     )
     assert "no checkpoint in" in capfd.readouterr().out
 
 
 def test_a_full_disk_loses_nothing_that_was_published(tmp_path):
-    """A file size limit stands in for the full disk: the save fails in one line, the checkpoint before it loads."""
+    """The save fails in one line, and the checkpoint before it loads.
+
+    A limit on the size of files stands in for the full disk.
+    """
     write_data(tmp_path / "data")
-    arguments = f"{RUN} --data-path {tmp_path}/data --save {tmp_path}/run --load {tmp_path}/run --metrics-jsonl {tmp_path}/small.jsonl".split()
+    arguments = (
+        f"{RUN} --data-path {tmp_path}/data --save {tmp_path}/run --load {tmp_path}/run "
+        f"--metrics-jsonl {tmp_path}/small.jsonl"
+    ).split()
     train(" ".join([*arguments, "--exit-interval", "4"]))
     limited = f"ulimit -f 64; exec {sys.executable} {ROOT}/pretrain_gpt.py {' '.join(arguments)}"
     result = subprocess.run(

@@ -113,7 +113,9 @@ def test_several_processes_without_a_meeting_point_are_told_so():
             {"dp": 16, "shards": 4, "copies": 4},
         ),
         (
-            "--tensor-model-parallel-size 4 --context-parallel-size 2 --use-distributed-optimizer --preset tiny",  # 2 key-value heads
+            # 2 key-value heads
+            "--tensor-model-parallel-size 4 --context-parallel-size 2 "
+            "--use-distributed-optimizer --preset tiny",
             {"tp": 4, "cp": 2, "dp": 2, "shards": 4, "kv": 2},
         ),
         (
@@ -147,7 +149,11 @@ def test_a_process_without_a_device_of_its_own_tells_it_itself(monkeypatch, capf
     for name, value in {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     assert pretrain_gpt.cli(f"{SMALL} --mock-data --device auto".split()) == 2
-    said = "[rank 2] pretrain_gpt.py: --device auto: local rank 2 has no device of its own; start at most 2 processes on this node\n"
+    said = (
+        "[rank 2] pretrain_gpt.py: "
+        "--device auto: local rank 2 has no device of its own; start at most 2 processes on this "
+        "node\n"
+    )
     assert capfd.readouterr().err == said
 
 
@@ -160,7 +166,10 @@ def test_a_reader_that_goes_away_does_not_end_the_program():
 
 
 def test_two_processes_with_sruns_variables_train_together(tmp_path):
-    arguments = f"{SMALL} --mock-data --eval-iters 0 --train-iters 3 --lr-warmup-iters 0 --metrics-jsonl {tmp_path}/m.jsonl"
+    arguments = (
+        f"{SMALL} --mock-data --eval-iters 0 --train-iters 3 --lr-warmup-iters 0 "
+        f"--metrics-jsonl {tmp_path}/m.jsonl"
+    )
     ranks = start_step(arguments, stderr=subprocess.STDOUT)
     outputs = [rank.communicate(timeout=90)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
@@ -173,7 +182,8 @@ def test_two_processes_with_sruns_variables_train_together(tmp_path):
 IMPOSSIBLE = f"{SMALL} --mock-data --tensor-model-parallel-size 2 --global-batch-size 12".split()
 REFUSAL = (
     "pretrain_gpt.py: 1 problem in the configuration\n"
-    "  3 processes are not a multiple of --tensor-model-parallel-size 2 x --pipeline-model-parallel-size 1 x --context-parallel-size 1 = 2; "
+    "  3 processes are not a multiple of --tensor-model-parallel-size 2 x "
+    "--pipeline-model-parallel-size 1 x --context-parallel-size 1 = 2; "
     "start 2, 4, or change the sizes\n"
 )
 
@@ -259,7 +269,8 @@ def test_a_task_that_waits_in_vain_for_the_others_says_where(task_of_step, capfd
     assert pretrain_gpt.cli(f"{SMALL} --mock-data --distributed-timeout-minutes 0.03".split()) == 1
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith(
-        f"pretrain_gpt.py: rank 0: the 2 processes did not all meet at localhost:{os.environ['MASTER_PORT']}: Timed out after "
+        "pretrain_gpt.py: rank 0: the 2 processes did not all meet at "
+        f"localhost:{os.environ['MASTER_PORT']}: Timed out after "
     )
     assert "1/2 clients joined; start all of them" in error and error.endswith(
         "raise --distributed-timeout-minutes"
@@ -285,7 +296,10 @@ leave(3, Process(0, 2))
 
 
 def test_a_failed_process_leaves_at_once_and_tidily_whatever_its_threads_are_at(tmp_path):
-    """The thread stands for those of a transport with an operation under way: the interpreter waits for it, or aborts."""
+    """The interpreter would wait for the thread, or abort.
+
+    It stands for those of a transport with an operation under way.
+    """
     command = [sys.executable, "-c", LEAVING, tmp_path / "store"]
     result = subprocess.run(
         command,

@@ -56,6 +56,8 @@ def build_passes(
     chunks: list[GPT] = []
     for chunk in range(placement.num_chunks):
         spec = specs[placement.stage(mesh.pp.rank, chunk)]
+        # Where embedding and head are chunks of one rank (as in zb-v), they share one
+        # parameter; else each end has its own copy, and their gradients are summed.
         tied_weight = None
         embedding = chunks[0].embedding if chunks else None
         if config.model.tied and embedding is not None:
@@ -73,6 +75,7 @@ def build_passes(
             recompute=recompute,
         )
         if parallel.compile:
+            # Block by block: what passes between ranks, and into gradients, stays outside.
             for block in model.layers:
                 block.compile(dynamic=False)
         if not _cuts_parameters(config, mesh):

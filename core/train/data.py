@@ -67,7 +67,7 @@ def build_data(
         dp_size=mesh.dp.size,
         eod_mask_loss=config.data.eod_mask_loss,
         num_workers=config.data.num_workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda",  # a copy from other memory would wait
     )
 
     training = datasets.train

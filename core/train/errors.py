@@ -1,4 +1,4 @@
-"""What the user is told when a run ends with an error, and the exit status that goes with it."""
+"""The end of a run by an error: the message for the user, and the exit status."""
 
 import sys
 from typing import NamedTuple
@@ -27,6 +27,7 @@ class Failure(NamedTuple):
 
 def failure_of(error: BaseException, process: launch.Process) -> Failure | None:
     """Return what to tell the user about an error; None for one that is ours to mend."""
+    # The kinds of ValueError stand before the wider kinds, which a bug may raise as well.
     match error:
         case ConfigError():
             return Failure(str(error), BAD_CONFIGURATION, on_every_rank=True)
@@ -38,6 +39,7 @@ def failure_of(error: BaseException, process: launch.Process) -> Failure | None:
             reason = (error.strerror or str(error)).lower()
             return Failure(f"{error.filename or 'a file'}: {reason}", FAILED)
         case RuntimeError():
+            # PyTorch has no class of its own for processes that did not meet.
             missed = launch.missed_meeting(error, process)
             return Failure(missed, FAILED) if missed else None
         case KeyboardInterrupt():

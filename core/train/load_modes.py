@@ -85,6 +85,7 @@ def with_cooldown(config: Config) -> tuple[Config, list[str]]:
         return config, []
     root = Path(asked.load)
     try:
+        # The newest checkpoint; whether it verifies shows only when it is opened.
         tries = publish.candidates(root, asked.ckpt_step)
         if not tries:
             return config, []

@@ -1,4 +1,4 @@
-"""Why a checkpoint cannot be loaded: found before anything is started, or when it is opened."""
+"""Find why a checkpoint cannot be loaded: before anything is started, or when it is opened."""
 
 from dataclasses import fields
 from pathlib import Path

@@ -100,7 +100,7 @@ class PrepareBatch:
 
 @dataclass
 class PassState:
-    """What one pass has come to so far.
+    """One pass so far: the micro-batches under way and the losses.
 
     batches: the micro-batches of this rank that are still to be read.
     iteration: of the update; None in evaluation.
@@ -154,6 +154,7 @@ class Passes:
 
         A weight that two chunks share is one parameter, and stands there once.
         """
+        # A dict keeps the order, and drops what it holds already.
         found: dict[torch.nn.Parameter, None] = {}
         for chunk in self.chunks:
             found.update(dict.fromkeys(chunk.parameters()))
@@ -180,7 +181,7 @@ class Passes:
         Returns the `totals` of `PassState`.
         """
         for chunk in self.chunks:
-            chunk.train()
+            chunk.train()  # dropout on
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         state = PassState(batches, totals, iteration, scale)
         runner = self.runner(batch, forward_only=False)
@@ -194,7 +195,7 @@ class Passes:
         world; NaN if everything is masked.
         """
         for chunk in self.chunks:
-            chunk.eval()
+            chunk.eval()  # dropout off
         runner = self.runner(batch, forward_only=True)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for _ in range(num_passes):
@@ -213,6 +214,7 @@ class Passes:
         x: hidden states of the stage before; None on the first stage.
         Returns the hidden states for the next stage, or on the last one the scaled loss, 0-d.
         """
+        # The first chunk of this rank reads a micro-batch, and the last one has done with it.
         if chunk == 0:
             state.inputs[index] = self.prepare(next(state.batches), state.iteration)
         inputs = state.inputs[index]
@@ -225,6 +227,7 @@ class Passes:
         x = inputs.tokens if x is None else x
         if not model.predicts:
             return model(x, inputs.context)
+        # Backward starts from the total; the losses of the tokens are for the report.
         targets = inputs.labels, inputs.mask * state.scale
         total, losses = model(x, inputs.context, targets=targets)
         if self._counts_losses:
@@ -246,6 +249,7 @@ class Passes:
             placement.num_chunks,
             forward_only=forward_only,
         )
+        # A message holds the tokens that this rank works on between its layers.
         sharding = self.prepare.sharding
         tokens = batch.seq_length // sharding.cp.size
         if sharding.sequence_parallel:
@@ -269,6 +273,7 @@ def document_indices(tokens: torch.Tensor, eod: int) -> torch.Tensor:
     An end-of-document token belongs to the document that it ends.
     """
     ends = (tokens == eod).long()
+    # The sum up to and with a token; an end does not count for itself.
     return ends.cumsum(dim=1) - ends
 
 
@@ -278,6 +283,8 @@ def positions_in_documents(documents: torch.Tensor) -> torch.Tensor:
     documents: int64 [B, T], as `document_indices` gives them. Returns int64 [B, T].
     """
     indices = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    # The index of the first token of each document at that token, 0 elsewhere; their running
+    # maximum is the start of the document that a token stands in.
     before_first = documents[:, :1] - 1
     starts = torch.where(documents.diff(dim=1, prepend=before_first) > 0, indices, 0)
     return indices - starts.cummax(dim=1).values

@@ -92,6 +92,7 @@ class Reporter:
         self.device = device
         self._world_size = mesh.world_size
         self._sinks = sinks
+        # A CPU has finished the step when it returns: there is nothing to run ahead of.
         self._delay = 0 if device.type == "cpu" else 1
         self._waiting: list[StepResult] = []
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -142,6 +143,7 @@ class Reporter:
         return stop
 
     def _row(self, result: StepResult, seconds: float) -> Row:
+        # The step's end has been waited for: these reads cost nothing more.
         count = result.num_predictions.item()
         rate = result.batch.tokens / seconds
         per_device = rate / self._world_size

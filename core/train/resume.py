@@ -75,7 +75,7 @@ class RunState:
         validation_loss: measured at this iteration; None if there was no evaluation.
         persistent: False for a checkpoint that the next one replaces.
         """
-        self.finish()
+        self.finish()  # at most one save is in flight
         self.progress = progress
         config = self.trainer.config.checkpoint
         assert config.save is not None
@@ -197,6 +197,7 @@ class RunState:
         check_checkpoint(checkpoint, self.trainer.config, restored)
         checkpoint.read_into(self._wanted(restored))
         if restored.weights:
+            # What was read are the fp32 masters: the model computes with rounded copies.
             self.trainer.optimizer.masters_loaded()
         self._load_state(checkpoint.state, restored)
         self._tell_loaded(checkpoint, restored)
@@ -226,6 +227,7 @@ class RunState:
                         item.load(state[item.name])
         self._saved_fingerprints = dict(state["fingerprints"])
         if not restored.data:
+            # Another order of the data is then what was asked for.
             del self._saved_fingerprints["data"]
 
     def _restore_from_hf(self, folder: Path) -> None:

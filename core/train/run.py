@@ -55,6 +55,7 @@ def pretrain(
     """
     process = process or launch.read_environment()
     log = logs.setup(process.rank)
+    # All that can be wrong with the configuration is found before anything is started.
     config = checked(config, process.world_size)
     device = launch.choose_device(config.parallel.device, process.local_rank)
     set_threads(device)
@@ -62,16 +63,19 @@ def pretrain(
     tokenizer = build_tokenizer(**config.data.tokenizer)
     announce(config, process, without_effect, run_ops, device)
 
+    # From here on the processes work together.
     mesh = connect(config, process, device)
     trainer = build_trainer(config, mesh, device, run_ops, tokenizer.vocab_size, tokenizer.eod)
     state = RunState(trainer, tokenizer.fingerprint)
     progress = state.restore()
+    # The order of the data is made when it is known how far the run has come.
     num_samples = samples_needed(config, trainer.schedule, progress, state.data_samples)
     data = build_data(config, trainer.schedule, tokenizer, mesh, device, num_samples)
     state.read_from(data.fingerprint, data.num_samples)
     parameters = total_parameters(config.model, tokenizer.vocab_size)
     log.info(f" {parameters:,} parameters; training from iteration {progress.iteration}")
 
+    # Rank 0 reports; the others read their steps all the same, to learn when to stop.
     sinks = open_sinks(config, progress.iteration) if mesh.rank == 0 else []
     reporter = Reporter(config, mesh, device, tokenizer.vocab_size, sinks)
     progress = loop.run(trainer, data, state, reporter, progress)

@@ -1,4 +1,4 @@
-"""How far a run has come, and the global batch that comes next.
+"""Progress of a run, and the global batch that comes next.
 
 The batch is a function of progress: everything that depends on its size (the step, the reports,
 the evaluation, the amount of data, the pipeline's plans) asks `BatchSchedule.batch_at`, and keeps
@@ -55,6 +55,7 @@ class BatchSchedule:
 
     def __init__(self, config: BatchConfig, data_parallel: int):
         self.num_iterations = config.train_iters
+        # Samples that all data-parallel ranks take together, one micro-batch each.
         per_pass = config.micro_batch_size * data_parallel
         self.evaluation = GlobalBatch(
             config.global_batch_size, config.global_batch_size // per_pass, config.seq_length

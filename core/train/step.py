@@ -22,7 +22,7 @@ from .schedule import BatchSchedule, GlobalBatch, Progress
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update did: 0-d tensors on the device, beside what the host knows.
+    """The outcome of one update: 0-d tensors on the device, beside what the host knows.
 
     progress: with this update.
     batch: the global batch that it was made of.
@@ -82,10 +82,14 @@ class Trainer:
         known = comm.all_reduce(torch.stack([*totals, asked, own_square]), self.mesh.world)
         loss_sum, num_predictions, stop_requests, squared = known.unbind()
 
+        # Backward has given scale / tokens times the gradient of the summed losses; the true one
+        # is 1 / N times that.
         to_true = tokens / (num_predictions * scaler.scale)
         norm = (squared.sqrt() * to_true).float()
+        # A number that is not finite, on any rank, has made the sum of squares so on all of them.
         finite = torch.isfinite(norm) & torch.isfinite(loss_sum) & (num_predictions > 0)
         skip = ~finite
+        # The schedule counts the updates done before this one.
         lr = learning_rate(self.config.optimizer, progress.iteration - 1)
         factor = to_true.float() * clip_factor(norm, self.config.optimizer.clip_grad)
         optimizer.update(lr, factor, skip)
@@ -97,7 +101,7 @@ class Trainer:
             num_predictions,
             norm,
             skip,
-            scaler.scale.clone(),
+            scaler.scale.clone(),  # of this update: it moves on below
             stop_requests,
         )
         scaler.update(skip, num_predictions == 0)

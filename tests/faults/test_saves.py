@@ -1,4 +1,7 @@
-"""Real runs that are killed, or whose checkpoints cannot be written or are damaged: what was published stays, and the run goes on from it."""
+"""Kill real runs, keep their checkpoints from being written, and damage them.
+
+What was published stays, and the run goes on from it.
+"""
 
 import os
 import random
@@ -56,9 +59,12 @@ def kill_at_random_moments(
     chance: random.Random,
     processes: int = 1,
 ) -> None:
-    """Start, kill, start again until it ends by itself, every other time with --async-save. interval: iterations between saves by the flags `saving`.
+    """Start, kill, start again until it ends by itself, every other time with --async-save.
 
-    After each kill a checkpoint verifies that is no older than it must be. The rows at the end are those of a run that was left alone.
+    interval: iterations between saves by the flags `saving`.
+
+    After each kill a checkpoint verifies that is no older than it must be. The rows at the end
+    are those of a run that was left alone.
     """
     train(f"{arguments} --metrics-jsonl {folder}/whole.jsonl", processes)
     parts = folder / "parts"
@@ -69,7 +75,8 @@ def kill_at_random_moments(
         reached = reached_before_it_is_killed(
             start_step(command) if processes > 1 else [start(command)], chance
         )
-        # The saves before the last iteration that was logged are finished, all but one that may have been in flight.
+        # The saves before the last iteration that was logged are finished, all but one that may
+        # have been in flight.
         check_what_is_left(parts, (reached - 1) // interval * interval - interval * asynchronous)
     train(arguments, processes)
     whole, found = (
@@ -95,7 +102,7 @@ def reached_before_it_is_killed(run: list[subprocess.Popen], chance: random.Rand
 
 
 def check_what_is_left(save_dir: Path, owed: int) -> None:
-    """The newest checkpoint is of iteration `owed` or later, verifies, and every row before it is there."""
+    """Check the newest checkpoint: of iteration `owed` or later, whole, with all rows before it."""
     published = publish.published_iterations(save_dir) if save_dir.is_dir() else []
     newest = publish.tracked_iteration(save_dir) if published else 0
     if published:
@@ -130,7 +137,10 @@ def test_killed_runs_end_up_with_the_losses_of_an_uninterrupted_one(data, tmp_pa
 
 def test_killed_runs_of_two_processes_do_too(data, tmp_path):
     """--deterministic-mode: the order of the sums over processes is then always the same."""
-    arguments = f"{RUN} --data-path {data} --train-iters 24 --deterministic-mode --use-distributed-optimizer"
+    arguments = (
+        f"{RUN} --data-path {data} --train-iters 24 --deterministic-mode "
+        "--use-distributed-optimizer"
+    )
     kill_at_random_moments(
         arguments, "--save-interval 3", 3, tmp_path, 1, random.Random(2), processes=2
     )
@@ -141,7 +151,10 @@ def test_killed_runs_of_two_processes_do_too(data, tmp_path):
 @pytest.mark.parametrize(("processes", "kills", "iterations"), [(1, 70, 1500), (2, 30, 200)])
 def test_runs_killed_a_hundred_times(data, tmp_path, processes, kills, iterations):
     """With everything that removes checkpoints, and data workers."""
-    arguments = f"{RUN} --data-path {data} --train-iters {iterations} --num-workers 1 --deterministic-mode --eval-interval 20"
+    arguments = (
+        f"{RUN} --data-path {data} --train-iters {iterations} --num-workers 1 "
+        "--deterministic-mode --eval-interval 20"
+    )
     saving = (
         "--save-interval 20 --non-persistent-save-interval 4 --save-keep-last 4 --save-keep-best 2"
     )
@@ -163,7 +176,8 @@ def small_disk(tmp_path) -> Iterator[Path]:
     )
     if made.returncode:
         pytest.skip(
-            f"no file system can be mounted here: {made.stderr.strip()}; the limits in tests/checkpoint are all that is tested"
+            f"no file system can be mounted here: {made.stderr.strip()}; the limits in "
+            "tests/checkpoint are all that is tested"
         )
     yield place
     subprocess.run(["umount", place], check=True)
@@ -179,7 +193,10 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_published(data, tmp_path, 
     )
     with pytest.raises(CheckpointError) as failure, log_of(tmp_path / "log"):
         train(save)
-    reason = rf"checkpoint of iteration 20 was not saved: {small_disk}/\S+ cannot be written: No space left on device; the newest published is 10"
+    reason = (
+        rf"checkpoint of iteration 20 was not saved: {small_disk}/\S+ cannot be written: No space "
+        rf"left on device; the newest published is 10"
+    )
     assert re.fullmatch(reason, str(failure.value))
     assert sorted(path.name for path in small_disk.iterdir()) == ["iter_0000010", publish.TRACKER]
     log = (tmp_path / "log").read_text()
@@ -194,7 +211,10 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_published(data, tmp_path, 
 
 
 def test_a_writer_killed_on_one_of_two_processes_ends_both_with_the_same_line(data, tmp_path):
-    arguments = f"{RUN} --data-path {data} --train-iters 100000 --save-interval 20 --async-save --save-keep-last 2 --save {tmp_path}"
+    arguments = (
+        f"{RUN} --data-path {data} --train-iters 100000 --save-interval 20 --async-save "
+        f"--save-keep-last 2 --save {tmp_path}"
+    )
     run = start_step(arguments)
     next(line for line in run[0].stdout if "saved checkpoint at iteration 20" in line)
     kill_writers_of(run[1])
@@ -202,7 +222,10 @@ def test_a_writer_killed_on_one_of_two_processes_ends_both_with_the_same_line(da
     assert [process.returncode for process in run] == [1, 1]
     newest = publish.tracked_iteration(tmp_path)
     line = said[0][1].splitlines()[-1].removeprefix("pretrain_gpt.py: rank 1: ")
-    killed = rf"checkpoint of iteration {newest + 20} was not saved: its writer, process \d+, was killed by SIGKILL; the newest published is {newest}"
+    killed = (
+        rf"checkpoint of iteration {newest + 20} was not saved: its writer, process \d+, was "
+        rf"killed by SIGKILL; the newest published is {newest}"
+    )
     assert re.fullmatch(killed, line), said
     assert said[1][1].splitlines()[-1] == f"[rank 1] pretrain_gpt.py: rank 1: {line}"
     assert f"[rank 1] error: {line}; the run ends after the next step" in said[1][0].splitlines()

@@ -1,4 +1,7 @@
-"""A rank that stops answering, or dies, ends the others: in time, with the rank, the operation and the group in the message."""
+"""A rank that stops answering, or dies, ends the others in time.
+
+Their message names the rank, the operation and the group.
+"""
 
 import os
 import re
@@ -34,7 +37,8 @@ from trivium.train import data
 RUN = f"{SMALL}{NO_DROPOUT} --mock-data --eval-iters 0 --train-iters 100000"
 SLOW = "a rank hangs or the network is cut; if it is only slow, raise --distributed-timeout-minutes"
 GONE = "another rank is gone, and its own message says why"
-LARGE = 2_000_000  # floats: more than sockets hold, so that a send to a rank that does not read cannot complete
+# Floats: more than sockets hold, so that a send to a rank that does not read cannot complete.
+LARGE = 2_000_000
 
 OPERATIONS: dict[str, Callable[[Axis], object]] = {
     "all-reduce": lambda axis: all_reduce(torch.zeros(LARGE), axis),
@@ -47,7 +51,10 @@ OPERATIONS: dict[str, Callable[[Axis], object]] = {
 
 
 def outcomes(mesh: Mesh, groups: list[dist.ProcessGroup]) -> dict[str, tuple[float, str]]:
-    """Every operation at once over tp, each in a group of its own: after how many seconds it failed, and with what words."""
+    """Start every operation at once over tp, each in a group of its own.
+
+    Returns after how many seconds each failed, and with what words.
+    """
 
     def fail(operation, group) -> tuple[float, str]:
         start = time.monotonic()
@@ -131,7 +138,10 @@ RUNS = [
 
 
 class Hanging(MicroBatches):
-    """A loader that writes its process's id to `path` and hangs where its eleventh micro-batch should be: stopped, threads and all, or asleep."""
+    """A loader that hangs where its eleventh micro-batch should be.
+
+    It writes its process's id to `path` first. Then it is stopped, threads and all, or sleeps.
+    """
 
     path: Path
     stopped: bool
@@ -150,7 +160,10 @@ class Hanging(MicroBatches):
 def run_beside_a_hanging_loader(
     mesh: Mesh, flags: str, stopped: bool, path: Path, port: str
 ) -> tuple[float, str]:
-    """A run whose rank 1 hangs: how many seconds after it the run ended on this rank, and with what words."""
+    """Run with a rank 1 that hangs.
+
+    Returns how many seconds later the run ended on this rank, and with what words.
+    """
     dist.destroy_process_group()  # the pool's: the run makes its own, with its own timeout
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if mesh.rank == 1:
@@ -227,8 +240,14 @@ def test_every_operation_with_a_killed_rank_fails_at_once_and_says_that_it_is_go
 def test_the_processes_of_a_failed_run_are_gone_and_say_one_line(
     tmp_path, number, timeout, earliest, latest, reason, flags
 ):
-    """Groups that are taken down with operations under way abort the process: it has to leave without, and still with its rows written."""
-    arguments = f"{RUN} {flags} --log-interval 1 --distributed-timeout-minutes {timeout / 60} --metrics-jsonl {tmp_path}/rows.jsonl"
+    """Groups that are taken down with operations under way abort the process.
+
+    So it has to leave without that, and still with its rows written.
+    """
+    arguments = (
+        f"{RUN} {flags} --log-interval 1 --distributed-timeout-minutes {timeout / 60} "
+        f"--metrics-jsonl {tmp_path}/rows.jsonl"
+    )
     ranks = start_step(arguments)
     try:
         lines = iter(ranks[0].stdout)

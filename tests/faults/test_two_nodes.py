@@ -1,4 +1,7 @@
-"""Two network namespaces train as two nodes, and both of them end, and say why, when the network between them fails."""
+"""Two network namespaces train as two nodes.
+
+When the network between them fails, both end and say why.
+"""
 
 import os
 import re
@@ -16,9 +19,12 @@ from runs import NO_DROPOUT, SMALL, rows_of, train
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples/two_nodes.sh"
 RUN = f"{SMALL} --mock-data --eval-iters 0 --log-interval 1"
-TIMEOUT = 15  # seconds a collective may take; processes that start on a busy machine must find each other within it, too
+# Seconds that a collective may take. Processes that start on a busy machine must find each other
+# within it, too.
+TIMEOUT = 15
 CUT = f"{RUN} --train-iters 100000 --distributed-timeout-minutes {TIMEOUT / 60}"
-ENDING = 40  # seconds, on a busy machine, from the last message to the end of torchrun; about 3 on an idle one
+# Seconds from the last message to the end of torchrun on a busy machine; about 3 on an idle one.
+ENDING = 40
 TP_PP = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"
 PATH = f"{os.environ.get('PATH')}:/usr/sbin:/sbin"
 
@@ -31,7 +37,10 @@ def obstacle() -> str | None:
         return "there is no ip command"
     name = f"trivium{os.getpid()}"
     # `ip netns delete` takes the cable's ends along with the namespace.
-    make = f"ip netns add {name} && ip link add cable netns {name} type veth peer name other netns {name}"
+    make = (
+        f"ip netns add {name} && ip link add cable netns {name} type veth peer name other netns "
+        f"{name}"
+    )
     result = subprocess.run(
         ["sh", "-c", f"{make}; made=$?; ip netns delete {name}; exit $made"],
         capture_output=True,
@@ -51,7 +60,10 @@ pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
 
 @contextmanager
 def two_nodes(arguments: str, processes: int, errors: Path) -> Iterator[subprocess.Popen]:
-    """The script under way, its stdout in a pipe, its stderr in the file `errors`; at the end neither it nor a namespace is left."""
+    """Start the script, its stdout in a pipe, its stderr in the file `errors`.
+
+    At the end neither it nor a namespace is left.
+    """
     environment = os.environ | {"PATH": PATH, "PROCESSES": str(processes)}
     with errors.open("w") as stderr:
         script = subprocess.Popen(
@@ -90,7 +102,11 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("processes", "layout"), LAYOUTS)
 def test_two_nodes_train_as_one_process(tmp_path, processes, layout):
-    """Six fp32 losses of about 4.5. Sums in another order differ by some 2^-24 = 6e-8 of them, which six updates do not raise above 1e-5."""
+    """Compare six fp32 losses of about 4.5.
+
+    Sums in another order differ by some 2^-24 = 6e-8 of them, which six updates do not raise
+    above 1e-5.
+    """
     run = f"{RUN}{NO_DROPOUT} --train-iters 6"
     with two_nodes(
         f"{run} {layout} --metrics-jsonl {tmp_path}/two.jsonl", processes, tmp_path / "errors"
@@ -121,8 +137,12 @@ FAILURES = [
     pytest.param("to lose what it carries", 2, TP_PP, id="lost, tp2 x pp2", marks=pytest.mark.soak),
     pytest.param("to cut the cable", 2, TP_PP, id="cut, tp2 x pp2", marks=pytest.mark.soak),
 ]
-# What a step was at when the network failed is chance: a message between stages, or a sum at its end.
-OPERATION = r"(all-reduce|all-gather|reduce-scatter|send to rank \d|receive from rank \d) over [a-z_]+ \(ranks \d(, \d)+\) failed: "
+# Chance decides what a step was at when the network failed: a message between stages, or a sum
+# at its end.
+OPERATION = (
+    r"(all-reduce|all-gather|reduce-scatter|send to rank \d|receive from rank \d) over [a-z_]+ "
+    r"\(ranks \d(, \d)+\) failed: "
+)
 
 
 @pytest.mark.parametrize(("way", "processes", "layout"), FAILURES)

@@ -23,7 +23,10 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("model", ["", LLAMA], ids=["gpt", "llama"])
 @pytest.mark.parametrize("dropout", ["", " --hidden-dropout 0.1"])
 def test_losses_equal_the_cpus(data, tmp_path, model, dropout):
-    """fp32 without TF32, 20 updates of a small model: 1e-4 relative. The dropout masks are the same on every device."""
+    """fp32 without TF32, 20 updates of a small model: 1e-4 relative.
+
+    The dropout masks are the same on every device.
+    """
     arguments = f"{ON_GPU}{model}{dropout} --data-path {data}"
     train(f"{arguments} --metrics-jsonl {tmp_path}/gpu.jsonl")
     train(f"{arguments} --device cpu --metrics-jsonl {tmp_path}/cpu.jsonl")
@@ -49,7 +52,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, tmp_path, precision):
 def test_every_kernel_gives_the_same_losses(data, tmp_path):
     for kernels in ("torch", "triton"):
         train(
-            f"{ON_GPU}{LLAMA} --kernels {kernels} --data-path {data} --metrics-jsonl {tmp_path}/{kernels}.jsonl"
+            f"{ON_GPU}{LLAMA} --kernels {kernels} --data-path {data} "
+            f"--metrics-jsonl {tmp_path}/{kernels}.jsonl"
         )
     torch_losses, triton_losses = (
         [row["lm_loss"] for row in rows_of(tmp_path / f"{name}.jsonl")]

@@ -1,4 +1,7 @@
-"""What each --load-mode takes over, held against the state of the run that wrote the checkpoint and of one that begins."""
+"""Each --load-mode takes over what its row in the table says, and nothing else.
+
+Its state is compared with that of the run that wrote the checkpoint, and of one that begins.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,10 @@ from trivium.train.load_modes import MODES
 from trivium.train.resume import RunState
 from trivium.train.schedule import Progress
 
-RUN = f"{SMALL}{LLAMA}{NO_DROPOUT} --eval-interval 4 --eval-iters 1 --split 80,20,0 --fp16 --initial-loss-scale 65536 --loss-scale-window 5"
+RUN = (
+    f"{SMALL}{LLAMA}{NO_DROPOUT} --eval-interval 4 --eval-iters 1 --split 80,20,0 --fp16 "
+    "--initial-loss-scale 65536 --loss-scale-window 5"
+)
 SAVED = 8
 
 
@@ -141,9 +147,10 @@ def test_every_mode_of_the_flag_is_in_the_table():
 
 
 def test_a_run_goes_on_in_the_modes_that_keep_the_place(arguments, saved, tmp_path):
-    """transfer_with_lr: the rates of the schedule from iteration 9 on, the samples from the first on."""
+    """transfer_with_lr: the schedule goes on at iteration 9, the samples start again."""
     train(
-        f"{arguments} --load {saved} --ckpt-step {SAVED} --load-mode transfer_with_lr --save {tmp_path}"
+        f"{arguments} --load {saved} --ckpt-step {SAVED} --load-mode transfer_with_lr "
+        f"--save {tmp_path}"
     )
     whole, found = (rows_of(folder / "metrics.jsonl") for folder in (saved, tmp_path))
     assert [(row["iteration"], row["learning_rate"]) for row in found] == [
@@ -160,8 +167,14 @@ def test_a_run_goes_on_in_the_modes_that_keep_the_place(arguments, saved, tmp_pa
 def test_a_cooldown_goes_from_the_saved_rate_to_the_lowest_on_the_same_data(
     arguments, saved, tmp_path
 ):
-    """Its first update is that of the run that goes on. Fewer iterations need fewer epochs of the data, and yet the order stays."""
-    cooldown = f"--load {saved} --ckpt-step {SAVED} --load-mode cooldown --cooldown-iters 4 --min-lr 1e-4 --lr-wsd-decay-style linear"
+    """Its first update is that of the run that goes on.
+
+    Fewer iterations need fewer epochs of the data, and yet the order stays.
+    """
+    cooldown = (
+        f"--load {saved} --ckpt-step {SAVED} --load-mode cooldown --cooldown-iters 4 "
+        "--min-lr 1e-4 --lr-wsd-decay-style linear"
+    )
     train(f"{arguments} {cooldown} --save {tmp_path}")
     whole, found = (rows_of(folder / "metrics.jsonl") for folder in (saved, tmp_path))
     assert [row["iteration"] for row in found] == [9, 10, 11, 12]
@@ -181,7 +194,8 @@ def test_a_cooldown_that_was_stopped_goes_on_with_the_configuration_saved_beside
     train(f"{cooldown} --save {tmp_path}/whole")
     train(f"{cooldown} --save {tmp_path}/parts --exit-interval 11")
     train(
-        f"--config {tmp_path}/parts/iter_0000011/config.yaml --load {tmp_path}/parts --exit-interval 100"
+        f"--config {tmp_path}/parts/iter_0000011/config.yaml --load {tmp_path}/parts "
+        "--exit-interval 100"
     )
     whole, found = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     assert exact(found) == exact(whole) and len(found) == 6
@@ -208,7 +222,10 @@ def test_the_rate_is_that_of_the_saved_schedule_whatever_the_flags_now_say(
     schedule = resolve(flags.parse(arguments.split()).config, 1).optimizer
     config = run.checked(
         flags.parse(
-            f"{arguments} --lr 1 --lr-decay-style constant --load {saved} --ckpt-step 4 --load-mode cooldown --cooldown-iters 7".split()
+            (
+                f"{arguments} --lr 1 --lr-decay-style constant --load {saved} --ckpt-step 4 "
+                "--load-mode cooldown --cooldown-iters 7"
+            ).split()
         ).config,
         1,
     )

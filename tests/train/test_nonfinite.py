@@ -1,4 +1,7 @@
-"""A loss or gradient that is not finite: the update is skipped on every rank, counted, named, and leaves no trace in the moments."""
+"""An update with a loss or a gradient that is not finite is skipped on every rank.
+
+It is counted and named, and leaves no trace in the moments.
+"""
 
 import re
 
@@ -21,7 +24,7 @@ def data(tmp_path_factory):
 
 
 def poisoned_run(mesh: Mesh, arguments: str, iteration: int, value: float, where: str) -> None:
-    """A run in which one micro-batch of the last rank has losses, or one gradient element, of `value`."""
+    """Run with losses, or one gradient element, of `value` in one micro-batch of the last rank."""
     honest, honest_forward = Passes.run_chunk, GPT.forward
 
     def poisoned(model, x, context, *, targets):
@@ -69,7 +72,7 @@ ZERO1 = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gathe
 def test_one_bad_micro_batch_on_one_rank_skips_the_update_everywhere(
     data, tmp_path, layout, where, value
 ):
-    """After the skip the run goes on, its weights as if the bad batch had never been: the loss falls on."""
+    """The run goes on as if the bad batch had never been: the loss falls on."""
     run_ranks(
         2,
         poisoned_run,
@@ -104,9 +107,13 @@ def test_the_skipped_iteration_is_named_and_counted(data, tmp_path, capsys):
 
 
 def test_fp16_finds_its_scale_and_then_trains(data, tmp_path):
-    """From a scale of 2^32 updates overflow and are skipped until gradients fit; learning rate and samples go on all the same."""
+    """From a scale of 2^32, updates overflow and are skipped until gradients fit.
+
+    Learning rate and samples go on all the same.
+    """
     train(
-        f"{RUN} --fp16 --hysteresis 1 --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl --train-iters 60 --lr-decay-iters 60"
+        f"{RUN} --fp16 --hysteresis 1 --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl "
+        "--train-iters 60 --lr-decay-iters 60"
     )
     rows = rows_of(tmp_path / "m.jsonl")
     skipped = [row["iteration"] for row in rows if row["skipped"]]
@@ -119,7 +126,7 @@ def test_fp16_finds_its_scale_and_then_trains(data, tmp_path):
 
 
 def test_bf16_and_fp16_follow_fp32(data, tmp_path):
-    """A smoke test: 20 losses within 1% of fp32's, which no wrong scale or mean would leave them."""
+    """Compare 20 losses with fp32's: within 1%, where no wrong scale or mean would leave them."""
     for name, flags in (
         ("fp32", ""),
         ("bf16", "--bf16"),

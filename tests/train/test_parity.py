@@ -8,11 +8,12 @@ import pytest
 from runs import LLAMA, NO_DROPOUT, SMALL, rows_of, train, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
-# Unequal masks (--eod-mask-loss), gradient accumulation (global batch 8 of micro-batches of 2), a clip that bites, an
-# awkward vocabulary, hidden dropout in the same places.
+# Unequal masks (--eod-mask-loss), gradient accumulation (global batch 8 of micro-batches of 2), a
+# clip that bites, an awkward vocabulary, hidden dropout in the same places.
 AWKWARD = (
     SMALL
-    + " --eod-mask-loss --attention-dropout 0 --hidden-dropout 0.1 --clip-grad 0.3 --eval-interval 10 --eval-iters 3 --split 80,20,0"
+    + " --eod-mask-loss --attention-dropout 0 --hidden-dropout 0.1 --clip-grad 0.3"
+    + " --eval-interval 10 --eval-iters 3 --split 80,20,0"
 )
 
 
@@ -25,7 +26,10 @@ def data(tmp_path_factory):
     ("model", "ranks"), [("", 2), (LLAMA, 2), (LLAMA, 4)], ids=["gpt-dp2", "llama-dp2", "llama-dp4"]
 )
 def test_losses_and_norms_equal_one_process(data, tmp_path, model, ranks):
-    """fp32, 20 updates: sums in another order stay within 1e-5 relative; a wrong mask or mean is off by 1e-2 here."""
+    """fp32, 20 updates: sums in another order stay within 1e-5 relative.
+
+    A wrong mask or mean is off by 1e-2 here.
+    """
     for n in (1, ranks):
         train(f"{AWKWARD}{model} --data-path {data} --metrics-jsonl {tmp_path}/{n}.jsonl", n)
     one, many = (rows_of(tmp_path / f"{n}.jsonl") for n in (1, ranks))
@@ -41,7 +45,8 @@ def test_losses_and_norms_equal_one_process(data, tmp_path, model, ranks):
 def test_micro_batch_size_does_not_matter(data, tmp_path):
     for micro in (1, 4, 8):
         train(
-            f"{AWKWARD} --micro-batch-size {micro} --data-path {data} --metrics-jsonl {tmp_path}/{micro}.jsonl"
+            f"{AWKWARD} --micro-batch-size {micro} --data-path {data} "
+            f"--metrics-jsonl {tmp_path}/{micro}.jsonl"
         )
     one, *others = (rows_of(tmp_path / f"{micro}.jsonl") for micro in (1, 4, 8))
     for rows in others:
@@ -51,7 +56,7 @@ def test_micro_batch_size_does_not_matter(data, tmp_path):
 
 
 def test_the_loss_is_the_masked_mean_over_the_global_batch(data, tmp_path):
-    """The first loss, against a mean over every unmasked label of the first eight samples computed here."""
+    """The first loss is the mean over all unmasked labels of eight samples, computed here."""
     import numpy as np
     import torch
 
@@ -60,7 +65,10 @@ def test_the_loss_is_the_masked_mean_over_the_global_batch(data, tmp_path):
     from trivium.data.splits import build_datasets
     from trivium.model.gpt import GPT
 
-    arguments = f"{SMALL}{LLAMA}{NO_DROPOUT} --eod-mask-loss --split 100,0,0 --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl"
+    arguments = (
+        f"{SMALL}{LLAMA}{NO_DROPOUT} --eod-mask-loss --split 100,0,0 --data-path {data} "
+        f"--metrics-jsonl {tmp_path}/m.jsonl"
+    )
     train(arguments, 2)
     config = resolve(flags.parse(arguments.split()).config, 1)
     samples = build_datasets([str(data)], "100,0,0", 32, 1234, (160, 0, 0)).train

@@ -19,13 +19,16 @@ from trivium.train.passes import Passes
 
 RUN = SMALL + LLAMA + NO_DROPOUT + " --eval-interval 10 --eval-iters 2 --split 80,10,10"
 MEGATRON_LINE = re.compile(
-    r"^ iteration +(\d+)/ +(\d+) \| consumed samples: +(\d+) \| elapsed time per iteration \(ms\): ([\d.]+) \| learning rate: (\S+) \| "
-    r"global batch size: +(\d+) \| lm loss: (\S+) \| loss scale: ([\d.]+) \| grad norm: ([\d.]+) \| number of skipped iterations: +(\d+) \| "
+    r"^ iteration +(\d+)/ +(\d+) \| consumed samples: +(\d+) \| elapsed time per iteration "
+    r"\(ms\): ([\d.]+) \| learning rate: (\S+) \| "
+    r"global batch size: +(\d+) \| lm loss: (\S+) \| loss scale: ([\d.]+) \| grad norm: ([\d.]+) "
+    r"\| number of skipped iterations: +(\d+) \| "
     r"number of nan iterations: +(\d+) \|",
     re.MULTILINE,
 )
 FIELDS = (
-    "iteration consumed_samples consumed_tokens lm_loss grad_norm learning_rate global_batch_size iteration_ms tokens_per_second "
+    "iteration consumed_samples consumed_tokens lm_loss grad_norm learning_rate global_batch_size "
+    "iteration_ms tokens_per_second "
     "tflops_per_device mfu mfu_causal loss_scale skipped memory_bytes"
 ).split()
 
@@ -37,7 +40,8 @@ def data(tmp_path_factory):
 
 def test_lines_rows_and_files_agree(data, tmp_path, capsys):
     train(
-        f"{RUN} --data-path {data} --save {tmp_path} --tensorboard-dir {tmp_path}/tb --log-throughput"
+        f"{RUN} --data-path {data} --save {tmp_path} --tensorboard-dir {tmp_path}/tb "
+        "--log-throughput"
     )
     out, rows = capsys.readouterr().out, rows_of(tmp_path / "metrics.jsonl")
     lines = MEGATRON_LINE.findall(out)
@@ -68,8 +72,8 @@ def test_lines_rows_and_files_agree(data, tmp_path, capsys):
         for row in found:
             assert row["ppl"] == pytest.approx(math.exp(row["lm_loss"]))
             assert (
-                f" {name} loss at iteration {row['iteration']} | lm loss value: {row['lm_loss']:.6E} | lm loss PPL: {row['ppl']:.6E} |"
-                in out
+                f" {name} loss at iteration {row['iteration']} | lm loss value: "
+                f"{row['lm_loss']:.6E} | lm loss PPL: {row['ppl']:.6E} |" in out
             )
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
     check_tensorboard(tmp_path / "tb", rows)
@@ -95,7 +99,7 @@ def check_tensorboard(folder, rows):
 
 
 def test_an_evaluation_ends_its_worker_processes(data, monkeypatch):
-    """Left to the garbage collector they pile up until it comes by, and then hold the run up for five seconds each."""
+    """Left to the garbage collector they pile up, and hold the run up for five seconds each."""
     counts, honest = [], Passes.mean_loss
 
     def mean_loss(*arguments):
@@ -116,16 +120,21 @@ def test_an_evaluation_ends_its_worker_processes(data, monkeypatch):
 def test_zero_width_split_and_no_iterations_mean_no_validation(data, tmp_path, capsys):
     for change in ("--split 100,0,0", "--eval-iters 0"):
         train(
-            f"{RUN} --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl {change} --exit-interval 10"
+            f"{RUN} --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl {change} "
+            "--exit-interval 10"
         )
         assert rows_of(tmp_path / "m.jsonl", "valid") == []
         assert "validation loss" not in capsys.readouterr().out
 
 
 def test_validation_is_the_same_whatever_was_trained_before(data, tmp_path):
-    """At a learning rate of almost zero the model stands still: two evaluations of the same samples give the same loss."""
+    """Two evaluations of the same samples give the same loss.
+
+    The learning rate is almost zero, so that the model stands still.
+    """
     train(
-        f"{RUN} --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl --lr 1e-30 --lr-warmup-iters 0 --lr-decay-style constant"
+        f"{RUN} --data-path {data} --metrics-jsonl {tmp_path}/m.jsonl --lr 1e-30 "
+        "--lr-warmup-iters 0 --lr-decay-style constant"
     )
     first, second = rows_of(tmp_path / "m.jsonl", "valid")
     assert first["lm_loss"] == second["lm_loss"]
@@ -160,7 +169,8 @@ def test_a_pipe_is_written_to_and_not_replaced(data, tmp_path):
 def test_an_evaluation_without_a_prediction_is_null(tmp_path):
     write_ends(tmp_path / "ends")
     train(
-        f"{RUN} --eod-mask-loss --data-path {tmp_path}/ends --split 50,50,0 --metrics-jsonl {tmp_path}/m.jsonl --train-iters 10"
+        f"{RUN} --eod-mask-loss --data-path {tmp_path}/ends --split 50,50,0 "
+        f"--metrics-jsonl {tmp_path}/m.jsonl --train-iters 10"
     )
     assert [(row["lm_loss"], row["ppl"]) for row in rows_of(tmp_path / "m.jsonl", "valid")] == [
         (None, None)
@@ -168,9 +178,18 @@ def test_an_evaluation_without_a_prediction_is_null(tmp_path):
 
 
 def test_evaluation_is_the_masked_mean_of_the_first_samples_without_dropout(data, tmp_path):
-    """Against a mean computed here; at a learning rate of almost zero the model is the initial one."""
-    still = "--lr 1e-30 --lr-warmup-iters 0 --lr-decay-style constant --attention-dropout 0.5 --hidden-dropout 0.5 --eod-mask-loss --eval-iters 3"
-    arguments = f"{RUN} {still} --data-path {data} --split 60,40,0 --metrics-jsonl {tmp_path}/m.jsonl --exit-interval 10"
+    """Compare with a mean computed here.
+
+    At a learning rate of almost zero the model is the initial one.
+    """
+    still = (
+        "--lr 1e-30 --lr-warmup-iters 0 --lr-decay-style constant --attention-dropout 0.5 "
+        "--hidden-dropout 0.5 --eod-mask-loss --eval-iters 3"
+    )
+    arguments = (
+        f"{RUN} {still} --data-path {data} --split 60,40,0 --metrics-jsonl {tmp_path}/m.jsonl "
+        "--exit-interval 10"
+    )
     train(arguments, 4)
     samples = build_datasets([str(data)], "60,40,0", 32, 1234, (160, 24, 0)).valid
     ids = torch.stack([torch.from_numpy(samples.sample(k).ids) for k in range(24)])
@@ -186,8 +205,11 @@ def test_evaluation_is_the_masked_mean_of_the_first_samples_without_dropout(data
 
 @pytest.mark.parametrize("dropout", ["--attention-dropout 0.5", "--hidden-dropout 0.5"])
 def test_dropout_is_drawn_anew_each_iteration_and_from_the_seed(data, tmp_path, dropout):
-    """One sample again and again, at a learning rate of almost zero: all that changes is the mask."""
-    arguments = f"{RUN} --lr 1e-30 --lr-warmup-iters 0 --lr-decay-style constant --eval-iters 0 {dropout} --exit-interval 4 --data-path {data}"
+    """Train on one sample at a learning rate of almost zero: all that changes is the mask."""
+    arguments = (
+        f"{RUN} --lr 1e-30 --lr-warmup-iters 0 --lr-decay-style constant "
+        f"--eval-iters 0 {dropout} --exit-interval 4 --data-path {data}"
+    )
     losses = {}
     for name, more in (
         ("none", "--attention-dropout 0 --hidden-dropout 0"),

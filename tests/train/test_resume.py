@@ -81,7 +81,10 @@ def test_batches_of_another_size_go_on_where_the_data_was(data, tmp_path):
 
 
 def test_one_rank_asked_to_stop_stops_all(data, tmp_path):
-    """The wish travels with the step's own reduction: both ranks end after the same iteration, and the checkpoint is whole."""
+    """Both ranks end after the same iteration, and the checkpoint is whole.
+
+    The request travels with the step's own reduction.
+    """
     reached = run_ranks(
         2,
         stopped_on_rank_one,
@@ -111,7 +114,8 @@ def stopped_on_rank_one(mesh: Mesh, arguments: str) -> int:
 def test_finetune_takes_the_weights_alone(data, tmp_path):
     train(f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path}/a")
     train(
-        f"{RUN}{NO_DROPOUT} --data-path {data} --load {tmp_path}/a --finetune --save {tmp_path}/b --exit-interval 2"
+        f"{RUN}{NO_DROPOUT} --data-path {data} --load {tmp_path}/a --finetune "
+        f"--save {tmp_path}/b --exit-interval 2"
     )
     before, after = rows_of(tmp_path / "a/metrics.jsonl"), rows_of(tmp_path / "b/metrics.jsonl")
     assert [row["iteration"] for row in after] == [1, 2]
@@ -134,7 +138,8 @@ def test_no_load_optim_keeps_the_place_and_forgets_the_moments(data, tmp_path):
 
 def test_retention_keeps_what_was_asked(data, tmp_path):
     train(
-        f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --save-interval 2 --save-keep-last 2 --save-retain-interval 6"
+        f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --save-interval 2 "
+        "--save-keep-last 2 --save-retain-interval 6"
     )
     assert publish.published_iterations(tmp_path) == [6, 12, 18, 20]
 
@@ -145,7 +150,8 @@ def test_the_best_by_validation_loss_stay_and_the_newest(data, tmp_path, way):
         "--eval-interval 2 --save-interval 2 --lr 0.1"  # so high that the loss goes up and down
     )
     train(
-        f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} {evaluated} --save-keep-best 2 {way}"
+        f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} {evaluated} "
+        f"--save-keep-best 2 {way}"
     )
     losses = {
         row["iteration"]: row["lm_loss"] for row in rows_of(tmp_path / "metrics.jsonl", "valid")
@@ -159,7 +165,8 @@ def test_the_best_by_validation_loss_stay_and_the_newest(data, tmp_path, way):
 
 def test_a_checkpoint_tells_the_validation_loss_of_its_own_iteration_or_none(data, tmp_path):
     train(
-        f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --eval-interval 4 --save-interval 2 --train-iters 9"
+        f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --eval-interval 4 "
+        "--save-interval 2 --train-iters 9"
     )
     losses = {
         row["iteration"]: row["lm_loss"] for row in rows_of(tmp_path / "metrics.jsonl", "valid")
@@ -197,7 +204,8 @@ def test_a_non_persistent_checkpoint_is_there_until_the_next_one(data, tmp_path,
 
     monkeypatch.setattr(RunState, "save", save)
     train(
-        f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --save-interval 6 --non-persistent-save-interval 2 --exit-interval 14 {way}"
+        f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --save-interval 6 "
+        f"--non-persistent-save-interval 2 --exit-interval 14 {way}"
     )
     assert seen == [[2], [4], [6], [6, 8], [6, 10], [6, 12], [6, 12, 14]]
     persistent = [
@@ -208,7 +216,8 @@ def test_a_non_persistent_checkpoint_is_there_until_the_next_one(data, tmp_path,
         "where both are due, and where the run ends, the checkpoint stays"
     )
     train(
-        f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --load {tmp_path} --non-persistent-save-interval 3 --train-iters 16 {way}"
+        f"{RUN}{NO_DROPOUT} --data-path {data} --save {tmp_path} --load {tmp_path} "
+        f"--non-persistent-save-interval 3 --train-iters 16 {way}"
     )
     assert seen[7:] == [[6, 12, 14, 15], [6, 12, 14, 16]]
 

@@ -1,4 +1,8 @@
-"""What reaches the optimizer: the gradient of the masked mean, clipped once, whatever mask, scale and layout. Adam alone hides any wrong factor."""
+"""The optimizer gets the gradient of the masked mean, clipped once.
+
+So it is for any mask, scale and layout. The losses alone would not show it: Adam hides any wrong
+factor.
+"""
 
 import pytest
 import torch

@@ -29,7 +29,7 @@ class MetricsFile:
     def write(self, row: Row) -> None:
         """Append the row of one iteration."""
         values = asdict(row)
-        del values["no_predictions"]
+        del values["no_predictions"]  # no part of the format
         self._file.write(_line(values))
 
     def evaluation(self, row: EvaluationRow) -> None:
@@ -96,6 +96,7 @@ def _keep_until(path: Path, iteration: int) -> None:
     if iteration == 0 and rows:
         _put_aside(path)
         return
+    # Into a file beside it first: a crash in here must not lose the rows before.
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         for row in rows:

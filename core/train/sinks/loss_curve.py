@@ -53,6 +53,7 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     if axes.lines:
         axes.legend()
     figure.tight_layout()
+    # Renamed when it is whole: a viewer never sees half a picture.
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
