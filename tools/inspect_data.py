@@ -1,4 +1,5 @@
-"""Show what a run would train on: counts of the datasets, and the exact token ids of samples in the shuffled, blended order."""
+"""Show what a run would train on: counts of the datasets, and the exact token ids of samples in the
+shuffled, blended order."""
 
 import json
 import re
@@ -27,7 +28,8 @@ def main(argv: list[str]) -> None:
     for split, n in zip(order.SPLITS, num_samples, strict=True):
         if weighted and n is None:
             raise BadArgument(
-                f"--show {split}: a blend with weights has no end; say how many with --{split}-samples N"
+                f"--show {split}: a blend with weights has no end; "
+                f"say how many with --{split}-samples N"
             )
     if not args.json:
         logs.setup()
@@ -45,7 +47,8 @@ def main(argv: list[str]) -> None:
         for split in order.SPLITS:
             if (samples := getattr(datasets, split)) is not None:
                 print(
-                    f"{split}: {len(samples)} samples of {args.seq_length} + 1 tokens, order {samples.fingerprint[:16]}"
+                    f"{split}: {len(samples)} samples of {args.seq_length} + 1 tokens, order "
+                    f"{samples.fingerprint[:16]}"
                 )
     for split, first, last in ranges:
         show(datasets, split, first, last, args.json)
@@ -54,7 +57,8 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]):
     parser = Parser(
         __doc__,
-        "python tools/inspect_data.py --data-path corpus_text_document --seq-length 1024 --train-samples 1000 --show train:0-7",
+        "python tools/inspect_data.py --data-path corpus_text_document --seq-length 1024 "
+        "--train-samples 1000 --show train:0-7",
     )
     parser.add_argument(
         "--data-path",
@@ -94,7 +98,8 @@ def parse_range(text: str) -> tuple[str, int, int]:
     match = re.fullmatch(r"(train|valid|test):(\d+)(?:-(\d+))?", text)
     if match is None:
         raise BadArgument(
-            f"--show {text!r} is not of the form train:0-7 (train, valid or test; first and last sample)"
+            f"--show {text!r} is not of the form train:0-7 (train, valid or test; "
+            "first and last sample)"
         )
     first = int(match[2])
     last = first if match[3] is None else int(match[3])
@@ -110,7 +115,8 @@ def describe(data_path: list[str], split: str) -> None:
     for share, source in zip(shares, open_all(prefixes), strict=True):
         print(f"{source.prefix}" + (f", {share:.2%} of the blend" if share is not None else ""))
         print(
-            f"  {source.num_documents} documents, {source.num_sequences} sequences, {source.num_tokens()} tokens of {source.dtype}"
+            f"  {source.num_documents} documents, {source.num_sequences} sequences, "
+            f"{source.num_tokens()} tokens of {source.dtype}"
         )
         print(f"  tokens per sequence: {_statistics(source)}")
         for name, bounds in zip(
@@ -118,7 +124,8 @@ def describe(data_path: list[str], split: str) -> None:
         ):
             if bounds is not None:
                 print(
-                    f"  {name}: sequences {bounds[0]} to {bounds[1]} (exclusive), {source.num_tokens(*bounds)} tokens"
+                    f"  {name}: sequences {bounds[0]} to {bounds[1]} (exclusive), "
+                    f"{source.num_tokens(*bounds)} tokens"
                 )
 
 
@@ -133,11 +140,13 @@ def show(datasets: Datasets, split: str, first: int, last: int, as_json: bool) -
     samples = getattr(datasets, split)
     if samples is None:
         raise BadArgument(
-            f"--show {split}:{first}-{last}: there is no {split} split; see --split and --{split}-samples"
+            f"--show {split}:{first}-{last}: there is no {split} split; "
+            f"see --split and --{split}-samples"
         )
     if last >= len(samples):
         raise BadArgument(
-            f"--show {split}:{first}-{last}: the {split} split has {len(samples)} samples, 0 to {len(samples) - 1}"
+            f"--show {split}:{first}-{last}: the {split} split has {len(samples)} samples, 0 to "
+            f"{len(samples) - 1}"
         )
     for k in range(first, last + 1):
         tokens = samples.sample(k).ids.tolist()

@@ -40,7 +40,10 @@ def merge(prefixes: list[str], output_prefix: str) -> None:
 
 
 def find_prefixes(folder: Path, output: Path) -> list[str]:
-    """Sorted prefixes of the pairs in `folder`, that of the output left out. Raises BadArgument if a half is missing or nothing is there."""
+    """Sorted prefixes of the pairs in `folder`, that of the output left out.
+
+    Raises BadArgument if a half is missing or nothing is there.
+    """
     if not folder.is_dir():
         raise BadArgument(f"--input {folder}: no such folder")
     names = {path.stem for path in folder.iterdir() if path.suffix in (".bin", ".idx")}

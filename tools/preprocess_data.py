@@ -1,4 +1,5 @@
-"""Tokenize text into a dataset (.bin and .idx): documents in the order of the input, the same bytes for any number of workers."""
+"""Tokenize text into a dataset (.bin and .idx): documents in the order of the input, the same bytes
+for any number of workers."""
 
 import os
 import time
@@ -138,7 +139,8 @@ def parse(argv: list[str]):
 
 
 def partition(files: list[TextFile], num_parts: int) -> list[list[TextFile]]:
-    """Neighbouring files in at most `num_parts` groups of about equal bytes: joined in order they are the input again."""
+    """Neighbouring files in at most `num_parts` groups of about equal bytes: joined in order they
+    are the input again."""
     ends = np.cumsum([os.path.getsize(file.path) for file in files], dtype=np.float64)
     group = np.minimum(ends * num_parts / max(ends[-1], 1) - 1e-9, num_parts - 1).astype(int)
     parts = [
@@ -149,7 +151,8 @@ def partition(files: list[TextFile], num_parts: int) -> list[list[TextFile]]:
 
 
 def write_parts(job: Job, parts: list[list[TextFile]], output_prefix: str, workers: int) -> Totals:
-    """Every part by a process of its own beside the output, then all joined in order; the parts are removed, whatever happens."""
+    """Every part by a process of its own beside the output, then all joined in order; the parts are
+    removed, whatever happens."""
     outputs = [job.output(f"{output_prefix}_part{i:05d}") for i in range(len(parts))]
     share = max(1, workers // len(parts))
     try:
@@ -174,7 +177,10 @@ def write_parts(job: Job, parts: list[list[TextFile]], output_prefix: str, worke
 def write(
     job: Job, files: list[TextFile], prefixes: list[str], workers: int, refuse_empty: bool = True
 ) -> Totals:
-    """Tokenize files into one dataset per key. Raises ValueError if there is not one token, unless told not to."""
+    """Tokenize files into one dataset per key.
+
+    Raises ValueError if there is not one token, unless told not to.
+    """
     dtype = best_dtype(tokenizer_of(job).vocab_size)
     totals = (0, 0, 0)
     with ExitStack() as stack:
@@ -201,7 +207,8 @@ def write(
 def encode(
     job: Job, batch: list[tuple[str, ...]]
 ) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]]:
-    """Bytes of text in a batch; per key the ids of its documents back to back, and the length of each."""
+    """Bytes of text in a batch; per key the ids of its documents back to back, and the length of
+    each."""
     tokenizer = tokenizer_of(job)
     end = [tokenizer.eod] if job.append_eod else []
     size, encoded = 0, []
@@ -228,7 +235,8 @@ def _batches(documents: Iterator[tuple[str, ...]]) -> Iterator[list[tuple[str, .
 
 
 def _in_order(job: Job, batches: Iterator, workers: int, stack: ExitStack) -> Iterator:
-    """`encode` of every batch, in order, in as many processes; no more than a few batches are in memory."""
+    """`encode` of every batch, in order, in as many processes; no more than a few batches are in
+    memory."""
     if workers == 1:
         yield from (encode(job, batch) for batch in batches)
         return

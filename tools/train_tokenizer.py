@@ -21,7 +21,8 @@ Texts = Callable[[], Iterator[str]]  # a new reading of the input
 def main(argv: list[str]) -> None:
     parser = Parser(
         __doc__,
-        "python tools/train_tokenizer.py --input corpus.jsonl src/ --type bpe --vocab-size 32000 --output tokenizer",
+        "python tools/train_tokenizer.py --input corpus.jsonl src/ --type bpe --vocab-size 32000 "
+        "--output tokenizer",
     )
     parser.add_argument(
         "--input",
@@ -44,11 +45,13 @@ def main(argv: list[str]) -> None:
     logs.setup()
     if args.type == "bpe" and args.vocab_size < BYTES + 1:
         raise BadArgument(
-            f"--vocab-size {args.vocab_size} is too small for bpe: {BYTES} bytes and {END_OF_TEXT} need {BYTES + 1}"
+            f"--vocab-size {args.vocab_size} is too small for bpe: {BYTES} bytes and {END_OF_TEXT} "
+            f"need {BYTES + 1}"
         )
     if args.type != "bpe" and args.vocab_size < 3:
         raise BadArgument(
-            f"--vocab-size {args.vocab_size} is too small for {args.type}: {END_OF_TEXT}, {UNKNOWN} and a first token need 3"
+            f"--vocab-size {args.vocab_size} is too small for {args.type}: {END_OF_TEXT}, "
+            f"{UNKNOWN} and a first token need 3"
         )
 
     def texts() -> Iterator[str]:
@@ -69,7 +72,8 @@ def main(argv: list[str]) -> None:
     if size < args.vocab_size:
         logs.get_logger().info(f"the text has material for {size} of {args.vocab_size} ids")
     logs.get_logger().info(
-        f"{args.output}: {args.type} tokenizer of {size} ids, end of document {tokenizer.token_to_id(END_OF_TEXT)}"
+        f"{args.output}: {args.type} tokenizer of {size} ids, end of document "
+        f"{tokenizer.token_to_id(END_OF_TEXT)}"
     )
 
 
@@ -112,7 +116,8 @@ def _bpe(vocab_size: int, texts: Texts) -> Tokenizer:
 
 
 def _wordpiece(vocab_size: int, texts: Texts) -> Tokenizer:
-    """The trainer numbers continuations (##x) in the order of a hash table: given in sorted order beforehand, they are the same every time."""
+    """The trainer numbers continuations (##x) in the order of a hash table: given in sorted order
+    beforehand, they are the same every time."""
     splitter = pre_tokenizers.BertPreTokenizer()
     inside = {
         character
@@ -150,7 +155,8 @@ def _unigram(vocab_size: int, texts: Texts) -> Tokenizer:
 
 
 def _char(vocab_size: int, texts: Texts) -> Tokenizer:
-    """BPE without merges is one id per character; the rarest characters become unknown if there are too many."""
+    """BPE without merges is one id per character; the rarest characters become unknown if there are
+    too many."""
     counts: Counter[str] = Counter()
     for text in texts():
         counts.update(text)

@@ -205,7 +205,8 @@ def one_line(error: Exception) -> str:
 
 
 def is_plain_name(name: object) -> bool:
-    """Return whether this is a file name that cannot lead out of its folder: no separator, no leading dot."""
+    """Return whether this is a file name that cannot lead out of its folder: no separator, no
+    leading dot."""
     return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
 
 

@@ -53,7 +53,8 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that after a power cut it is the old one or the new one, never half of either."""
+    """Write a file so that after a power cut it is the old one or the new one, never half of
+    either."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     sync(temporary)
@@ -76,7 +77,8 @@ def begun(save_dir: Path, iteration: int) -> Path:
 
 
 def clean(save_dir: Path) -> None:
-    """Remove what killed runs left; a published folder that a kill caught aside gets its name back first."""
+    """Remove what killed runs left; a published folder that a kill caught aside gets its name back
+    first."""
     for iteration in published_iterations(save_dir):
         settle(save_dir / folder_name(iteration))
     for path in save_dir.iterdir():
@@ -85,7 +87,10 @@ def clean(save_dir: Path) -> None:
 
 
 def publish(save_dir: Path, iteration: int) -> Path:
-    """Give the complete iter_N.tmp its name, then name it in the tracker. Its files are synced already."""
+    """Give the complete iter_N.tmp its name, then name it in the tracker.
+
+    Its files are synced already.
+    """
     final = save_dir / folder_name(iteration)
     swap_in(begun(save_dir, iteration), final)
     write_text(save_dir / TRACKER, f"{iteration}")

@@ -1,4 +1,5 @@
-"""Which published checkpoints stay, and the others' removal: each by one rename, so that a kill leaves a whole one or a stale one."""
+"""Which published checkpoints stay, and the others' removal: each by one rename, so that a kill
+leaves a whole one or a stale one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from .state import read_marks
 
 @dataclass(frozen=True)
 class Retention:
-    """What stays: the newest `keep_last`, the multiples of `interval`, the `keep_best` with the lowest validation loss. None keeps none by its rule.
+    """What stays: the newest `keep_last`, the multiples of `interval`, the `keep_best` with the
+    lowest validation loss. None keeps none by its rule.
 
     With all three None every persistent checkpoint stays.
     """
@@ -26,9 +28,10 @@ KEEP_ALL = Retention()
 def retain(save_dir: Path, rule: Retention) -> list[int]:
     """Retire published iterations and return them.
 
-    The newest and what the tracker names always stay, and so there is always one. Of those that are not persistent nothing else stays,
-    and they do not count in any rule. Folders without a manifest are neither counted nor touched: they are not ours. Raises
-    CheckpointError where one cannot be removed.
+    The newest and what the tracker names always stay, and so there is always one. Of those that are
+    not persistent nothing else stays, and they do not count in any rule. Folders without a manifest
+    are neither counted nor touched: they are not ours. Raises CheckpointError where one cannot be
+    removed.
     """
     try:
         retired = _retired(save_dir, rule)

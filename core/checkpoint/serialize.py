@@ -1,11 +1,14 @@
-"""One safetensors file, written as a stream: tensor by tensor, summed on the way, synced. No torch in here.
+"""One safetensors file, written as a stream: tensor by tensor, summed on the way, synced.
 
-Not safetensors' own save_file: it needs torch, and all tensors of the file in memory at once, with storage of their own each. Here a
-tensor is asked for when its bytes are due and let go of when they are written, and its checksum costs no second pass over memory.
+No torch in here.
 
-The file: 8 bytes, little-endian, the length of the header; the header, JSON padded with spaces to a multiple of 8 bytes; the bytes of
-the tensors, without gaps. Readers view a tensor where it lies, so each must begin at a multiple of its element's size: tensors of larger
-elements come first.
+Not safetensors' own save_file: it needs torch, and all tensors of the file in memory at once, with
+storage of their own each. Here a tensor is asked for when its bytes are due and let go of when they
+are written, and its checksum costs no second pass over memory.
+
+The file: 8 bytes, little-endian, the length of the header; the header, JSON padded with spaces to a
+multiple of 8 bytes; the bytes of the tensors, without gaps. Readers view a tensor where it lies, so
+each must begin at a multiple of its element's size: tensors of larger elements come first.
 """
 
 import json
@@ -25,10 +28,11 @@ _CHUNK = 1 << 20  # bytes summed and then written, while they are still in the p
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it goes into a file: its name there, the manifest's name of its dtype, its shape, and where its bytes come from.
+    """A tensor as it goes into a file: its name there, the manifest's name of its dtype, its shape,
+    and where its bytes come from.
 
-    `data` is called once, when the bytes are due, and gives a contiguous buffer (bytes, memoryview, an array of numpy) of exactly
-    `num_bytes`, in C order and little-endian.
+    `data` is called once, when the bytes are due, and gives a contiguous buffer (bytes, memoryview,
+    an array of numpy) of exactly `num_bytes`, in C order and little-endian.
     """
 
     key: str
@@ -44,10 +48,12 @@ class Stored:
 def write_shard(
     path: Path, tensors: Sequence[Stored], metadata: dict[str, str] | None = None
 ) -> list[str]:
-    """Write the file and sync it to the disk; the checksum of each tensor's bytes, "crc32:%08x", in the order they are given in.
+    """Write the file and sync it to the disk; the checksum of each tensor's bytes, "crc32:%08x", in
+    the order they are given in.
 
-    The bytes lie in the order given, but larger elements first. Raises CheckpointError that names the file where it cannot be written
-    (a full disk, a read-only one, a limit) or a tensor does not give the bytes it announced.
+    The bytes lie in the order given, but larger elements first. Raises CheckpointError that names
+    the file where it cannot be written (a full disk, a read-only one, a limit) or a tensor does not
+    give the bytes it announced.
     """
     places = sorted(range(len(tensors)), key=lambda i: -DTYPES[tensors[i].dtype].item_size)
     ordered = [tensors[i] for i in places]
@@ -91,7 +97,8 @@ def _write_tensor(file: BinaryIO, path: Path, tensor: Stored) -> str:
     data = memoryview(tensor.data())
     if data.nbytes != tensor.num_bytes:
         raise CheckpointError(
-            f"{path}: {tensor.key} gave {data.nbytes} bytes, its shape {list(tensor.shape)} has {tensor.num_bytes}"
+            f"{path}: {tensor.key} gave {data.nbytes} bytes, its shape {list(tensor.shape)} has "
+            f"{tensor.num_bytes}"
         )
     value = 0
     if data.nbytes:  # a view with a zero in its shape cannot be cast

@@ -1,4 +1,7 @@
-"""Built indices on disk, to be mapped instead of built again. Keyed on content, published by renaming: any number of processes may race."""
+"""Built indices on disk, to be mapped instead of built again.
+
+Keyed on content, published by renaming: any number of processes may race.
+"""
 
 import os
 import tempfile
@@ -17,11 +20,16 @@ VERSION = 1  # part of every key; raise it when what is cached changes
 
 
 class IndexCache:
-    """Arrays by key. Each process, so each node, looks for itself and builds for itself: nobody waits, no shared file system is needed.
+    """Arrays by key.
 
-    A file is an .npy followed by a digest of it: one that is truncated, zeroed or damaged is built anew.
-    `path`: --data-cache-path, or None for a folder `cache` beside the data and, where that cannot be written, the user's cache folder.
-    Raises DataFlagError if `path` is given and cannot be made.
+    Each process, so each node, looks for itself and builds for itself: nobody waits, no shared file
+    system is needed.
+
+    A file is an .npy followed by a digest of it: one that is truncated, zeroed or damaged is built
+    anew.
+    `path`: --data-cache-path, or None for a folder `cache` beside the data and, where that cannot
+        be written, the user's cache folder. Raises DataFlagError if `path` is given and cannot be
+        made.
     """
 
     def __init__(self, path: str | Path | None = None):
@@ -31,7 +39,8 @@ class IndexCache:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise DataFlagError(
-                    f"--data-cache-path {path}: {str(error.strerror).lower()}; name a folder that can be written"
+                    f"--data-cache-path {path}: {str(error.strerror).lower()}; "
+                    "name a folder that can be written"
                 ) from None
 
     def arrays(
@@ -41,7 +50,8 @@ class IndexCache:
         shapes: dict[str, tuple[int, ...]],
         build: Callable[[], dict[str, np.ndarray]],
     ) -> dict[str, np.ndarray]:
-        """The arrays behind `key`, memory-mapped where a cache folder of `prefix` holds or takes them; else as `build` returns them."""
+        """The arrays behind `key`, memory-mapped where a cache folder of `prefix` holds or takes
+        them; else as `build` returns them."""
         folders = self._folders(prefix)
         for folder in folders:
             if (found := _load(folder, key, shapes)) is not None:
@@ -51,7 +61,8 @@ class IndexCache:
             if _store(folder, key, built) and (found := _load(folder, key, shapes)) is not None:
                 return found
         logs.get_logger().warning(
-            f"no folder for the index cache can be written ({', '.join(map(str, folders))}); give --data-cache-path"
+            f"no folder for the index cache can be written ({', '.join(map(str, folders))}); "
+            "give --data-cache-path"
         )
         return built
 
@@ -116,7 +127,8 @@ def _publish(path: Path, array: np.ndarray) -> None:
             file.write(digest.encode())
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes it private to this user; a cache beside shared data serves all who read the data.
+        # mkstemp makes it private to this user; a cache beside shared data serves all who read the
+        # data.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

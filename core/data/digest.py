@@ -1,4 +1,5 @@
-"""A digest of a file's content that costs the same for any size: whole small files, evenly spread blocks of large ones."""
+"""A digest of a file's content that costs the same for any size: whole small files, evenly spread
+blocks of large ones."""
 
 import hashlib
 import os
@@ -10,9 +11,11 @@ BLOCK_BYTES = 64 * 1024
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 (hex) of the file's size and content; of a file above 1 MiB, 16 blocks of 64 KiB from its first byte to its last.
+    """SHA-256 (hex) of the file's size and content; of a file above 1 MiB, 16 blocks of 64 KiB from
+    its first byte to its last.
 
-    A corpus of terabytes opens in milliseconds; every new tokenization changes lengths throughout, so the blocks differ.
+    A corpus of terabytes opens in milliseconds; every new tokenization changes lengths throughout,
+    so the blocks differ.
     """
     with open(path, "rb") as file:
         return sampled_digest(file, os.fstat(file.fileno()).st_size)

@@ -1,7 +1,8 @@
 """The `.bin/.idx` pair on disk: reading one, writing one, saying precisely what is wrong with one.
 
-`.bin` holds token ids back to back, little-endian, without a header. `.idx` holds, little-endian and unaligned: magic, version, dtype
-code, S sequences, D = documents + 1, then S int32 lengths, S int64 byte offsets, D int64 entries of the document index.
+`.bin` holds token ids back to back, little-endian, without a header. `.idx` holds, little-endian
+and unaligned: magic, version, dtype code, S sequences, D = documents + 1, then S int32 lengths, S
+int64 byte offsets, D int64 entries of the document index.
 """
 
 import hashlib
@@ -39,7 +40,8 @@ REMEDY = "make it again with tools/preprocess_data.py, or copy it again"
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
-    """The smallest dtype of a `.bin` for ids below `vocab_size`: uint16 below 65,500 (Megatron's bound), else int32."""
+    """The smallest dtype of a `.bin` for ids below `vocab_size`: uint16 below 65,500 (Megatron's
+    bound), else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
@@ -52,10 +54,13 @@ def idx_path(prefix: str | Path) -> Path:
 
 
 class IndexedDataset:
-    """Sequences of token ids, memory-mapped. Unpickling opens the files again, so a worker process gets a mapping of its own.
+    """Sequences of token ids, memory-mapped.
 
-    sequence_lengths [S] int32 in tokens, pointers [S] int64 in bytes, document_indices [D] int64: entry k = sequences after k documents.
-    Raises DataError if a file is missing, foreign, truncated, of another pair, or empty (unless `allow_empty`).
+    Unpickling opens the files again, so a worker process gets a mapping of its own.
+
+    sequence_lengths [S] int32 in tokens, pointers [S] int64 in bytes, document_indices [D] int64:
+    entry k = sequences after k documents. Raises DataError if a file is missing, foreign,
+    truncated, of another pair, or empty (unless `allow_empty`).
     """
 
     def __init__(self, prefix: str | Path, allow_empty: bool = False):
@@ -64,7 +69,8 @@ class IndexedDataset:
         idx_size = _size(idx_path(prefix))
         if idx_size < HEADER.size:
             raise DataError(
-                f"{idx_path(prefix)}: {idx_size} bytes are too few for the header of {HEADER.size}; {REMEDY}"
+                f"{idx_path(prefix)}: {idx_size} bytes are too few for the header of "
+                f"{HEADER.size}; {REMEDY}"
             )
         index = np.memmap(idx_path(prefix), mode="r", dtype=np.uint8)
         self.dtype, num_sequences, num_entries = self._header(
@@ -100,19 +106,21 @@ class IndexedDataset:
         return int(self.sequence_lengths[start:stop].sum(dtype=np.int64))
 
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Tokens [offset, offset + length) of a sequence, to its end without `length`; a view of the file in its own dtype."""
+        """Tokens [offset, offset + length) of a sequence, to its end without `length`; a view of
+        the file in its own dtype."""
         count = int(self.sequence_lengths[sequence]) - offset if length is None else length
         begin = int(self.pointers[sequence]) + offset * self.dtype.itemsize
         return np.frombuffer(self._tokens, self.dtype, count, begin)
 
     def document_of(self, sequence: int) -> tuple[int, int]:
-        """The document that holds a sequence, and the tokens of that document before it."""
+        """Return the document that holds a sequence, and the tokens of that document before it."""
         document = int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
         return document, self.num_tokens(int(self.document_indices[document]), sequence)
 
     @cached_property
     def identity(self) -> str:
-        """What the files contain, whatever their path and time: digest (hex) of `.idx` and `.bin`, both as in `content_digest`."""
+        """What the files contain, whatever their path and time: digest (hex) of `.idx` and `.bin`,
+        both as in `content_digest`."""
         parts = content_digest(idx_path(self.prefix)) + content_digest(bin_path(self.prefix))
         return hashlib.sha256(parts.encode()).hexdigest()
 
@@ -127,7 +135,8 @@ class IndexedDataset:
         magic, version, code, num_sequences, num_entries = HEADER.unpack(header)
         if magic != MAGIC:
             raise DataError(
-                f"{path}: not an index of a .bin (it begins with {magic!r} instead of {MAGIC!r}); {REMEDY}"
+                f"{path}: not an index of a .bin (it begins with {magic!r} instead of {MAGIC!r}); "
+                f"{REMEDY}"
             )
         if version != 1:
             raise DataError(f"{path}: version {version} at byte 9, only 1 is known; {REMEDY}")
@@ -143,7 +152,8 @@ class IndexedDataset:
         if idx_size != expected:
             what = "truncated" if idx_size < expected else "too long"
             raise DataError(
-                f"{path}: {what}: {idx_size} bytes, {expected} for the {num_sequences} sequences its header names; {REMEDY}"
+                f"{path}: {what}: {idx_size} bytes, {expected} for the {num_sequences} sequences "
+                f"its header names; {REMEDY}"
             )
         return DTYPES[code], num_sequences, num_entries
 
@@ -155,7 +165,8 @@ class IndexedDataset:
         )
         if len(documents) == 0 or documents[0] != 0 or documents[-1] != self.num_sequences:
             raise DataError(
-                f"{path}: its document index does not run from 0 to its {self.num_sequences} sequences; {REMEDY}"
+                f"{path}: its document index does not run from 0 to its {self.num_sequences} "
+                f"sequences; {REMEDY}"
             )
         if (falls := np.flatnonzero(documents[1:] < documents[:-1])).size:
             raise DataError(f"{path}: its document index falls after document {falls[0]}; {REMEDY}")
@@ -167,16 +178,19 @@ class IndexedDataset:
         if bin_size != needed:
             what = "truncated" if bin_size < needed else "longer than its index"
             raise DataError(
-                f"{bin_path(self.prefix)}: {what}: {bin_size} bytes, {needed} by {path.name}; {REMEDY}"
+                f"{bin_path(self.prefix)}: {what}: {bin_size} bytes, {needed} by {path.name}; "
+                f"{REMEDY}"
             )
         ends = self.pointers + lengths * np.int64(self.dtype.itemsize)
         if (outside := np.flatnonzero((self.pointers < 0) | (ends > bin_size))).size:
             raise DataError(
-                f"{path}: sequence {outside[0]} lies outside the {bin_size} bytes of the .bin; {REMEDY}"
+                f"{path}: sequence {outside[0]} lies outside the {bin_size} bytes of the .bin; "
+                f"{REMEDY}"
             )
         if not needed and not self.allow_empty:
             raise DataError(
-                f"{path}: an empty dataset: {self.num_documents} documents without a token; check the input of tools/preprocess_data.py"
+                f"{path}: an empty dataset: {self.num_documents} documents without a token; "
+                "check the input of tools/preprocess_data.py"
             )
 
 
@@ -185,15 +199,17 @@ def _size(path: Path) -> int:
         return os.stat(path).st_size
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{path}: no such file; a dataset is a .bin and an .idx, named by their path without the ending"
+            f"{path}: no such file; a dataset is a .bin and an .idx, named by their path without "
+            "the ending"
         ) from None
 
 
 class IndexedDatasetWriter:
-    """Writes a pair under temporary names and renames both in `finish`, `.bin` first: an `.idx` never names a `.bin` that is not whole.
+    """Writes a pair under temporary names and renames both in `finish`, `.bin` first: an `.idx`
+    never names a `.bin` that is not whole.
 
-    As a context manager it finishes at the end of the block and leaves nothing behind if the block raised.
-    Raises DataError if an id does not fit `dtype` or a sequence has 2^31 tokens or more.
+    As a context manager it finishes at the end of the block and leaves nothing behind if the block
+    raised. Raises DataError if an id does not fit `dtype` or a sequence has 2^31 tokens or more.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype):
@@ -201,7 +217,8 @@ class IndexedDatasetWriter:
         self._code = next((code for code, known in DTYPES.items() if known == self.dtype), None)
         if self._code is None:
             raise DataError(
-                f"{bin_path(prefix)}: dtype {self.dtype} has no code in the format; use one of {[str(d) for d in DTYPES.values()]}"
+                f"{bin_path(prefix)}: dtype {self.dtype} has no code in the format; "
+                f"use one of {[str(d) for d in DTYPES.values()]}"
             )
         self._lengths: list[np.ndarray] = []
         self._documents: list[np.ndarray] = [np.zeros(1, POINTER)]
@@ -222,7 +239,8 @@ class IndexedDatasetWriter:
             self.abandon()
 
     def add_document(self, tokens: np.ndarray | list[int]) -> None:
-        """One document of one sequence; an empty one adds no sequence, only an entry of the document index."""
+        """One document of one sequence; an empty one adds no sequence, only an entry of the
+        document index."""
         self.add_documents(tokens, [len(tokens)])
 
     def add_documents(
@@ -246,7 +264,8 @@ class IndexedDatasetWriter:
         other = IndexedDataset(prefix, allow_empty=True)
         if other.dtype != self.dtype:
             raise DataError(
-                f"{idx_path(prefix)}: its ids are {other.dtype}, those of {self.prefix} {self.dtype}; merge datasets of one tokenizer"
+                f"{idx_path(prefix)}: its ids are {other.dtype}, those of {self.prefix} "
+                f"{self.dtype}; merge datasets of one tokenizer"
             )
         if not np.array_equal(
             other.pointers, _pointers(other.sequence_lengths, other.dtype.itemsize)
@@ -283,11 +302,13 @@ class IndexedDatasetWriter:
         lengths = np.asarray(lengths, dtype=np.int64)
         if lengths.sum() != total or (lengths.size and lengths.min() < 0):
             raise DataError(
-                f"{bin_path(self.prefix)}: {total} tokens do not have the lengths {lengths.tolist()[:8]}"
+                f"{bin_path(self.prefix)}: {total} tokens do not have the lengths "
+                f"{lengths.tolist()[:8]}"
             )
         if lengths.size and lengths.max() > MAX_SEQUENCE:
             raise DataError(
-                f"{bin_path(self.prefix)}: a document of {lengths.max()} tokens; the format holds {MAX_SEQUENCE} at most; split it"
+                f"{bin_path(self.prefix)}: a document of {lengths.max()} tokens; "
+                f"the format holds {MAX_SEQUENCE} at most; split it"
             )
         return lengths
 
@@ -297,7 +318,8 @@ class IndexedDatasetWriter:
         if tokens.size and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
             worst = tokens.max() if tokens.max() > limits.max else tokens.min()
             raise DataError(
-                f"{bin_path(self.prefix)}: token id {worst} does not fit {self.dtype}; use the dtype of the vocabulary (best_dtype)"
+                f"{bin_path(self.prefix)}: token id {worst} does not fit {self.dtype}; "
+                "use the dtype of the vocabulary (best_dtype)"
             )
         self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
 
@@ -316,7 +338,7 @@ class IndexedDatasetWriter:
 
 
 def _pointers(lengths: np.ndarray, itemsize: int) -> np.ndarray:
-    """Byte offset of each sequence, in int64 throughout."""
+    """Return the byte offset of each sequence, in int64 throughout."""
     pointers = np.zeros(len(lengths), POINTER)
     np.cumsum(lengths[:-1], out=pointers[1:], dtype=POINTER)
     return pointers * itemsize

@@ -59,7 +59,8 @@ def parse_data_path(items: Sequence[str]) -> tuple[list[str], list[float] | None
     for weight, prefix in zip(weights, prefixes, strict=True):
         if not (weight > 0 and math.isfinite(weight)):
             raise DataFlagError(
-                f"--data-path: weight {weight:g} of {prefix} must be above 0; leave the dataset out instead"
+                f"--data-path: weight {weight:g} of {prefix} must be above 0; "
+                "leave the dataset out instead"
             )
     return prefixes, weights
 

@@ -1,4 +1,5 @@
-"""Documents out of raw text: JSON lines (plain, .gz, .zst), columns of parquet and arrow files, any UTF-8 file, folders of all of them."""
+"""Documents out of raw text: JSON lines (plain, .gz, .zst), columns of parquet and arrow files, any
+UTF-8 file, folders of all of them."""
 
 import gzip
 import importlib
@@ -32,7 +33,8 @@ class TextFile:
 
 
 def list_files(inputs: list[str]) -> list[TextFile]:
-    """Files named or found in folders, depth first in sorted order; hidden ones and __pycache__ in folders are left out.
+    """Files named or found in folders, depth first in sorted order; hidden ones and __pycache__ in
+    folders are left out.
 
     Raises DataError if a name does not exist or nothing was found.
     """
@@ -52,9 +54,12 @@ def list_files(inputs: list[str]) -> list[TextFile]:
 
 
 def read_documents(files: list[TextFile], keys: list[str]) -> Iterator[tuple[str, ...]]:
-    """One tuple per document: its texts under `keys`. A file that is not of records is one document and has the key "text" alone.
+    """One tuple per document: its texts under `keys`.
 
-    Raises DataError naming file and line of a malformed record. A file in a folder that is not UTF-8 is left out, which is said at the end.
+    A file that is not of records is one document and has the key "text" alone.
+
+    Raises DataError naming file and line of a malformed record. A file in a folder that is not
+    UTF-8 is left out, which is said at the end.
     """
     skipped: list[Path] = []
     for file in files:
@@ -88,7 +93,10 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _is_plain(file: TextFile, keys: list[str]) -> bool:
-    """Whether a file is one document. A .json that was found in a folder is, unless its first line is a record with `keys`."""
+    """Return whether a file is one document.
+
+    A .json that was found in a folder is, unless its first line is a record with `keys`.
+    """
     path = file.path
     kind = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     return kind not in (*LINES, *COLUMNS) or (
@@ -99,7 +107,8 @@ def _is_plain(file: TextFile, keys: list[str]) -> bool:
 def _plain(path: Path, keys: list[str]) -> str:
     if keys != [PLAIN_KEY]:
         raise DataFlagError(
-            f"--json-keys {' '.join(keys)}: {path} is plain text, which has no keys; name files of JSON lines"
+            f"--json-keys {' '.join(keys)}: {path} is plain text, which has no keys; "
+            "name files of JSON lines"
         )
     with _open(path) as file:
         text = file.read()

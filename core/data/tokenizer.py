@@ -1,4 +1,5 @@
-"""Tokenizers under one interface: text to ids and back, the real size of the vocabulary, the end-of-document id."""
+"""Tokenizers under one interface: text to ids and back, the real size of the vocabulary, the
+end-of-document id."""
 
 import base64
 import hashlib
@@ -42,7 +43,10 @@ TIKTOKEN_PATTERN = "|".join(
 
 
 class Tokenizer(Protocol):
-    """vocab_size: ids are below it, `eod` included. fingerprint: SHA-256 (hex) of the content. files: to copy beside an export."""
+    """vocab_size: ids are below it, `eod` included.
+
+    fingerprint: SHA-256 (hex) of the content. files: to copy beside an export.
+    """
 
     vocab_size: int
     eod: int
@@ -50,7 +54,7 @@ class Tokenizer(Protocol):
     files: tuple[Path, ...]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without tokens around it."""
+        """Return the ids of a text, without tokens around it."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each, in less time."""
@@ -65,14 +69,16 @@ def build_tokenizer(
     merge_file: str | None = None,
     vocab_size: int | None = None,
 ) -> Tokenizer:
-    """The tokenizer of --tokenizer-type, from the files of the other flags.
+    """Return the tokenizer of --tokenizer-type, from the files of the other flags.
 
-    Raises DataError on an unknown type, a flag that is missing or names no usable file, and a vocab_size below the real one.
+    Raises DataError on an unknown type, a flag that is missing or names no usable file, and a
+    vocab_size below the real one.
     """
     if tokenizer_type == "NullTokenizer":
         if vocab_size is None or vocab_size < 1:
             raise DataFlagError(
-                "--tokenizer-type NullTokenizer needs --vocab-size, the number of ids without the end of document"
+                "--tokenizer-type NullTokenizer needs --vocab-size, the number of ids without the "
+                "end of document"
             )
         return NullTokenizer(vocab_size)
     tokenizer: Tokenizer
@@ -93,7 +99,8 @@ def build_tokenizer(
         raise DataFlagError(f"--tokenizer-type {tokenizer_type} is unknown; use one of {kinds}")
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise DataFlagError(
-            f"--vocab-size {vocab_size} is below the {tokenizer.vocab_size} ids of the tokenizer; leave it out, or enlarge it"
+            f"--vocab-size {vocab_size} is below the {tokenizer.vocab_size} ids of the tokenizer; "
+            "leave it out, or enlarge it"
         )
     tokenizer.vocab_size = vocab_size or tokenizer.vocab_size
     return tokenizer
@@ -121,7 +128,8 @@ class NullTokenizer:
         )
         if bad is not None:
             raise DataError(
-                f"NullTokenizer: {bad[:40]!r} is no id from 0 to {self.eod}; the text must be such ids between spaces"
+                f"NullTokenizer: {bad[:40]!r} is no id from 0 to {self.eod}; "
+                "the text must be such ids between spaces"
             )
         return [int(word) for word in words]
 
@@ -173,7 +181,8 @@ class SentencePieceTokenizer:
             self.eod = self._model.eos_id()
         if self.eod < 0:
             raise DataFlagError(
-                f"--tokenizer-model {path}: neither {END_OF_TEXT} nor an end-of-sentence token; train it with one"
+                f"--tokenizer-model {path}: neither {END_OF_TEXT} nor an end-of-sentence token; "
+                "train it with one"
             )
         self.fingerprint = _sha256(path.read_bytes())
 
@@ -188,7 +197,8 @@ class SentencePieceTokenizer:
 
 
 class TikTokenizer:
-    """A vocabulary file for the `tiktoken` library as Megatron reads it: a JSON list of {rank, token_bytes, token_str}, special tokens first."""
+    """A vocabulary file for the `tiktoken` library as Megatron reads it: a JSON list of {rank,
+    token_bytes, token_str}, special tokens first."""
 
     def __init__(self, path: Path):
         library = _library("tiktoken", "TikTokenizer")
@@ -229,7 +239,8 @@ def _hugging_face(path: Path) -> HuggingFaceTokenizer:
         return _gpt2(folder / "vocab.json", folder / "merges.txt", "--tokenizer-model")
     if not file.exists():
         raise DataFlagError(
-            f"--tokenizer-model {path}: no tokenizer.json in this folder; make one with tools/train_tokenizer.py"
+            f"--tokenizer-model {path}: no tokenizer.json in this folder; "
+            "make one with tools/train_tokenizer.py"
         )
     tokenizer = _load("--tokenizer-model", file, HFTokenizer.from_file)
     files = tuple(folder / name for name in HF_FILES if (folder / name).exists())
@@ -257,7 +268,8 @@ def _eod(tokenizer: HFTokenizer, folder: Path, path: Path) -> int:
     eod = tokenizer.token_to_id(token) if isinstance(token, str) else None
     if eod is None:
         raise DataFlagError(
-            f"--tokenizer-model {path}: no end of document: neither {END_OF_TEXT} nor an eos_token of tokenizer_config.json is in it"
+            f"--tokenizer-model {path}: no end of document: neither {END_OF_TEXT} nor an eos_token "
+            "of tokenizer_config.json is in it"
         )
     return eod
 
@@ -298,7 +310,8 @@ def _library(name: str, tokenizer_type: str):
         return importlib.import_module(name)
     except ImportError:
         raise DataFlagError(
-            f"--tokenizer-type {tokenizer_type} needs the package {name}; install it with: pip install {name}"
+            f"--tokenizer-type {tokenizer_type} needs the package {name}; "
+            f"install it with: pip install {name}"
         ) from None
 
 

@@ -1,4 +1,5 @@
-"""What the checkpoint tests share: a small model's tensors under any tensor-parallel cut, saved and read back on ranks."""
+"""What the checkpoint tests share: a small model's tensors under any tensor-parallel cut, saved and
+read back on ranks."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +35,8 @@ def whole(name: str, seed: int = 0) -> torch.Tensor:
 
 
 def local_pieces(tp: Axis, seed: int | None) -> list[Piece]:
-    """This rank's pieces, in fused local tensors as a model has them: filled from `seed`, or with a sign that they were not (None)."""
+    """This rank's pieces, in fused local tensors as a model has them: filled from `seed`, or with a
+    sign that they were not (None)."""
     layouts = [
         ("q", Layout.rows_cut({"q": 16}, (12,), tp)),
         ("k", Layout.rows_cut({"k": 8}, (12,), tp)),
@@ -128,7 +130,8 @@ class _Killed(BaseException):
 
 
 def killed_at(step: int, calls: Iterable[tuple[object, str]], action: Callable[[], object]) -> bool:
-    """Run `action` until it makes its call number `step` of the functions (owner, name); whether it got that far."""
+    """Run `action` until it makes its call number `step` of the functions (owner, name); whether it
+    got that far."""
     count = 0
 
     def dying(function):

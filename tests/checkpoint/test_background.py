@@ -1,4 +1,5 @@
-"""Asynchronous saves: the same bytes as synchronous ones while training goes on, and on all ranks the same end where one fails."""
+"""Asynchronous saves: the same bytes as synchronous ones while training goes on, and on all ranks
+the same end where one fails."""
 
 import json
 import os
@@ -95,7 +96,8 @@ def test_an_asynchronous_save_writes_the_bytes_of_a_synchronous_one(tmp_path, ra
 
 
 def test_tensors_may_change_as_soon_as_a_save_has_begun(tmp_path):
-    """The writer has not written a byte when every tensor is overwritten; what it then writes is what there was."""
+    """The writer has not written a byte when every tensor is overwritten; what it then writes is
+    what there was."""
     saver = alone()
     with stopped_writers():
         for piece in start(saver, tmp_path, 100, 5):
@@ -149,7 +151,8 @@ def test_without_memory_files_a_temporary_one_serves(tmp_path, monkeypatch):
 
 
 def test_a_writer_leaves_the_jobs_signals_to_its_trainer(tmp_path):
-    """A scheduler signals every process of a job: the trainer saves and ends, and its writer must live to write that."""
+    """A scheduler signals every process of a job: the trainer saves and ends, and its writer must
+    live to write that."""
     saver = alone()
     with stopped_writers():
         start(saver, tmp_path, 100, 5)
@@ -282,7 +285,8 @@ time.sleep(60)
 
 @pytest.mark.parametrize("others", ["alone", "forked"])
 def test_a_writer_ends_with_its_trainer(tmp_path, others):
-    """Of two ranks' parts one never comes, so it would wait for ever; its trainer is killed, and it is gone before another run can start."""
+    """Of two ranks' parts one never comes, so it would wait for ever; its trainer is killed, and it
+    is gone before another run can start."""
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER, tmp_path, others], stdout=subprocess.PIPE, text=True
     )

@@ -1,4 +1,5 @@
-"""Checkpoints made to do harm, or by nobody: each is refused in one line that names the file, before anything is applied."""
+"""Checkpoints made to do harm, or by nobody: each is refused in one line that names the file,
+before anything is applied."""
 
 import json
 import os
@@ -43,7 +44,8 @@ def test_a_pickle_in_place_of_a_shard_is_not_loaded(save_dir, folder, tmp_path, 
 @pytest.mark.parametrize("name", [SHARD, "manifest.json", "state.json", "config.yaml"])
 @pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
 def test_what_is_no_file_of_the_folder_is_not_opened(save_dir, folder, tmp_path, name, kind):
-    """A link out of the folder, even to the right bytes, tells of files elsewhere; a pipe without a writer would be read for ever."""
+    """A link out of the folder, even to the right bytes, tells of files elsewhere; a pipe without a
+    writer would be read for ever."""
     (folder / name).rename(tmp_path / "elsewhere")
     if kind == "pipe":
         os.mkfifo(folder / name)

@@ -1,4 +1,5 @@
-"""docs/checkpoints.md describes the format well enough to read it: its own reader does, with json and numpy alone."""
+"""docs/checkpoints.md describes the format well enough to read it: its own reader does, with json
+and numpy alone."""
 
 import re
 import subprocess

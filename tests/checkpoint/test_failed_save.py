@@ -1,4 +1,5 @@
-"""A save that fails on one rank: every rank says the same line, nothing is published, nothing is left behind."""
+"""A save that fails on one rank: every rank says the same line, nothing is published, nothing is
+left behind."""
 
 import re
 import resource

@@ -1,4 +1,5 @@
-"""Manifests: one that lies about files, shapes or cover is refused by name, and none leads out of its folder."""
+"""Manifests: one that lies about files, shapes or cover is refused by name, and none leads out of
+its folder."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Publishing: at whatever moment a run dies, what bears a published name is whole, and the next start finds it."""
+"""Publishing: at whatever moment a run dies, what bears a published name is whole, and the next
+start finds it."""
 
 import json
 import os
@@ -141,7 +142,10 @@ def test_the_next_save_removes_what_killed_runs_left_and_nothing_else(tmp_path):
 
 
 def test_death_at_every_rename_and_removal_of_a_publication_loses_nothing(tmp_path):
-    """Publishing over iteration 100, stopped at the first, second, ... step that changes the folder: old or new, never neither."""
+    """Publishing over iteration 100, stopped at the first, second, ...
+
+    step that changes the folder: old or new, never neither.
+    """
     found = []
     for step in range(100):
         save_dir = tmp_path / str(step)
@@ -192,7 +196,8 @@ while True:
 
 
 def kill_while_saving(save_dir: Path, times: int, chance: random.Random) -> None:
-    """Start a process that saves without pause over iterations 1 to 5, kill -9 it at a random moment, look at what is there."""
+    """Start a process that saves without pause over iterations 1 to 5, kill -9 it at a random
+    moment, look at what is there."""
     for _ in range(times):
         saver = subprocess.Popen(
             [sys.executable, "-c", SAVER, str(save_dir), str(Path(cases.__file__).parent)],

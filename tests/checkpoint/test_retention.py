@@ -1,4 +1,5 @@
-"""Retention: what was asked to stay stays, the newest and what the tracker names always, whenever the run is killed."""
+"""Retention: what was asked to stay stays, the newest and what the tracker names always, whenever
+the run is killed."""
 
 import json
 import os

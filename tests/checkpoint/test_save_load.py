@@ -1,4 +1,5 @@
-"""Checkpoints: what one layout wrote another reads bit for bit, and what is damaged, foreign or a lie is refused by name."""
+"""Checkpoints: what one layout wrote another reads bit for bit, and what is damaged, foreign or a
+lie is refused by name."""
 
 import pickle
 from pathlib import Path
@@ -62,7 +63,8 @@ def test_the_manifest_does_not_depend_on_the_layout(tmp_path):
 
 @pytest.mark.parametrize("boxes", [1, 3])
 def test_flat_shards_of_an_optimizer_reshard(tmp_path, boxes):
-    """A flat range of a matrix is at most three boxes: the end of a row, whole rows, the start of a row."""
+    """A flat range of a matrix is at most three boxes: the end of a row, whole rows, the start of a
+    row."""
     tensor = torch.arange(35.0).view(5, 7)
     cuts = (
         [((0, 5), (0, 7))]
@@ -250,7 +252,8 @@ def read_after_damage(mesh: Mesh, load_dir: Path) -> tuple[int, list[str]]:
 
 
 def test_every_slice_is_verified_by_some_rank_and_all_ranks_fall_back_together(tmp_path):
-    """Damage in turn the shard of each writer: whichever rank finds it, all go back and one says so."""
+    """Damage in turn the shard of each writer: whichever rank finds it, all go back and one says
+    so."""
     run_ranks(2, write_on_ranks, tmp_path, 100, 1, tp=2)
     run_ranks(2, write_on_ranks, tmp_path, 200, 2, tp=2)
     for name in ("shard_00000.safetensors", "shard_00001.safetensors"):

@@ -1,4 +1,5 @@
-"""Safetensors files written as a stream: what the format's own reader finds in them, and one line where they cannot be written."""
+"""Safetensors files written as a stream: what the format's own reader finds in them, and one line
+where they cannot be written."""
 
 import itertools
 import json
@@ -29,7 +30,8 @@ def stored(key: str, tensor: torch.Tensor) -> Stored:
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
-    """Every dtype, in an order and of sizes that put all but the first at an odd byte if they were written as they come."""
+    """Every dtype, in an order and of sizes that put all but the first at an odd byte if they were
+    written as they come."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(3,), (), (5, 1, 7), (0, 4), (2, 3), (1,), (9,), (3, 3)]
     made = {}

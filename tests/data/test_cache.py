@@ -1,4 +1,5 @@
-"""The index cache: hits only what has the same content, survives damage, races and folders that cannot be written."""
+"""The index cache: hits only what has the same content, survives damage, races and folders that
+cannot be written."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor

@@ -1,4 +1,5 @@
-"""Samples by number: what they hold, where they come from, when an order counts as the same, and which errors come before the run."""
+"""Samples by number: what they hold, where they come from, when an order counts as the same, and
+which errors come before the run."""
 
 import os
 import pickle
@@ -188,7 +189,8 @@ def test_what_would_go_wrong_later_is_an_error_now(items, split, samples, messag
 
 
 def test_a_blend_that_oversamples_a_dataset_is_an_error(tmp_path):
-    # 55 of 110 samples are to come from the first, built for 56; each of 50 others rounds 1.1 up to 2: of 155 samples half are 78.
+    # 55 of 110 samples are to come from the first, built for 56; each of 50 others rounds 1.1 up to
+    # 2: of 155 samples half are 78.
     items = ["50", write(tmp_path / "small", [56 * 4 + 1])] + [
         "1",
         write(tmp_path / "other", [50] * 10),
@@ -222,7 +224,8 @@ def test_mock_samples_follow_from_seed_and_number_alone():
 
 def test_mock_samples_can_be_learnt():
     steps = np.diff([MockDataset(1000, 64, 1, 200).sample(k).ids for k in range(200)], axis=1) % 256
-    # Both ids of a pair are walked, not replaced, with probability (15/16)^2 = 0.879; 12,800 pairs, so 0.02 is 7 standard deviations.
+    # Both ids of a pair are walked, not replaced, with probability (15/16)^2 = 0.879; 12,800 pairs,
+    # so 0.02 is 7 standard deviations.
     assert abs(np.mean((steps >= 1) & (steps <= 4)) - (0.879 + 0.121 * 4 / 256)) < 0.02
 
 

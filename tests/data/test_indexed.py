@@ -1,4 +1,5 @@
-"""The .bin/.idx pair: bytes as specified, and one clear line for each way in which a pair can be broken."""
+"""The .bin/.idx pair: bytes as specified, and one clear line for each way in which a pair can be
+broken."""
 
 import os
 import pickle

@@ -1,4 +1,5 @@
-"""Micro-batches: the global order on any number of ranks and workers, from any position; clear errors; no process left behind."""
+"""Micro-batches: the global order on any number of ranks and workers, from any position; clear
+errors; no process left behind."""
 
 import multiprocessing
 import os
@@ -42,7 +43,8 @@ def gather(batches):
 
 
 def reading_workers():
-    """Children of this process but for the ranks that other tests keep, which come from a fork server."""
+    """Children of this process but for the ranks that other tests keep, which come from a fork
+    server."""
     return [
         child
         for child in multiprocessing.active_children()

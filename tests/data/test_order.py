@@ -1,4 +1,5 @@
-"""The order of samples against numbers worked out by hand, and the native index builder against the numpy one."""
+"""The order of samples against numbers worked out by hand, and the native index builder against the
+numpy one."""
 
 import math
 
@@ -149,7 +150,8 @@ def test_blend_sizes_round_up_and_then_add_half_a_percent():
 def test_a_blend_takes_the_dataset_furthest_behind_and_the_first_of_equals(native):
     dataset, sample = order.blend_index([1, 1], 6, native)
     assert dataset.tolist() == [0, 1, 0, 1, 0, 1] and sample.tolist() == [0, 0, 1, 1, 2, 2]
-    # By hand, behind by: (.25, .75) (.25, -.25) (-.5, .5) (-.25, .25) (0, 0) (-.75, .75) (-.5, .5) (-.25, .25).
+    # By hand, behind by: (.25, .75) (.25, -.25) (-.5, .5) (-.25, .25) (0, 0) (-.75, .75) (-.5, .5)
+    # (-.25, .25).
     dataset, sample = order.blend_index([1, 3], 8, native)
     assert dataset.tolist() == [1, 0, 1, 1, 0, 1, 1, 1] and sample.tolist() == [
         0,

@@ -1,4 +1,5 @@
-"""Tokenizers: ids and back, the real vocabulary, the end of document, and one line for whatever is wrong with a file."""
+"""Tokenizers: ids and back, the real vocabulary, the end of document, and one line for whatever is
+wrong with a file."""
 
 import json
 

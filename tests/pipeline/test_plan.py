@@ -1,4 +1,5 @@
-"""Every schedule, proven complete and free of deadlock, against the formulas for its bubble and its memory."""
+"""Every schedule, proven complete and free of deadlock, against the formulas for its bubble and its
+memory."""
 
 import os
 import re
@@ -65,7 +66,8 @@ def run(schedule, p, m, v, costs=Costs()):  # noqa: B008
 
 @every_kind
 def test_every_size_completes_without_deadlock(schedule, v):
-    """simulate raises where a plan is incomplete, out of order or hangs; no rank can do its work in less time than that takes."""
+    """simulate raises where a plan is incomplete, out of order or hangs; no rank can do its work in
+    less time than that takes."""
     for p, m in SIZES:
         outcome = run(schedule, p, m, v)
         assert outcome.makespan >= 3 * m and outcome.bubble >= 0, (p, m)
@@ -73,7 +75,8 @@ def test_every_size_completes_without_deadlock(schedule, v):
 
 @every_kind
 def test_forwards_alone_take_the_least_time(schedule, v):
-    """p - 1 chunks more than a rank's work; p - 1 whole ranks more for zb-v, whose last chunk climbs back to rank 0 alone."""
+    """p - 1 chunks more than a rank's work; p - 1 whole ranks more for zb-v, whose last chunk
+    climbs back to rank 0 alone."""
     for p, m in SAMPLE:
         plan = make_plan(schedule, p, m, v, forward_only=True)
         makespan = simulate(plan).makespan
@@ -113,7 +116,10 @@ def formula_holds(schedule, p, m, costs):
 
 @every_kind
 def test_bubble_is_the_formulas(schedule, v):
-    """And never less where the formula does not hold. Interleaved reaches it also where p does not divide m."""
+    """And never less where the formula does not hold.
+
+    Interleaved reaches it also where p does not divide m.
+    """
     held = 0
     for costs, sizes in [(Costs(), SIZES), *((costs, SAMPLE) for costs in UNEVEN)]:
         for p, m in sizes:
@@ -129,7 +135,8 @@ def test_bubble_is_the_formulas(schedule, v):
 
 
 def test_zb_h1_with_long_weight_gradients_waits_only_for_the_first_gradient():
-    """With W > F no bubble is left in the drain, but rank 0, full with p forwards, has to wait for (p - 1) B."""
+    """With W > F no bubble is left in the drain, but rank 0, full with p forwards, has to wait for
+    (p - 1) B."""
     for p, m in SAMPLE:
         for costs in (Costs(1, 2, 3), Costs(3, 2, 3)):
             if m >= p:
@@ -147,7 +154,10 @@ def test_zb_v_is_done_p_minus_1_chunks_after_its_work():
 
 
 def test_zb_v_fills_the_gaps_that_few_micro_batches_leave():
-    """4 ranks, 4 micro-batches of 28 units. The paper's places for the weight gradients would leave 33 and end at 145."""
+    """4 ranks, 4 micro-batches of 28 units.
+
+    The paper's places for the weight gradients would leave 33 and end at 145.
+    """
     outcome = run("zb-v", 4, 4, 2, Costs(10, 11, 7))
     assert (outcome.bubble, outcome.makespan) == (17.5, 129.5)
 
@@ -176,7 +186,8 @@ def test_1f1b_holds_as_many_as_there_are_ranks_behind():
 
 @pytest.mark.parametrize("v", [2, 3, 4])
 def test_interleaved_holds_a_little_more_than_1f1b(v):
-    """1 + (p-1)/(pv) of 1F1B's where groups are of p; elsewhere by the larger group, and never more than all there is."""
+    """1 + (p-1)/(pv) of 1F1B's where groups are of p; elsewhere by the larger group, and never more
+    than all there is."""
     for p, m in SIZES:
         peak = max(run("interleaved", p, m, v).peaks)
         group = -(-m // max(1, m // p))
@@ -249,7 +260,8 @@ def test_stages_go_round_the_ranks_or_down_and_up_again():
 
 
 def test_two_ranks_1f1b_by_hand():
-    """Receives stand one action ahead of their use, but behind what goes out before them: gradient 1 and activation 2 are made at one time."""
+    """Receives stand one action ahead of their use, but behind what goes out before them: gradient
+    1 and activation 2 are made at one time."""
     first, second = make_plan("1f1b", 2, 3).actions
     assert first == (
         Forward(0, 0),
@@ -309,7 +321,8 @@ def test_both_ends_of_a_pair_list_its_messages_in_one_order(schedule, v):
 
 @every_kind
 def test_receives_are_posted_a_compute_action_ahead(schedule, v):
-    """Unless the action before makes a message that comes first in the same queue: then directly behind that."""
+    """Unless the action before makes a message that comes first in the same queue: then directly
+    behind that."""
     for p, m in SAMPLE:
         for actions in make_plan(schedule, p, m, v).actions:
             computes = [
@@ -368,7 +381,8 @@ def test_planning_needs_no_torch():
 
 
 def test_every_rank_makes_the_same_plan():
-    """They plan each for itself and must agree without a word, also where the hash of a string differs from process to process."""
+    """They plan each for itself and must agree without a word, also where the hash of a string
+    differs from process to process."""
     code = "from trivium.pipeline.plan import Costs, make_plan\n"
     code += "print(make_plan('zb-v', 4, 9, 2, Costs(1.1, 0.7, 0.9, transfer=0.03)))"
     plans = {
@@ -407,7 +421,8 @@ def cases(draw):
 
 
 def makespan_without_queues(plan, costs):
-    """When the last action ends if every message goes off as soon as it is made, whatever else is under way."""
+    """When the last action ends if every message goes off as soon as it is made, whatever else is
+    under way."""
     ends, clock, at = {}, [0.0] * plan.num_ranks, [0] * plan.num_ranks
     actions = [
         [action for action in rank if not isinstance(action, Message)] for rank in plan.actions
@@ -456,7 +471,10 @@ def test_queues_cost_no_time_when_the_transfer_was_planned_for(schedule, v):
 
 
 def test_a_transfer_is_planned_for_at_its_full_length():
-    """With two chunks of half a unit each it is two forwards long. Planned for as one, it would end the step at 18.5."""
+    """With two chunks of half a unit each it is two forwards long.
+
+    Planned for as one, it would end the step at 18.5.
+    """
     costs = Costs(1, 2, 1, transfer=1)
     assert simulate(make_plan("interleaved", 2, 2, 2, costs), costs).makespan == 17
 
@@ -464,7 +482,8 @@ def test_a_transfer_is_planned_for_at_its_full_length():
 @settings(max_examples=60, deadline=None)
 @given(cases(), numbers, st.booleans())
 def test_any_plan_completes_at_any_speed(case, factor, forward_only):
-    """A plan stays free of deadlock when the real times are not those it was made from: uneven, slower, with slow messages."""
+    """A plan stays free of deadlock when the real times are not those it was made from: uneven,
+    slower, with slow messages."""
     schedule, p, m, v, costs = case
     plan = make_plan(schedule, p, m, v, costs, forward_only=forward_only)
     work = [

@@ -1,4 +1,5 @@
-"""The proof has teeth: any plan with one action too few, too many, or out of its place is refused; times and memory are as worked by hand."""
+"""The proof has teeth: any plan with one action too few, too many, or out of its place is refused;
+times and memory are as worked by hand."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -79,7 +80,8 @@ def test_two_messages_of_a_pair_swapped_at_one_end_are_refused(plan):
 
 
 def test_messages_of_different_pairs_may_change_places():
-    """The proof refuses what hangs and no more: on rank 1 the queues with ranks 0 and 2 do not know of each other."""
+    """The proof refuses what hangs and no more: on rank 1 the queues with ranks 0 and 2 do not know
+    of each other."""
     plan = make_plan("1f1b", 3, 4)
     for index, (one, other) in enumerate(pairwise(plan.actions[1])):
         if isinstance(one, Message) and isinstance(other, Message) and one.peer != other.peer:
@@ -92,7 +94,8 @@ def test_messages_of_different_pairs_may_change_places():
 
 @every_plan
 def test_an_action_ahead_of_what_it_needs_is_refused(plan):
-    """Any receive behind its user, any send ahead of its producer, B ahead of F, W ahead of B: each action moved to the front, if it needs any."""
+    """Any receive behind its user, any send ahead of its producer, B ahead of F, W ahead of B: each
+    action moved to the front, if it needs any."""
     needy = (Backward, BackwardInput, BackwardWeight, SendActivation, SendGradient)
     for rank, index in places(plan):
         actions = plan.actions[rank]
@@ -166,7 +169,10 @@ def test_a_whole_backward_and_its_halves_are_one_or_the_other():
 
 
 def test_1f1b_with_sends_first_deadlocks():
-    """The classic: in the steady state rank 0 puts its next activation first, rank 1 its gradient. Blocking sends wait for each other."""
+    """The classic: in the steady state rank 0 puts its next activation first, rank 1 its gradient.
+
+    Blocking sends wait for each other.
+    """
     first = (
         *(Forward(0, 0), SendActivation(0, 0, 1), Forward(0, 1), SendActivation(0, 1, 1)),
         *(ReceiveGradient(0, 0, 1), Backward(0, 0), ReceiveGradient(0, 1, 1), Backward(0, 1)),
@@ -185,7 +191,8 @@ def test_1f1b_with_sends_first_deadlocks():
 
 
 def test_ranks_in_a_ring_that_wait_for_each_other_deadlock():
-    """Every queue is in one order at both ends, and yet: rank 0 waits for rank 2, which waits for micro-batch 1 of rank 1, and that for rank 0."""
+    """Every queue is in one order at both ends, and yet: rank 0 waits for rank 2, which waits for
+    micro-batch 1 of rank 1, and that for rank 0."""
     ranks = (
         (
             *(
@@ -235,7 +242,8 @@ def test_ranks_in_a_ring_that_wait_for_each_other_deadlock():
 
 
 def test_times_of_1f1b_by_hand():
-    """F = 2, B = W = 1, messages of 0.5: rank 1 starts half a unit late, and its gradients take half a unit back."""
+    """F = 2, B = W = 1, messages of 0.5: rank 1 starts half a unit late, and its gradients take
+    half a unit back."""
     costs = Costs(2, 1, 1, transfer=0.5)
     timeline = simulate(make_plan("1f1b", 2, 2, costs=costs), costs)
     first, second = timeline.spans
@@ -285,7 +293,8 @@ def test_a_message_waits_for_its_receive():
 
 
 def test_a_chunk_is_its_share_of_a_rank_in_time_and_memory():
-    """One rank, two chunks, one micro-batch: 0.5 each for F, B and W; both chunks are held together."""
+    """One rank, two chunks, one micro-batch: 0.5 each for F, B and W; both chunks are held
+    together."""
     timeline = simulate(make_plan("zb-v", 1, 1, 2))
     assert timeline.makespan == 3 and timeline.peak_activations == (1,)
     assert [(start, end) for _, start, end in timeline.spans[0]] == [

@@ -1,4 +1,5 @@
-"""Which layers each stage gets: Megatron's own functions where they can be asked, worked cases elsewhere."""
+"""Which layers each stage gets: Megatron's own functions where they can be asked, worked cases
+elsewhere."""
 
 import itertools
 import re
@@ -35,7 +36,10 @@ def megatron():
 
 
 def their_stages(megatron, num_layers, p, v, first, last, embedding, loss):
-    """(first layer, count) by stage; None where they refuse. Two ranks with both ends given and several chunks: their offset divides by zero."""
+    """(first layer, count) by stage; None where they refuse.
+
+    Two ranks with both ends given and several chunks: their offset divides by zero.
+    """
     config = SimpleNamespace(
         num_layers=num_layers,
         pipeline_model_parallel_size=p,
@@ -61,7 +65,8 @@ def their_stages(megatron, num_layers, p, v, first, last, embedding, loss):
 
 
 def test_every_split_is_megatrons(megatron):
-    """Where we refuse, they do too, or lose layers: some two ends do not add up to the whole, and a stage between them is left empty."""
+    """Where we refuse, they do too, or lose layers: some two ends do not add up to the whole, and a
+    stage between them is left empty."""
     agreed, refused = 0, 0
     options = [(first, last, False, False) for first in (None, 1, 2, 4) for last in (None, 2, 3, 4)]
     options += [(None, None, True, False), (None, None, False, True), (None, None, True, True)]
@@ -145,7 +150,8 @@ def test_an_even_split_by_hand():
 
 
 def test_uneven_ends_belong_to_ranks_not_to_stages():
-    """4 layers of rank 0 are 2 for each of its chunks: stages 0 and 3 in rounds, 0 and 5 where zb-v comes back to it."""
+    """4 layers of rank 0 are 2 for each of its chunks: stages 0 and 3 in rounds, 0 and 5 where zb-v
+    comes back to it."""
     assert counts(20, placement(3, 2), first=4) == [2, 4, 4, 2, 4, 4]
     assert counts(20, Placement("zb-v", 3, 2), first=4) == [2, 4, 4, 4, 4, 2]
     assert counts(20, Placement("zb-v", 3, 2), first=8, last=4) == [4, 4, 2, 2, 4, 4]
@@ -195,7 +201,8 @@ LAYOUT = "--pipeline-model-parallel-layout"
             4,
             2,
             {},
-            f"--num-layers 30 cannot be cut into {PP} 4 x 2 model chunks = 8 stages; use 24 or 32, or set {FIRST} 6",
+            f"--num-layers 30 cannot be cut into {PP} 4 x 2 model chunks = 8 stages; "
+            f"use 24 or 32, or set {FIRST} 6",
         ),
         (3, 4, 1, {}, f"--num-layers 3 cannot be cut into {PP} 4 stages; use 4"),
         (
@@ -208,14 +215,16 @@ LAYOUT = "--pipeline-model-parallel-layout"
             4,
             1,
             {"first": 5},
-            f"30 less {FIRST} 5 leaves 25 layers, which cannot be cut into 3 x 1 stages; use {FIRST} 6 or 3",
+            f"30 less {FIRST} 5 leaves 25 layers, which cannot be cut into 3 x 1 stages; "
+            f"use {FIRST} 6 or 3",
         ),
         (
             30,
             4,
             1,
             {"last": 5},
-            f"30 less {LAST} 5 leaves 25 layers, which cannot be cut into 3 x 1 stages; use {LAST} 6 or 3",
+            f"30 less {LAST} 5 leaves 25 layers, which cannot be cut into 3 x 1 stages; "
+            f"use {LAST} 6 or 3",
         ),
         (
             30,
@@ -283,7 +292,8 @@ LAYOUT = "--pipeline-model-parallel-layout"
             2,
             1,
             {"layout": "tEtt|tL"},
-            "has tEtt | tL; the first stage begins with the only E, the last one ends with the only L",
+            "has tEtt | tL; the first stage begins with the only E, the last one ends with the "
+            "only L",
         ),
         (4, 2, 1, {"layout": "Ett|Ett"}, "the first stage begins with the only E"),
         (2, 3, 1, {"layout": "|Et|tL"}, "the first stage begins with the only E"),

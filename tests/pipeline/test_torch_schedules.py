@@ -1,4 +1,5 @@
-"""Against the schedules of torch.distributed.pipelining, run under the same costs: ours never wait longer."""
+"""Against the schedules of torch.distributed.pipelining, run under the same costs: ours never wait
+longer."""
 
 from types import SimpleNamespace
 
@@ -25,7 +26,10 @@ COSTS = [Costs(), Costs(2, 3, 1), Costs(10, 11, 7), Costs(10, 9, 11), Costs(9, 9
 
 
 def their_orders(schedule, p, m, v):
-    """Per rank, (kind, stage, micro-batch) with kinds F, I (input gradient), W, B (both). None where they do not take this m."""
+    """Per rank, (kind, stage, micro-batch) with kinds F, I (input gradient), W, B (both).
+
+    None where they do not take this m.
+    """
     stages = [
         SimpleNamespace(num_stages=p * v, group_size=p, group_rank=0, submod=None) for _ in range(v)
     ]
@@ -68,7 +72,10 @@ def their_orders(schedule, p, m, v):
 
 
 def bubble(orders, num_stages, costs):
-    """Each action as soon as its rank is free and its input there. Raises if it never is, or if the work is not complete."""
+    """Each action as soon as its rank is free and its input there.
+
+    Raises if it never is, or if the work is not complete.
+    """
     parts = {
         "F": costs.forward,
         "I": costs.backward_input,
