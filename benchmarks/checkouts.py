@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.models import SHAPES, shape_flags
+from benchmarks.table import Column, Table, number
 
 THIS = Path(__file__).resolve().parents[1]
 WARM_UP = 3  # iterations of each run that do not count: memory is new to them
@@ -40,8 +41,12 @@ class Checkout:
 
     def verify(self) -> None:
         """Raise ValueError unless `python` imports the code of this checkout."""
-        command = [str(self.python), "-c", IMPORTED_FROM]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder)
+        done = subprocess.run(
+            [str(self.python), "-c", IMPORTED_FROM],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+        )
         imported = Path(done.stdout.strip() or "nothing").resolve()
         if self.folder.resolve() not in imported.parents:
             raise ValueError(
@@ -84,12 +89,17 @@ def compare_shape(
 ) -> dict[str, Any]:
     """Run one model in both checkouts, in turn.
 
+    pair: this checkout and the other one
+    flags: the model
+    rounds: runs of each checkout
+    steps: iterations of a run that count
+
     Returns: milliseconds of an iteration in each round, this checkout's and the other's; the ratio
     of each round, this over other; and the medians.
     """
     times: dict[str, list[float]] = {checkout.name: [] for checkout in pair}
-    for number in range(rounds):
-        order = pair if number % 2 == 0 else pair[::-1]
+    for turn in range(rounds):
+        order = pair if turn % 2 == 0 else pair[::-1]
         for checkout in order:
             times[checkout.name].append(iteration_ms(checkout, flags, steps))
     rounds_of_both = zip(times["this"], times["other"], strict=True)
@@ -107,26 +117,53 @@ def iteration_ms(checkout: Checkout, flags: str, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics.jsonl"
         last = WARM_UP + steps
-        words = f"{flags} --train-iters {last} --log-interval {last} --eval-iters 0".split()
-        script = checkout.folder / "pretrain_gpt.py"
-        command = [str(checkout.python), str(script), *words, "--metrics-jsonl", str(metrics)]
-        done = subprocess.run(
-            command, cwd=folder, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True
+        arguments = (
+            f"{flags} --train-iters {last} --log-interval {last}"
+            f" --eval-iters 0 --metrics-jsonl {metrics}"
         )
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or ["it said nothing"]
-            raise ValueError(f"the run of {checkout.folder} failed: {said[-1]}")
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    counted = [row["iteration_ms"] for row in rows if row["iteration"] > WARM_UP]
+        run_checkout(checkout, arguments, Path(folder))
+        lines = metrics.read_text().splitlines()
+    counted: list[float] = []
+    for line in lines:
+        row = json.loads(line)
+        if row["iteration"] > WARM_UP:
+            counted.append(row["iteration_ms"])
     return median(counted)
+
+
+def run_checkout(checkout: Checkout, arguments: str, folder: Path) -> None:
+    """Run pretrain_gpt.py of a checkout in a folder. Raises ValueError if it fails."""
+    script = checkout.folder / "pretrain_gpt.py"
+    done = subprocess.run(
+        [str(checkout.python), str(script), *arguments.split()],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise ValueError(f"the run of {checkout.folder} failed: {said[-1]}")
+
+
+COLUMNS = [
+    Column("this ms", 12, number("this", 1)),
+    Column("other ms", 12, number("other", 1)),
+    Column("this/other", 12, number("ratio", 4)),
+]
 
 
 def report(shape: str, found: dict[str, Any]) -> None:
     """Print the rounds of one model and their medians."""
-    print(f"\n{shape:<10}{'this ms':>12}{'other ms':>12}{'this/other':>12}")
+    table = Table(shape, 10, COLUMNS)
+    print(f"\n{table.header()}")
     times = found["milliseconds"]
-    for number, ratio in enumerate(found["ratios"]):
-        this, other = times["this"][number], times["other"][number]
-        print(f"round {number + 1:<4}{this:>12.1f}{other:>12.1f}{ratio:>12.4f}")
-    medians = found["medians"]
-    print(f"{'median':<10}{medians['this']:>12.1f}{medians['other']:>12.1f}{found['ratio']:>12.4f}")
+    for index, ratio in enumerate(found["ratios"]):
+        row = {
+            "this": times["this"][index],
+            "other": times["other"][index],
+            "ratio": ratio,
+        }
+        print(table.line(f"round {index + 1}", row))
+    medians = found["medians"] | {"ratio": found["ratio"]}
+    print(table.line("median", medians))

@@ -54,7 +54,10 @@ def generate_suite(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the results of every dtype and batch, and why an engine was left out."""
+    """Return the results of every dtype and batch, and why an engine was left out.
+
+    options: rounds, and whether peers take part
+    """
     config = parse_config(LLAMA)
     device = launch.choose_device("auto", 0)
     results: dict[str, Any] = {}
@@ -96,7 +99,10 @@ def build_engines(
 
 
 def trivium(config: Config, device: torch.device, dtype: torch.dtype, kernels: ops.Ops) -> Generate:
-    """Build Trivium's generation."""
+    """Build Trivium's generation.
+
+    Its weights come from the seed, as those that transformers is given.
+    """
     model = GPT(config.model, vocabulary(config), ops=kernels, seed=config.batch.seed)
     model = model.to_device(device, dtype).eval()
 
@@ -124,7 +130,12 @@ def transformers(config: Config, device: torch.device, dtype: torch.dtype) -> Ge
 
 
 def compare(engines: dict[str, Generate], prompt: torch.Tensor, rounds: int) -> dict[str, Row]:
-    """Run each engine once untimed, then in turn; compare its tokens with the first engine's."""
+    """Run each engine once untimed, then in turn; compare its tokens with the first engine's.
+
+    engines: by name
+    prompt: [B, PROMPT]
+    rounds: timed runs of each engine
+    """
     tokens = {name: engine(prompt) for name, engine in engines.items()}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(rounds):

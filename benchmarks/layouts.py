@@ -113,3 +113,9 @@ def summary(runs: list[Measurement]) -> dict[str, Any]:
         "memory": max(run.memory for run in runs),
         "loss": runs[0].loss,
     }
+
+
+def megabytes_sent(row: dict[str, Any]) -> str:
+    """Write the MB that a rank sends in an update."""
+    total = sum(row["sent"].values())
+    return f"{total / 1e6:.1f}"

@@ -37,7 +37,12 @@ def matrix_peaks(device: str, seconds: float) -> Peaks:
 
 
 def matrix_peak(device: str, dtype: torch.dtype, seconds: float) -> float:
-    """Return FLOP/s of a large square, or of a small one where a large one would take too long."""
+    """Return FLOP/s of a large square, or of a small one where a large one would take too long.
+
+    device: "cpu" or "cuda"
+    dtype: the number format of both factors
+    seconds: time spent on each size
+    """
     best = 0.0
     for size in (CUBE[device] // 4, CUBE[device]):
         flops = 2 * size**3
@@ -52,7 +57,10 @@ def matrix_peak(device: str, dtype: torch.dtype, seconds: float) -> float:
 def best_rate(
     device: str, flops: int, seconds: float, x: torch.Tensor, weight: torch.Tensor
 ) -> float:
-    """Return the highest FLOP/s of x W^T, repeated for so many seconds."""
+    """Return the highest FLOP/s of x W^T, repeated for so many seconds.
+
+    flops: of one product
+    """
     end = time.perf_counter() + seconds
     rate = 0.0
     while time.perf_counter() < end:

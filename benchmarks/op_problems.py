@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,10 +64,11 @@ def norms(device: torch.device, dtype: torch.dtype) -> list[Problem]:
     """Return the norms of x [tokens, H], alone and with the residual sum in front of them."""
     n = TOKENS[device.type]
     h = WIDTH[device.type]
-    x = random_input(device, dtype, n, h)
-    branch = random_input(device, dtype, n, h)
-    weight = random_input(device, dtype, h)
-    bias = random_input(device, dtype, h)
+    random = partial(random_input, device, dtype)
+    x = random(n, h)
+    branch = random(n, h)
+    weight = random(h)
+    bias = random(h)
     alone = (2 * x.nbytes, 3 * x.nbytes)
     with_sum = (4 * x.nbytes, 4 * x.nbytes)
 
@@ -84,10 +86,34 @@ def norms(device: torch.device, dtype: torch.dtype) -> list[Problem]:
 
     of_layer = (x, branch, weight, bias)
     return [
-        Problem("rms_norm", "rms_norm", rms_norm, (x, weight), alone),
-        Problem("add + rms_norm", "rms_norm", add_rms_norm, (x, branch, weight), with_sum),
-        Problem("layer_norm", "layer_norm", layer_norm, (x, weight, bias), alone),
-        Problem("add + layer_norm", "layer_norm", add_layer_norm, of_layer, with_sum),
+        Problem(
+            "rms_norm",
+            "rms_norm",
+            rms_norm,
+            (x, weight),
+            alone,
+        ),
+        Problem(
+            "add + rms_norm",
+            "rms_norm",
+            add_rms_norm,
+            (x, branch, weight),
+            with_sum,
+        ),
+        Problem(
+            "layer_norm",
+            "layer_norm",
+            layer_norm,
+            (x, weight, bias),
+            alone,
+        ),
+        Problem(
+            "add + layer_norm",
+            "layer_norm",
+            add_layer_norm,
+            of_layer,
+            with_sum,
+        ),
     ]
 
 
@@ -108,15 +134,22 @@ def rope(device: torch.device, dtype: torch.dtype) -> Problem:
 
     # What is not rotated moves in backward alone, where three gradients become one.
     moved = (4 * packed.nbytes, 3 * packed.nbytes)
-    return Problem("rope of packed q, k, v", "rope", run, (packed,), moved)
+    return Problem(
+        "rope of packed q, k, v",
+        "rope",
+        run,
+        (packed,),
+        moved,
+    )
 
 
 def activations(device: torch.device, dtype: torch.dtype) -> list[Problem]:
     """Return the activations of [tokens, F], and of gate and value [tokens, 2F]."""
     n = TOKENS[device.type]
     f = 7 * WIDTH[device.type] // 2
-    gated = random_input(device, dtype, n, 2 * f)
-    wide = random_input(device, dtype, n, f)
+    random = partial(random_input, device, dtype)
+    gated = random(n, 2 * f)
+    wide = random(n, f)
     of_gated = (3 * wide.nbytes, 5 * wide.nbytes)
     of_wide = (2 * wide.nbytes, 3 * wide.nbytes)
 
@@ -130,9 +163,27 @@ def activations(device: torch.device, dtype: torch.dtype) -> list[Problem]:
         return ops.activation(wide, "gelu_tanh")
 
     return [
-        Problem("swiglu", "activation", swiglu, (gated,), of_gated),
-        Problem("geglu", "activation", geglu, (gated,), of_gated),
-        Problem("gelu", "activation", gelu, (wide,), of_wide),
+        Problem(
+            "swiglu",
+            "activation",
+            swiglu,
+            (gated,),
+            of_gated,
+        ),
+        Problem(
+            "geglu",
+            "activation",
+            geglu,
+            (gated,),
+            of_gated,
+        ),
+        Problem(
+            "gelu",
+            "activation",
+            gelu,
+            (wide,),
+            of_wide,
+        ),
     ]
 
 
@@ -163,18 +214,29 @@ def losses(device: torch.device, dtype: torch.dtype) -> list[Problem]:
     moved = (3 * logits.nbytes, 0)
     flops = 6.0 * n * h * v
     return [
-        Problem("cross-entropy and gradient", "cross_entropy", cross_entropy, moved=moved),
-        Problem("head + cross-entropy, all gradients", "cross_entropy", head, flops=flops),
+        Problem(
+            "cross-entropy and gradient",
+            "cross_entropy",
+            cross_entropy,
+            moved=moved,
+        ),
+        Problem(
+            "head + cross-entropy, all gradients",
+            "cross_entropy",
+            head,
+            flops=flops,
+        ),
     ]
 
 
 def optimizer_passes(device: torch.device, dtype: torch.dtype) -> list[Problem]:
     """Return the optimizer's passes over flat memory."""
     count = PARAMETERS[device.type]
-    masters = torch.rand(count, device=device)
-    exp_avg = torch.rand(count, device=device)
-    exp_avg_sq = torch.rand(count, device=device)
-    grads = torch.rand(count, device=device)
+    flat = partial(torch.rand, count, device=device)
+    masters = flat()
+    exp_avg = flat()
+    exp_avg_sq = flat()
+    grads = flat()
     weights = masters if dtype == torch.float32 else masters.to(dtype)
     on_device = {
         "step": torch.tensor(3, device=device),
@@ -192,6 +254,16 @@ def optimizer_passes(device: torch.device, dtype: torch.dtype) -> list[Problem]:
 
     rounded = 0 if weights is masters else weights.nbytes
     return [
-        Problem("adamw", "adamw", adamw, moved=(28 * count + rounded, 0)),
-        Problem("global norm", "grad_norm", global_norm, moved=(grads.nbytes, 0)),
+        Problem(
+            "adamw",
+            "adamw",
+            adamw,
+            moved=(28 * count + rounded, 0),
+        ),
+        Problem(
+            "global norm",
+            "grad_norm",
+            global_norm,
+            moved=(grads.nbytes, 0),
+        ),
     ]

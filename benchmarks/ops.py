@@ -15,7 +15,7 @@ import torch
 from benchmarks.candidate import relative_spread
 from benchmarks.limits import PEAK_SECONDS, copy_speed, matrix_peaks, timed
 from benchmarks.op_problems import Problem, problems
-from benchmarks.table import Column, Row, Table
+from benchmarks.table import Column, Row, Table, share
 from trivium import launch, ops
 from trivium.ops import OPS, Ops
 
@@ -49,20 +49,25 @@ class Format:
 
     def table(self) -> Table:
         """Return the table of this format."""
-        columns = [Column(one, 9, milliseconds(one)) for one in ("torch", "compile")]
-        columns += [
-            Column(self.ours_name, 9, milliseconds(self.ours_name)),
-            Column("spread", 8, lambda row: f"{row['spread']:.0%}"),
-            Column("x torch", 9, times_faster("torch", self.ours_name)),
-            Column("x compile", 11, times_faster("compile", self.ours_name)),
+        ours = self.ours_name
+        columns = [
+            Column("torch", 9, milliseconds("torch")),
+            Column("compile", 9, milliseconds("compile")),
+            Column(ours, 9, milliseconds(ours)),
+            Column("spread", 8, share("spread")),
+            Column("x torch", 9, times_faster("torch", ours)),
+            Column("x compile", 11, times_faster("compile", ours)),
             Column("speed", 14, speed),
-            Column("share", 7, lambda row: f"{row['share']:.0%}"),
+            Column("share", 7, share("share")),
         ]
         return Table(f"{self.word:<37}pass", 47, columns)
 
 
 def ops_suite(options: argparse.Namespace) -> dict[str, Any]:
-    """Time every op in fp32 and bf16 on every implementation, in turn; return medians."""
+    """Time every op in fp32 and bf16 on every implementation, in turn; return medians.
+
+    options: rounds
+    """
     device = launch.choose_device("auto", 0)
     if device.type == "cpu":
         # As in training; else most of what is timed are page faults of the outputs.
@@ -84,7 +89,10 @@ def ops_suite(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def choose_format(device: torch.device, dtype: torch.dtype, limits: dict[str, float]) -> Format:
-    """Return the implementations of a dtype on a device."""
+    """Return the implementations of a dtype on a device.
+
+    limits: what measure_limits returned
+    """
     word = str(dtype).removeprefix("torch.")
     ours = ops.select_ops("auto", device, dtype)
     product = limits["float32 GFLOP/s" if ours.fp32_matmul else f"{word} GFLOP/s"]
@@ -151,7 +159,10 @@ def measure(problem: Problem, chosen: Format, part: str, rounds: int) -> Row:
 def take_turns(
     runs: dict[str, Callable[[], Any]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of one call in each round, for each of the runs."""
+    """Return the milliseconds of one call in each round, for each of the runs.
+
+    A round calls each run so often that the rounds of one run take SECONDS together.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     counts: dict[str, int] = {}
     for name, run in runs.items():
@@ -177,7 +188,12 @@ def seconds_of(run: Callable[[], Any], count: int, device: torch.device) -> floa
 def warm_run(
     problem: Problem, kernels: Ops, part: str, *, compiled: bool = False
 ) -> Callable[[], Any]:
-    """Return a function that runs one pass of an op; it has been called twice already."""
+    """Return a function that runs one pass of an op; it has been called twice already.
+
+    kernels: the implementation
+    part: forward, backward or all
+    compiled: by torch.compile
+    """
 
     def forward() -> Any:
         return problem.run(kernels)

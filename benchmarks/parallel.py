@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.candidate import parse_config
 from benchmarks.engine import vocabulary
-from benchmarks.layouts import WARM_UP, Job, Measurement, run_layout, summary
+from benchmarks.layouts import WARM_UP, Job, Measurement, megabytes_sent, run_layout, summary
 from benchmarks.table import Column, Row, Table, number, ratio, share
 from trivium.estimate.costs import Hardware
 from trivium.estimate.run_plan import RunPlan
@@ -66,7 +66,11 @@ RECOMPUTE = {
 
 
 def parallel_suite(rounds: int, steps: int) -> dict[str, Any]:
-    """Run every layout in turn, `rounds` times; return medians over all updates by layout."""
+    """Run every layout in turn, and return medians over all updates by layout.
+
+    rounds: runs of each layout
+    steps: timed updates of each run
+    """
     jobs = jobs_for(torch.cuda.device_count(), steps)
     measured: dict[str, list[Measurement]] = {name: [] for name in jobs}
     for _ in range(rounds):
@@ -83,19 +87,29 @@ def parallel_suite(rounds: int, steps: int) -> dict[str, Any]:
 
 
 def jobs_for(devices: int, steps: int) -> dict[str, Job]:
-    """Return the runs that suit a machine with so many GPUs."""
+    """Return the runs that suit a machine with so many GPUs.
+
+    steps: timed updates of each run
+    """
     layouts = RECOMPUTE if devices == 1 else LAYOUTS
     model = f"{MODEL} {LARGER}" if devices else MODEL
-    return {
-        name: Job(processes, f"{model} {given}", steps)
-        for name, (processes, given) in layouts.items()
-    }
+    jobs: dict[str, Job] = {}
+    for name, (processes, given) in layouts.items():
+        jobs[name] = Job(processes, f"{model} {given}", steps)
+    return jobs
 
 
 def estimated_memory(job: Job) -> int:
     """Return the bytes of rank 0 at its fullest, by the formulas of tools/plan.py."""
     config = parse_config(job.arguments, job.processes)
     return RunPlan(config, vocabulary(config), job.processes, Hardware()).memory[0].total
+
+
+def peak_memory(row: Row) -> str:
+    """Write the measured peak in GB; a CPU has none."""
+    if not row["memory"]:
+        return "-"
+    return f"{row['memory'] / 1e9:.2f}"
 
 
 TABLE = Table(
@@ -105,9 +119,9 @@ TABLE = Table(
         Column("ms/update", 11, number("milliseconds", 1)),
         Column("spread", 9, share("spread")),
         Column("x one", 8, ratio("ratio")),
-        Column("MB sent/rank", 14, lambda row: f"{sum(row['sent'].values()) / 1e6:.1f}"),
+        Column("MB sent/rank", 14, megabytes_sent),
         Column("GB estimated", 14, number("estimated_memory", 2, 1e-9)),
-        Column("peak", 7, lambda row: f"{row['memory'] / 1e9:.2f}" if row["memory"] else "-"),
+        Column("peak", 7, peak_memory),
     ],
 )
 
@@ -116,15 +130,18 @@ def report(results: dict[str, Row], steps: int) -> None:
     """Print a line for each layout, what overlap hides, and how far the losses agree."""
     print(f"\n{TABLE.header()}   what is sent")
     for name, row in results.items():
-        kinds = ", ".join(f"{kind} {count / 1e6:.1f}" for kind, count in row["sent"].items())
-        print(f"{TABLE.line(name, row)}   {kinds}")
+        kinds: list[str] = []
+        for kind, count in row["sent"].items():
+            kinds.append(f"{kind} {count / 1e6:.1f}")
+        print(f"{TABLE.line(name, row)}   {', '.join(kinds)}")
     for name, row in results.items():
         plain = without_overlap(name)
         if plain != name and plain in results:
             hidden = 1 - row["milliseconds"] / results[plain]["milliseconds"]
             print(f"{name}: {hidden:+.1%} of the update hidden")
     losses = {row["loss"] for row in results.values()}
-    print(f"losses after {WARM_UP + steps} updates agree to {max(losses) - min(losses):.1e}")
+    apart = max(losses) - min(losses)
+    print(f"losses after {WARM_UP + steps} updates agree to {apart:.1e}")
 
 
 def without_overlap(name: str) -> str:

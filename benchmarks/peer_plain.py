@@ -17,7 +17,8 @@ def plain(config: Config, weights: Path, device: torch.device) -> Step:
     model = PlainGPT(config)
     model.load_state_dict(plain_weights(config, read_weights(weights)))
     model.to(device)
-    return training_step(config, model, device, partial(autocast_loss, config, model, device))
+    loss = partial(autocast_loss, config, model, device)
+    return training_step(config, model, device, loss)
 
 
 def plain_compiled(config: Config, weights: Path, device: torch.device) -> Step:
@@ -26,15 +27,25 @@ def plain_compiled(config: Config, weights: Path, device: torch.device) -> Step:
     model.load_state_dict(plain_weights(config, read_weights(weights)))
     model.to(device)
     compiled = torch.compile(model)
-    return training_step(config, model, device, partial(autocast_loss, config, compiled, device))
+    loss = partial(autocast_loss, config, compiled, device)
+    return training_step(config, model, device, loss)
 
 
 def autocast_loss(
-    config: Config, model: nn.Module, device: torch.device, ids: torch.Tensor, labels: torch.Tensor
+    config: Config,
+    model: nn.Module,
+    device: torch.device,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
 ) -> torch.Tensor:
     """Return the mean loss of ids and labels [B, T], under autocast in a bf16 run."""
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision.bf16):
         return model(ids, labels)
+
+
+def matrix(inputs: int, outputs: int) -> nn.Linear:
+    """Return a linear layer without a bias."""
+    return nn.Linear(inputs, outputs, bias=False)
 
 
 class PlainBlock(nn.Module):
@@ -46,23 +57,31 @@ class PlainBlock(nn.Module):
         width = model.hidden_size
         inner = model.ffn_hidden_size
         self.heads = model.num_attention_heads
-        self.attention_norm = nn.LayerNorm(width, eps=model.norm_epsilon)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.mlp_norm = nn.LayerNorm(width, eps=model.norm_epsilon)
-        self.up = nn.Linear(width, inner, bias=False)
-        self.gelu = nn.GELU(approximate="none" if model.exact_gelu else "tanh")
-        self.down = nn.Linear(inner, width, bias=False)
+        eps = model.norm_epsilon
+        kind = "none" if model.exact_gelu else "tanh"
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.qkv = matrix(width, 3 * width)
+        self.out = matrix(width, width)
+        self.mlp_norm = nn.LayerNorm(width, eps=eps)
+        self.up = matrix(width, inner)
+        self.gelu = nn.GELU(approximate=kind)
+        self.down = matrix(inner, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the hidden states [B, T, H] behind this block."""
         batch, length, width = x.shape
-        packed = self.qkv(self.attention_norm(x)).split(width, dim=-1)
-        by_head = [part.view(batch, length, self.heads, -1).transpose(1, 2) for part in packed]
+        normed = self.attention_norm(x)
+        by_head = []
+        for part in self.qkv(normed).split(width, dim=-1):
+            heads = part.view(batch, length, self.heads, -1)
+            by_head.append(heads.transpose(1, 2))
         q, k, v = by_head  # each [B, A, T, D]
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(self.gelu(self.up(self.mlp_norm(x))))
+        joined = attended.transpose(1, 2).reshape(batch, length, width)
+        x = x + self.out(joined)
+        normed = self.mlp_norm(x)
+        wide = self.gelu(self.up(normed))
+        return x + self.down(wide)
 
 
 class PlainGPT(nn.Module):
@@ -72,11 +91,13 @@ class PlainGPT(nn.Module):
         super().__init__()
         model = config.model
         width = model.hidden_size
-        self.words = nn.Embedding(vocabulary(config), width)
+        words = vocabulary(config)
+        blocks = [PlainBlock(config) for _ in range(model.num_layers)]
+        self.words = nn.Embedding(words, width)
         self.positions = nn.Embedding(model.max_position_embeddings, width)
-        self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(model.num_layers))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, eps=model.norm_epsilon)
-        self.head = nn.Linear(width, vocabulary(config), bias=False)
+        self.head = matrix(width, words)
         self.head.weight = self.words.weight
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -86,7 +107,8 @@ class PlainGPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        rows = logits.flatten(0, 1)
+        return F.cross_entropy(rows, labels.flatten())
 
 
 def plain_weights(config: Config, ours: Weights) -> Weights:

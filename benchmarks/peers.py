@@ -78,6 +78,9 @@ def training_step(config: Config, model: nn.Module, device: torch.device, loss_o
     """Build a peer's update: forward, backward, clip, AdamW.
 
     As in Trivium, weight decay is for matrices alone.
+
+    config: the rates and the batch
+    loss_of: computes the mean loss of ids and labels
     """
     optimizer = config.optimizer
     parameters = list(model.parameters())

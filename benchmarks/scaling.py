@@ -14,7 +14,7 @@ import torch
 from benchmarks import peers
 from benchmarks.candidate import Candidate, Result
 from benchmarks.engine import vocabulary
-from benchmarks.layouts import Job, Measurement, run_layout, summary
+from benchmarks.layouts import Job, Measurement, megabytes_sent, run_layout, summary
 from benchmarks.models import GPT, LLAMA
 from benchmarks.peer_plain import plain
 from benchmarks.side_by_side import Limits
@@ -61,7 +61,10 @@ BYTES_PER_PARAMETER = 20
 
 
 def scaling_suite(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure layouts, model sizes and sequence lengths."""
+    """Measure layouts, model sizes and sequence lengths.
+
+    options: rounds, steps, and whether peers take part
+    """
     results: dict[str, Any] = {"layouts": layouts(min(options.rounds, LAYOUT_ROUNDS))}
     sizes = {name: shape_flags(size, SEQUENCES, LENGTH) for name, size in SIZES.items()}
     title = f"model size, {SEQUENCES} sequences of {LENGTH} tokens an update"
@@ -78,7 +81,7 @@ LAYOUT_TABLE = Table(
         Column("ms/update", 11, number("milliseconds", 1)),
         Column("spread", 9, share("spread", 1)),
         Column("x one", 8, ratio("ratio")),
-        Column("MB sent/rank", 14, lambda row: f"{sum(row['sent'].values()) / 1e6:.1f}"),
+        Column("MB sent/rank", 14, megabytes_sent),
         Column("loss", 10, number("loss", 5)),
     ],
 )
@@ -136,7 +139,12 @@ def rate_of(pair: Row, name: str) -> str:
 
 
 def compare(title: str, flags: dict[str, str], options: argparse.Namespace) -> dict[str, Row]:
-    """Measure tokens/s of a GPT and a Llama of each shape, in fp32, each with its peer."""
+    """Measure tokens/s of a GPT and a Llama of each shape, in fp32, each with its peer.
+
+    title: what the table is called
+    flags: the shapes by name
+    options: rounds, steps, and whether peers take part
+    """
     results: dict[str, Row] = {}
     print(f"\n{title}\n{PAIR_TABLE.header()}")
     engines = 2 if options.peers else 1
@@ -184,7 +192,10 @@ def feed_forward(width: int) -> int:
 
 
 def measure_pair(pair: list[Candidate], rounds: int) -> Row:
-    """Run one or two engines in turn; Trivium is the first."""
+    """Run one or two engines in turn; Trivium is the first.
+
+    rounds: timed updates of each
+    """
     deadline = time.monotonic() + PAIR_SECONDS
     limits = Limits(rounds, deadline, probe=False, patience=PATIENCE)
     found: Row = {}
@@ -211,7 +222,11 @@ def describe(result: Result) -> Row:
 
 
 def missing_memory(parameters: int, engines: int) -> float:
-    """Return the bytes short of what engines of this size need at once; 0 if unknown or enough."""
+    """Return the bytes short of what engines need at once; 0 if unknown or enough.
+
+    parameters: of the model
+    engines: how many hold it at the same time
+    """
     needed = parameters * BYTES_PER_PARAMETER * engines
     if torch.cuda.is_available():
         free_on_device, _ = torch.cuda.mem_get_info()

@@ -45,8 +45,15 @@ class Table:
 
 
 def number(key: str, digits: int = 0, scale: float = 1.0) -> Callable[[Row], str]:
-    """Return a writer of row[key] * scale with so many decimal places."""
-    return lambda row: f"{row[key] * scale:.{digits}f}"
+    """Return a writer of row[key] * scale with so many decimal places.
+
+    scale: for example 1e-6 to write bytes as MB
+    """
+
+    def text(row: Row) -> str:
+        return f"{row[key] * scale:.{digits}f}"
+
+    return text
 
 
 def share(key: str, digits: int = 0) -> Callable[[Row], str]:

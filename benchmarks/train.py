@@ -26,7 +26,11 @@ SHARE_OF_GPT = 0.72  # of the time limit: it has twice the candidates, two of th
 
 
 def train_suite(options: argparse.Namespace) -> dict[str, Any]:
-    """Run rounds x steps updates of every candidate, or as many as the time limit has room for."""
+    """Run rounds x steps updates of every candidate, or as many as the time limit has room for.
+
+    options: rounds, steps, and whether peers take part
+    Returns the peaks of the machine, a row for each candidate of each model, and the seconds.
+    """
     begin = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peaks = matrix_peaks(device, PEAK_SECONDS)
@@ -59,7 +63,13 @@ def train_suite(options: argparse.Namespace) -> dict[str, Any]:
 def choose_candidates(
     shape: str, arguments: str, peaks: Peaks, with_peers: bool
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Return the candidates, the reference of all losses first, and why others are absent."""
+    """Return the candidates, the reference of all losses first, and why others are absent.
+
+    shape: gpt or llama
+    arguments: flags of the model
+    peaks: FLOP/s of a matrix product, by number format
+    with_peers: whether other engines take part
+    """
     in_bf16 = f"{arguments} {BF16}"
     ours = [
         Candidate("Trivium fp32", peers.trivium, arguments),
@@ -77,8 +87,9 @@ def choose_candidates(
         bf16_weights = Candidate("transformers bf16", peer, in_bf16, needs=needs)
     if peaks["bf16"] > peaks["fp32"]:
         return [*candidates, bf16_weights], {}
-    slower = f"{peaks['bf16'] / 1e9:.0f} GFLOP/s against {peaks['fp32'] / 1e9:.0f} in fp32"
-    reason = f"PyTorch's bf16 products run at {slower} on this machine"
+    in_bf16_rate = f"{peaks['bf16'] / 1e9:.0f} GFLOP/s"
+    in_fp32_rate = f"{peaks['fp32'] / 1e9:.0f} in fp32"
+    reason = f"PyTorch's bf16 products run at {in_bf16_rate} against {in_fp32_rate} on this machine"
     return candidates, {bf16_weights.name: reason}
 
 
@@ -99,7 +110,11 @@ def measure(
     limits: Limits,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Result]:
-    """Run the candidates in turn from Trivium's initial weights."""
+    """Run the candidates in turn from Trivium's initial weights.
+
+    limits: how long and how often they run
+    between: called once in each round
+    """
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.pt"
         peers.write_weights(candidates[0].config(), weights)

@@ -20,18 +20,29 @@ VERDICTS = {
 
 
 def rows_of(results: dict[str, Result], absent: dict[str, str], peaks: Peaks) -> dict[str, Row]:
-    """Return a row for each candidate, with how many times faster Trivium is at that precision."""
+    """Return a row for each candidate, with how many times faster Trivium is at that precision.
+
+    results: of the candidates that were to run, by name
+    absent: why others were left out, by name
+    peaks: FLOP/s of a matrix product, by number format
+    """
     rows = {name: row_of(result, peaks) for name, result in results.items()}
-    rows |= {name: {"left_out": why} for name, why in absent.items()}
+    for name, why in absent.items():
+        rows[name] = {"left_out": why}
     for row in rows.values():
         ours = rows.get(f"Trivium {row.get('precision')}", {})
-        if "tokens_per_second" in row and "tokens_per_second" in ours:
-            row["trivium_is_faster"] = ours["tokens_per_second"] / row["tokens_per_second"]
+        our_rate = ours.get("tokens_per_second")
+        rate = row.get("tokens_per_second")
+        if rate and our_rate:
+            row["trivium_is_faster"] = our_rate / rate
     return rows
 
 
 def row_of(result: Result, peaks: Peaks) -> Row:
-    """Return everything that is known of one candidate."""
+    """Return everything that is known of one candidate.
+
+    peaks: FLOP/s of a matrix product, by number format
+    """
     if result.failure is not None:
         return {"left_out": result.failure.reason}
     precision = "bf16" if result.config.precision.bf16 else "fp32"
@@ -39,6 +50,8 @@ def row_of(result: Result, peaks: Peaks) -> Row:
     peak = max(peaks.values()) if precision == "bf16" else peaks["fp32"]
     faults = sorted(update.faults for update in result.timed)
     deviation = result.deviation
+    agrees = deviation <= TOLERANCE[precision] if result.expected else None
+    config = result.config
     rate = result.tokens_per_second
     return {
         "precision": precision,
@@ -48,15 +61,15 @@ def row_of(result: Result, peaks: Peaks) -> Row:
         "spread": result.spread,
         "seconds": [update.seconds for update in result.timed],
         "tokens_per_second": rate,
-        "mfu_full": utilization(result.config, rate, peak, causal=False),
-        "mfu_causal": utilization(result.config, rate, peak, causal=True),
+        "mfu_full": utilization(config, rate, peak, causal=False),
+        "mfu_causal": utilization(config, rate, peak, causal=True),
         "memory": result.memory.total,
         "own_memory": result.memory.own,
         "page_faults": faults[len(faults) // 2],
         "losses": result.losses,
         "held_against": result.reference,
         "deviation": deviation,
-        "agrees": deviation <= TOLERANCE[precision] if result.expected else None,
+        "agrees": agrees,
     }
 
 
@@ -93,7 +106,12 @@ TABLE = Table(
 
 
 def report(shape: str, config: Config, rows: dict[str, Row]) -> None:
-    """Print the table of one model and what its columns mean."""
+    """Print the table of one model and what its columns mean.
+
+    shape: the name of the model
+    config: its configuration, with the whole batch
+    rows: by candidate
+    """
     whole_batch = config.batch.global_batch_size
     print(f"\n{shape}: {describe(config)}")
     print(TABLE.header())
@@ -112,13 +130,14 @@ def report(shape: str, config: Config, rows: dict[str, Row]) -> None:
             "fewer sequences an update, since all of them would take too long here; "
             f"tokens/s compare: {', '.join(smaller)}"
         )
-    reference = next(row["held_against"] for row in rows.values() if "held_against" in row)
+    references = [row["held_against"] for row in rows.values() if "held_against" in row]
     print(
         "MB: highest memory of the process above what it held after its imports, and in total; "
         "faults: pages mapped in by an update"
     )
     print(
-        f"loss: of update {common}; every loss was held against that of {reference} "
+        f"loss: of update {common}; "
+        f"every loss was held against that of {references[0]} "
         f"on the same sequences: {verdict(rows)}"
     )
 
