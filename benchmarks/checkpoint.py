@@ -121,7 +121,10 @@ def build_run() -> Run:
 
 
 def saves(run: Run, work: Path) -> dict[str, Callable[[], Timed]]:
-    """Return every way to save, each into its folder under `work`."""
+    """Return every way to save, each into its folder under `work`.
+
+    run: whose tensors are saved
+    """
     ours = {"state": STATE, "config_yaml": ""}
     here = {"world": run.world, "device": run.device}
     background = Background(**here)
@@ -174,6 +177,8 @@ def saves(run: Run, work: Path) -> dict[str, Callable[[], Timed]]:
 def loads(run: Run, work: Path) -> dict[str, Callable[[], Timed]]:
     """Return every way to load into the run's own tensors.
 
+    work: the folder that the saves wrote to
+
     Ours verifies every checksum; the others have none.
     """
 
@@ -204,7 +209,10 @@ def empty(folder: Path) -> Path:
 
 
 def measure(candidates: dict[str, Callable[[], Timed]], rounds: int) -> dict[str, Row]:
-    """Return the median seconds of each candidate, over rounds in which each has its turn."""
+    """Return the median seconds of each candidate, over rounds in which each has its turn.
+
+    rounds: how often each counts, after one that does not
+    """
     found: dict[str, list[Timed]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, candidate in candidates.items():
@@ -220,7 +228,10 @@ def measure(candidates: dict[str, Callable[[], Timed]], rounds: int) -> dict[str
 
 
 def updates_beside_a_save(run: Run, work: Path, steps: int) -> dict[str, float]:
-    """Return the median seconds of an update, alone and while saves are written beside it."""
+    """Return the median seconds of an update, alone and while saves are written beside it.
+
+    steps: updates of each kind
+    """
     alone = [wait_for(run.step).total for _ in range(steps)]
     background = Background(run.world, run.device)
     beside: list[float] = []

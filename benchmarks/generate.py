@@ -114,7 +114,10 @@ def trivium(config: Config, device: torch.device, dtype: torch.dtype, kernels: o
 
 
 def transformers(config: Config, device: torch.device, dtype: torch.dtype) -> Generate:
-    """Build transformers' generation with Trivium's weights."""
+    """Build transformers' generation with Trivium's weights.
+
+    Raises ImportError if it is not installed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.pt"
         peers.write_weights(config, weights)
@@ -177,7 +180,10 @@ def report(results: dict[str, Any]) -> None:
 
 
 def verdict(title: str, row: Row) -> str:
-    """Return a remark on an engine whose tokens are not the first one's."""
+    """Return a remark on an engine whose tokens are not the first one's.
+
+    title: names the number format
+    """
     if row["same_tokens"]:
         return ""
     # In bf16 two orders of sums may choose another token, and then go different ways.

@@ -13,7 +13,10 @@ from trivium.config import Config
 
 
 def plain(config: Config, weights: Path, device: torch.device) -> Step:
-    """Build the update of a plain loop; bf16 is autocast's."""
+    """Build the update of a plain loop; bf16 is autocast's.
+
+    weights: file of the initial weights
+    """
     model = PlainGPT(config)
     model.load_state_dict(plain_weights(config, read_weights(weights)))
     model.to(device)
@@ -112,7 +115,10 @@ class PlainGPT(nn.Module):
 
 
 def plain_weights(config: Config, ours: Weights) -> Weights:
-    """Return Trivium's weights under PlainGPT's names."""
+    """Return Trivium's weights under PlainGPT's names.
+
+    ours: by Trivium's names
+    """
     theirs = {
         "words.weight": ours["embedding.word.weight"],
         "positions.weight": ours["embedding.position.weight"],

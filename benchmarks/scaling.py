@@ -168,7 +168,10 @@ def compare(title: str, flags: dict[str, str], options: argparse.Namespace) -> d
 
 
 def gpt_pair(given: str) -> list[Candidate]:
-    """Return Trivium and its peer for a GPT."""
+    """Return Trivium and its peer for a GPT.
+
+    given: flags of the shape
+    """
     arguments = f"{GPT} {given}"
     return [
         Candidate("Trivium", peers.trivium, arguments),
@@ -177,7 +180,10 @@ def gpt_pair(given: str) -> list[Candidate]:
 
 
 def llama_pair(given: str, feed_forward_width: int) -> list[Candidate]:
-    """Return Trivium and its peer for a Llama."""
+    """Return Trivium and its peer for a Llama.
+
+    given: flags of the shape
+    """
     arguments = f"{LLAMA} {given} --ffn-hidden-size {feed_forward_width}"
     needs = peers.TRANSFORMERS
     return [
