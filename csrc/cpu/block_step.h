@@ -23,8 +23,8 @@ struct Block {
     ActivationKind activation;
 };
 
-// The weights of a linear layer [outputs, inputs], with or without a bias, or of a norm: a LayerNorm
-// where it has a bias, else an RMSNorm, and none where it has no weight.
+// The weights of a linear layer [outputs, inputs], with or without a bias, or of a norm: a
+// LayerNorm where it has a bias, else an RMSNorm, and none where it has no weight.
 template <class T>
 struct Affine {
     const T* weight;
