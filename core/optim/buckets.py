@@ -88,7 +88,7 @@ def reductions_over(mesh: Mesh, dense: Reduction | None = None) -> Reductions:
     }
 
 
-class Span(NamedTuple):
+class GroupSpan(NamedTuple):
     """The elements start to stop of a shard, all of one parameter group."""
 
     group: Group
@@ -200,7 +200,7 @@ class Shard(ABC):
                 if last > first:
                     yield part, first, last
 
-    def _find_spans(self) -> list[Span]:
+    def _find_spans(self) -> list[GroupSpan]:
         """Return the spans of each group: from its first slot to the first slot of the next one."""
         starts: dict[Group, int] = {}
         for parameter, (slot, _) in zip(self.parameters, self.slots, strict=True):
@@ -210,7 +210,7 @@ class Shard(ABC):
         for i, group in enumerate(groups):
             stop = starts[groups[i + 1]] if i + 1 < len(groups) else self.length
             if stop > starts[group]:
-                spans.append(Span(group, starts[group], stop))
+                spans.append(GroupSpan(group, starts[group], stop))
         return spans
 
     def _inside(self, element: int) -> int:
@@ -244,6 +244,8 @@ class Bucket(Shard):
         self.twins = self.layouts[0].twins
         self._take_weights(dtype, device)
         keeps = reduction.keep_gradients
+        # One shard that keeps its gradients has nothing to reduce over shards, and takes no turns.
+        self._takes_turns = shards.size > 1 or not keeps
         self._sum = torch.zeros(self.size if keeps else length, device=device)
         self._gradients = comm.own_slice(self._sum, shards) if keeps else self._sum
         self._fresh: torch.Tensor | None = None  # ZeRO-2: gradients that are not yet reduced
@@ -294,7 +296,8 @@ class Bucket(Shard):
         self._expected = micro_batches * self.uses
         self._written = 0
         self._reductions = 0
-        self._order.begin(micro_batches)
+        if self._takes_turns:
+            self._order.begin(micro_batches)
 
     def gradient_of(self, slot: int) -> torch.Tensor:
         """Return the fp32 memory that the next gradient of a parameter is to be added to."""
@@ -310,7 +313,7 @@ class Bucket(Shard):
             raise RuntimeError(
                 f"{self}: {count}: a parameter was used more often than its layout says"
             )
-        if self.is_ready():
+        if self._takes_turns and self.is_ready():
             self._order.advance()
 
     def is_ready(self) -> bool:
@@ -340,7 +343,8 @@ class Bucket(Shard):
             self._reducing = None
 
     def start_reduction(self) -> None:
-        self._order.finish()
+        if self._takes_turns:
+            self._order.finish()
 
     def finish(self) -> None:
         self.settle()

@@ -8,7 +8,7 @@ from ..config import OPTIMIZER_STATE, OptimizerConfig
 from ..layout import Piece
 from ..ops import Ops
 from ..state import StateItem
-from .buckets import Shard, Span
+from .buckets import GroupSpan, Shard
 from .groups import weight_decay_of
 from .reduce import reduce_gradients
 from .rules import FlatMemory, Step, rule_named
@@ -47,6 +47,8 @@ class Optimizer:
         self.state = [
             {name: torch.zeros_like(bucket.masters) for name in names} for bucket in buckets
         ]
+        # What each span of each shard is updated with; a step looks no group up.
+        self._spans = [[self._with_decay(span) for span in bucket.spans] for bucket in buckets]
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def begin(self, micro_batches: int) -> None:
@@ -67,21 +69,25 @@ class Optimizer:
         """
         self.steps += (~skip).to(self.steps.dtype)
         step = Step(lr, self.steps, grad_scale, skip)
-        for bucket, state in zip(self.buckets, self.state, strict=True):
-            for span in bucket.spans:
-                memory = self._memory(bucket, state, span)
+        for i, bucket in enumerate(self.buckets):
+            for elements, weight_decay in self._spans[i]:
+                memory = self._memory(bucket, self.state[i], elements, weight_decay)
                 self.rule.update(memory, step, self.config, self.ops)
         self._gather(wait=not self.overlap_gather)
 
-    def _memory(self, bucket: Shard, state: dict[str, torch.Tensor], span: Span) -> FlatMemory:
+    def _with_decay(self, span: GroupSpan) -> tuple[slice, float]:
+        return slice(span.start, span.stop), weight_decay_of(span.group, self.config)
+
+    def _memory(
+        self, bucket: Shard, state: dict[str, torch.Tensor], elements: slice, weight_decay: float
+    ) -> FlatMemory:
         # Cut anew in each update: the memory of ZeRO-3 may move between two.
-        elements = slice(span.start, span.stop)
         return FlatMemory(
             masters=bucket.masters[elements],
             state={name: tensor[elements] for name, tensor in state.items()},
             gradients=bucket.gradients[elements],
             weights=bucket.own_weights[elements],
-            weight_decay=weight_decay_of(span.group, self.config),
+            weight_decay=weight_decay,
         )
 
     def weight_pieces(self) -> Iterator[Piece]:

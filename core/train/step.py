@@ -104,5 +104,6 @@ class Trainer:
             scaler.scale.clone(),  # of this update: it moves on below
             stop_requests,
         )
-        scaler.update(skip, num_predictions == 0)
+        if scaler.dynamic:
+            scaler.update(skip, num_predictions == 0)
         return result
