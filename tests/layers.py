@@ -2,7 +2,7 @@
 
 from trivium.layout import Layout, Role, Rows
 from trivium.ops import Ops
-from trivium.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from trivium.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from trivium.parallel.sharding import Sharding
 from trivium.rng import Init, new_parameter
 

@@ -16,8 +16,7 @@ from .. import rng
 from ..config import ModelConfig
 from ..gradients import use
 from ..ops import Ops
-from ..parallel.embedding import VocabParallelEmbedding
-from ..parallel.linear import column_parallel
+from ..parallel.layers import VocabParallelEmbedding, column_parallel
 from ..parallel.loss import head_loss
 from ..parallel.sharding import Sharding
 from .block import Block

@@ -10,7 +10,7 @@ from torch import nn
 from .. import rng
 from ..layout import Layout, Rows
 from ..ops import Ops
-from ..parallel.linear import ColumnParallelLinear, RowParallelLinear
+from ..parallel.layers import ColumnParallelLinear, RowParallelLinear
 from ..parallel.sharding import Sharding
 from .shape import LinearShape, ParameterShape, TensorCut
 

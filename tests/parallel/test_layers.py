@@ -7,7 +7,7 @@ from layers import column_parallel, row_parallel
 from trivium.layout import Layout, Rows
 from trivium.mesh import Mesh
 from trivium.ops import Ops
-from trivium.parallel.embedding import VocabParallelEmbedding
+from trivium.parallel.layers import VocabParallelEmbedding
 from trivium.parallel.loss import head_loss
 from trivium.parallel.sharding import Sharding
 from trivium.rng import Init, new_parameter

@@ -17,7 +17,7 @@ from parity.cases import OVERLAP, TWO, V2, Case
 from trivium import comm, rng
 from trivium.model import norm
 from trivium.optim import buckets, fully_sharded, optimizer
-from trivium.parallel import context, embedding, linear, loss
+from trivium.parallel import context, layers, loss
 from trivium.parallel.sharding import Sharding
 from trivium.pipeline import runtime
 from trivium.train import passes, step
@@ -107,7 +107,7 @@ MUTATIONS = {
         Case(2, f"{TWO} {SCHEDULE} gpipe"),
     ),
     "input gradient not summed over tp": Mutation(
-        linear._ColumnParallel.backward,
+        layers._ColumnParallel.backward,
         "comm.start_all_reduce(dx, tp)",
         "comm.Pending(dx)",
         Case(2, f"{TP} 2", "untied"),
@@ -119,10 +119,10 @@ MUTATIONS = {
         Case(2, f"{TP} 2 {SP}"),
     ),
     "sum of a row-parallel layer left out": Mutation(
-        linear._RowParallel.forward, "comm.all_reduce(y, sharding.tp)", "y", Case(2, f"{TP} 2")
+        layers._RowParallel.forward, "comm.all_reduce(y, sharding.tp)", "y", Case(2, f"{TP} 2")
     ),
     "bias added on every tp rank": Mutation(
-        linear.RowParallelLinear.forward,
+        layers.RowParallelLinear.forward,
         "y + use(self.bias)",
         "y + self.sharding.tp.size * use(self.bias)",
         Case(2, f"{TP} 2", "gpt"),
@@ -149,7 +149,7 @@ MUTATIONS = {
         loss._sum_over_tp, "comm.all_reduce(dx, sharding.tp)", "dx", Case(2, f"{TP} 2")
     ),
     "tokens of other ranks looked up": Mutation(
-        embedding.VocabParallelEmbedding.forward,
+        layers.VocabParallelEmbedding.forward,
         "masked_fill(elsewhere.unsqueeze(-1), 0.0)",
         "clone()",
         Case(2, f"{TP} 2"),

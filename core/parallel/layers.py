@@ -1,4 +1,8 @@
-"""Linear layers cut over an axis: by rows of the weight (column parallel) or by its columns (row).
+"""Layers cut over the tensor axis: column parallel, row parallel, and the embedding.
+
+    ColumnParallelLinear     the weight is cut by rows: each rank computes its output features
+    RowParallelLinear        the weight is cut by columns: the ranks' products are summed
+    VocabParallelEmbedding   the table is cut by rows: each rank looks up the ids that it has
 
 I input and O output features; otherwise the letters of model/shape.py.
 
@@ -15,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import comm
@@ -72,6 +77,34 @@ class RowParallelLinear(nn.Module):
         multiply = _row_parallel if torch.is_grad_enabled() else _row_product
         y = multiply(x, self.weight, self.sharding, self.ops)
         return y if self.bias is None else y + use(self.bias)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """A table [V, H] cut by rows: each rank of tp holds [V/tp, H] and looks up the ids in them.
+
+    tokens: int64 [B, T].
+    y: [B, T, H] on every rank, or [B, T/tp, H] with sequence parallel.
+
+    Rows past the vocabulary are padding, zero and never looked up. A tied head has the same weight.
+    """
+
+    def __init__(self, weight: nn.Parameter, sharding: Sharding):
+        super().__init__()
+        self.weight = weight
+        self.sharding = sharding
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight = use(self.weight)
+        tp = self.sharding.tp
+        if tp.size == 1:
+            return F.embedding(tokens, weight)
+        local = tokens - tp.rank * weight.shape[0]
+        elsewhere = (local < 0) | (local >= weight.shape[0])
+        found = F.embedding(local.masked_fill(elsewhere, 0), weight)
+        found = found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        if self.sharding.sequence_parallel:
+            return comm.reduce_tokens(found, tp)
+        return comm.reduce_from(found, tp)
 
 
 def column_parallel(x: Tensor, weight: nn.Parameter, sharding: Sharding, ops: Ops) -> Tensor:
