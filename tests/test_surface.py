@@ -111,6 +111,8 @@ def test_functions_take_few_arguments():
     """A dozen values that travel together are an object."""
     many = []
     for path, node in nodes(OURS, FUNCTION):
+        if "triton.jit" in map(ast.unparse, node.decorator_list):
+            continue  # a kernel takes each pointer, size and constant by itself
         arguments = node.args
         count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
         if count > MOST_ARGUMENTS:
