@@ -36,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What rank 0 measured in one run.
+    """The measurements of one run, taken on rank 0.
 
     seconds: of each timed update
     sent: bytes that it sends in an update, by kind

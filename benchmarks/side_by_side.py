@@ -24,7 +24,7 @@ ALWAYS = 2  # candidates that begin even after the deadline: the reference and t
 
 @dataclass(frozen=True)
 class Limits:
-    """How long and how often candidates run.
+    """The limits on how long and how often candidates run.
 
     rounds: timed updates of each, at the most
     deadline: time.monotonic() after which no update begins but those of the first round

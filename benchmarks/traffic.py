@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True)
 class Collective:
-    """How to count one operation of torch.distributed.
+    """The rule that counts one operation of torch.distributed.
 
     name: how tables call it
     argument: position of the argument that holds what is moved

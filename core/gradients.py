@@ -1,4 +1,4 @@
-"""Where the gradient of a weight goes while a backward pass runs.
+"""Bring the gradient of each weight to its place while a backward pass runs.
 
 The problem. An optimizer keeps all gradients in flat fp32 memory and wants to reduce a bucket over
 data parallel as soon as its last gradient is there. Torch's own way is `.grad`, in the working
@@ -116,7 +116,7 @@ class Sink:
 
 
 class ManagedParameter(LaidOut, Protocol):
-    """What we add to a torch parameter: its layout, and once an optimizer owns it, its sink."""
+    """A torch parameter with its layout and, once an optimizer owns it, its sink."""
 
     sink: Sink
 

@@ -45,7 +45,7 @@ _ALONE = Axis("alone")
 
 
 class ReductionGroup(StrEnum):
-    """Which ranks hold the same parameter, and so sum its gradient."""
+    """The ranks that hold the same parameter, and so sum its gradient."""
 
     DENSE = "dense"  # those of dp x cp
     EXPERT = "expert"  # those of expert_dp: ranks of ep hold other experts
@@ -115,7 +115,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Layout:
-    """What one parameter is.
+    """The description of one parameter on this rank.
 
     shape: of the local tensor, padding included.
     parts: what it holds; elements outside all parts are padding: zero, without gradient.

@@ -42,7 +42,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio: SplitMix64's increment
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter starts.
+    """The initial values of a parameter.
 
     seed: of the run; None for memory only, to be loaded into.
     std: of a normal distribution around 0; None for the constant `fill`.
@@ -109,7 +109,7 @@ def normal_rows(seed: int, name: str, start: int, stop: int, columns: int) -> np
 
 @dataclass(frozen=True)
 class DropoutStream:
-    """What the hidden-dropout masks of one micro-batch are drawn from.
+    """The source of the hidden-dropout masks of one micro-batch.
 
     keys: int32 [2, B, 1], two words for each sample, made from (seed, iteration, global sample).
     positions: int32 [T], the place in the whole sequence of each token of this rank.

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What a tensor does in the model: optimizers and estimates choose by it, never by shape."""
+    """The role of a tensor: optimizers and estimates choose by it, never by shape."""
 
     EMBEDDING = "embedding"
     """A table that is looked up by token or position; also when a tied head multiplies by it."""

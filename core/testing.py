@@ -43,7 +43,7 @@ class _Worker(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """What a worker is sent: one function to run as one rank of n.
+    """The message that a worker gets: one function to run as one rank of n.
 
     path: sys.path of the caller, so that the worker finds the function's module.
     store: file where the ranks meet.

@@ -1,5 +1,7 @@
-"""Show what a run would train on: counts of the datasets, and the exact token ids of samples in the
-shuffled, blended order."""
+"""Show what a run would train on.
+
+Prints counts of the datasets, and the exact token ids of samples in the shuffled, blended order.
+"""
 
 import json
 import re
@@ -14,6 +16,7 @@ from trivium.data.splits import Datasets, build_datasets, open_all
 
 
 def main(argv: list[str]) -> None:
+    """Print the counts and samples that the command line asks for."""
     args = parse(argv)
     shows = [show for text in args.show for show in text.split(",")]
     ranges = [parse_range(text) for text in shows]
@@ -55,6 +58,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]):
+    """Return the values of the command line."""
     parser = Parser(
         __doc__,
         "python tools/inspect_data.py --data-path corpus_text_document --seq-length 1024 "
@@ -132,7 +136,10 @@ def describe(data_path: list[str], split: str) -> None:
 def _statistics(source: IndexedDataset) -> str:
     lengths = source.sequence_lengths
     low, median, high, top = np.percentile(lengths, [0, 50, 95, 100])
-    return f"mean {lengths.mean():.1f}, shortest {low:.0f}, median {median:.0f}, 95% below {high:.0f}, longest {top:.0f}"
+    return (
+        f"mean {lengths.mean():.1f}, shortest {low:.0f}, median {median:.0f}, "
+        f"95% below {high:.0f}, longest {top:.0f}"
+    )
 
 
 def show(datasets: Datasets, split: str, first: int, last: int, as_json: bool) -> None:

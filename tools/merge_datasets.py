@@ -10,6 +10,7 @@ from trivium.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path,
 
 
 def main(argv: list[str]) -> None:
+    """Join the datasets that the command line names, and log the totals."""
     parser = Parser(
         __doc__,
         "python tools/merge_datasets.py --input parts/ --output-prefix corpus_text_document",
@@ -25,8 +26,8 @@ def main(argv: list[str]) -> None:
     merge(prefixes, args.output_prefix)
     merged = IndexedDataset(args.output_prefix, allow_empty=True)
     logs.get_logger().info(
-        f"{args.output_prefix}: {len(prefixes)} datasets, {merged.num_documents} documents, {merged.num_tokens()} tokens "
-        f"in {time.monotonic() - started:.1f} s"
+        f"{args.output_prefix}: {len(prefixes)} datasets, {merged.num_documents} documents, "
+        f"{merged.num_tokens()} tokens in {time.monotonic() - started:.1f} s"
     )
 
 

@@ -1,5 +1,7 @@
-"""Tokenize text into a dataset (.bin and .idx): documents in the order of the input, the same bytes
-for any number of workers."""
+"""Tokenize text into a dataset (.bin and .idx).
+
+Documents keep the order of the input, and the files are the same bytes for any number of workers.
+"""
 
 import os
 import time
@@ -28,7 +30,7 @@ Totals = tuple[int, int, int]  # bytes of text, documents, tokens
 
 @dataclass(frozen=True)
 class Job:
-    """What to do with a text, wherever it is done: small enough to travel with every batch."""
+    """The work to do on each text, small enough to travel to a worker with every batch."""
 
     flags: tuple[str | int | None, ...]  # of build_tokenizer
     keys: tuple[str, ...]
@@ -36,6 +38,7 @@ class Job:
     log_interval: int
 
     def output(self, prefix: str) -> list[str]:
+        """Return the prefixes of the datasets to write, one per key."""
         return [f"{prefix}_{key}_document" for key in self.keys]
 
 
@@ -46,6 +49,7 @@ def tokenizer_of(job: Job) -> Tokenizer:
 
 
 def main(argv: list[str]) -> None:
+    """Tokenize the input that the command line names, and log the totals and the rate."""
     args = parse(argv)
     logs.setup()
     # One thread per process: the processes are the parallelism.
@@ -81,10 +85,11 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]):
+    """Return the values of the command line."""
     parser = Parser(
         __doc__,
-        "python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --tokenizer-type HuggingFaceTokenizer "
-        "--tokenizer-model tokenizer --append-eod --workers 8",
+        "python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus "
+        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer --append-eod --workers 8",
     )
     parser.add_argument(
         "--input",

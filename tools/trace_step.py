@@ -42,7 +42,7 @@ STEP = ("train/step.py", "step")
 
 @dataclass
 class Trace:
-    """What one step did. files: of core/, in the order of entry. chain: calls to a product."""
+    """The trace of one step. files: of core/, in the order of entry. chain: calls to a product."""
 
     files: list[str] = field(default_factory=list)
     chain: list[str] = field(default_factory=list)

@@ -19,6 +19,7 @@ Texts = Callable[[], Iterator[str]]  # a new reading of the input
 
 
 def main(argv: list[str]) -> None:
+    """Train the tokenizer that the command line describes, and write its folder."""
     parser = Parser(
         __doc__,
         "python tools/train_tokenizer.py --input corpus.jsonl src/ --type bpe --vocab-size 32000 "
@@ -30,7 +31,10 @@ def main(argv: list[str]) -> None:
         required=True,
         help="Files of text or JSON lines (.gz, .zst too), and folders of them.",
     )
-    kinds = "Kind of model. bpe works on bytes; unigram is the one whose last digits differ from run to run."
+    kinds = (
+        "Kind of model. bpe works on bytes; unigram is the one whose last digits differ from run "
+        "to run."
+    )
     parser.add_argument(
         "--type", choices=("bpe", "wordpiece", "unigram", "char"), default="bpe", help=kinds
     )

@@ -1,5 +1,8 @@
-"""Which published checkpoints stay, and the others' removal: each by one rename, so that a kill
-leaves a whole one or a stale one."""
+"""Decide which published checkpoints stay, and remove the others.
+
+Removing begins with one rename to a name that nobody reads, so that a killed process leaves either
+a whole checkpoint or a folder to be cleaned up, never half a checkpoint under a published name.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +14,14 @@ from .state import read_marks
 
 @dataclass(frozen=True)
 class Retention:
-    """What stays: the newest `keep_last`, the multiples of `interval`, the `keep_best` with the
-    lowest validation loss. None keeps none by its rule.
+    """The rule that says which checkpoints stay.
 
-    With all three None every persistent checkpoint stays.
+    A checkpoint stays if any of the three keeps it; None switches one off. With all three None,
+    every persistent checkpoint stays.
+
+    keep_last: the number of newest ones that stay.
+    interval: iterations that this number divides stay.
+    keep_best: the number of those with the lowest validation loss that stay.
     """
 
     keep_last: int | None = None

@@ -42,6 +42,7 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
+        """Return the bytes of the tensor in the file."""
         return prod(self.shape) * DTYPES[self.dtype].item_size
 
 

@@ -1,4 +1,4 @@
-"""What a run is, as frozen values: one dataclass per subject, a sentence per field.
+"""Declare the configuration of a run: one frozen dataclass per subject, a sentence per field.
 
 Flags and YAML keys are made from these fields (flags.py): a new field is a new flag. A field has
 the type that it has in a run, that is after `resolve` and `validate`. So `num_layers: int =
@@ -280,7 +280,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the run is laid out over processes."""
+    """Layout of the run over processes."""
 
     tensor_model_parallel_size: int = option(1, "Processes that share each layer.")
     pipeline_model_parallel_size: int = option(1, "Stages the layers are cut into.")
@@ -395,7 +395,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How much is trained on, and when the run ends."""
+    """Size of the batches, and the end of the run."""
 
     seq_length: int = option(None, "Tokens of a sample.")
     micro_batch_size: int = option(None, "Samples of one forward pass on one process.")
@@ -417,7 +417,7 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How the weights are updated."""
+    """Optimizer, learning rate and weight decay."""
 
     optimizer: str = option(
         "adam",
@@ -474,7 +474,7 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on."""
+    """Data and tokenizer."""
 
     data_path: tuple[str, ...] = option(
         (), "Prefixes of .bin/.idx files, or weight prefix pairs.", many=True
@@ -522,7 +522,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is saved and loaded."""
+    """Saving and loading of checkpoints."""
 
     save: str | None = option(None, "Folder that checkpoints are published in.")
     load: str | None = option(None, "Folder to resume from: that of --save, or one iter_N in it.")
@@ -582,7 +582,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is reported, and how often the model is evaluated."""
+    """Reports and evaluation."""
 
     log_interval: int = option(100, "Iterations between log lines.")
     eval_interval: int = option(1000, "Iterations between evaluations.")

@@ -37,7 +37,7 @@ ReadHFConfig = Callable[[str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line asks for.
+    """The request that a command line makes.
 
     without_effect: flags of Megatron's that it names and that change nothing here
     list_presets: it asks for the list of presets instead of a run

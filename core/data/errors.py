@@ -8,4 +8,7 @@ class DataError(ValueError):
 
 
 class DataFlagError(DataError, FlagError):
-    """Data or a tokenizer that a flag asks for and that cannot be had: the flag's name comes first."""
+    """Data or a tokenizer that a flag asks for and that cannot be had.
+
+    The message begins with the flag.
+    """

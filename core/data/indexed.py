@@ -46,10 +46,12 @@ def best_dtype(vocab_size: int) -> np.dtype:
 
 
 def bin_path(prefix: str | Path) -> Path:
+    """Return the path of the token ids of a dataset."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
+    """Return the path of the index of a dataset."""
     return Path(f"{prefix}.idx")
 
 
@@ -95,10 +97,12 @@ class IndexedDataset:
 
     @property
     def num_sequences(self) -> int:
+        """Return S, the number of sequences."""
         return len(self.sequence_lengths)
 
     @property
     def num_documents(self) -> int:
+        """Return the number of documents; each holds zero or more sequences."""
         return len(self.document_indices) - 1
 
     def num_tokens(self, start: int = 0, stop: int | None = None) -> int:
@@ -119,8 +123,10 @@ class IndexedDataset:
 
     @cached_property
     def identity(self) -> str:
-        """What the files contain, whatever their path and time: digest (hex) of `.idx` and `.bin`,
-        both as in `content_digest`."""
+        """Return a digest (hex) of the content of both files, whatever their path and time.
+
+        It is made of the `content_digest` of each.
+        """
         parts = content_digest(idx_path(self.prefix)) + content_digest(bin_path(self.prefix))
         return hashlib.sha256(parts.encode()).hexdigest()
 
@@ -227,7 +233,8 @@ class IndexedDatasetWriter:
         self._temporary = {
             path: Path(f"{path}.tmp{os.getpid()}") for path in (bin_path(prefix), idx_path(prefix))
         }
-        self._bin = open(self._temporary[bin_path(prefix)], "wb")  # noqa: SIM115  (closed by finish or abandon)
+        # `finish` or `abandon` closes it.
+        self._bin = open(self._temporary[bin_path(prefix)], "wb")  # noqa: SIM115
 
     def __enter__(self) -> "IndexedDatasetWriter":
         return self
@@ -254,7 +261,11 @@ class IndexedDatasetWriter:
     def add_sequences(
         self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int]
     ) -> None:
-        """One document of several sequences: its ids back to back, and the length of each sequence."""
+        """Add one document of several sequences.
+
+        tokens: ids of all its sequences, back to back.
+        lengths: tokens of each sequence.
+        """
         lengths = self._checked_lengths(lengths, len(tokens))
         self._write(tokens)
         self._extend(lengths, np.array([len(lengths)], POINTER))

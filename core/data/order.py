@@ -102,12 +102,12 @@ def normalized(weights: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Epochs:
-    """How often a split is gone through, and where its samples fall.
+    """The passes over a split, and the number of samples in them.
 
     count: number of epochs.
     separate_final: the last epoch is shuffled by itself, because little of it is used.
-    samples_before_final: those that end before the last epoch; all if it is not separate.
-    num_samples: everything the epochs hold.
+    samples_before_final: samples that end before the last epoch; all if it is not separate.
+    num_samples: samples of all epochs together.
     """
 
     count: int

@@ -95,7 +95,10 @@ def build_tokenizer(
     elif tokenizer_type == "TikTokenizer":
         tokenizer = TikTokenizer(_existing("--tokenizer-model", tokenizer_model, tokenizer_type))
     else:
-        kinds = "HuggingFaceTokenizer, GPT2BPETokenizer, NullTokenizer, SentencePieceTokenizer, TikTokenizer"
+        kinds = (
+            "HuggingFaceTokenizer, GPT2BPETokenizer, NullTokenizer, SentencePieceTokenizer, "
+            "TikTokenizer"
+        )
         raise DataFlagError(f"--tokenizer-type {tokenizer_type} is unknown; use one of {kinds}")
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise DataFlagError(

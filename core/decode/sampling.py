@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """The rule by which the next token is drawn.
 
     Fields:
         temperature: what logits are divided by; 0 takes the likeliest token

@@ -204,7 +204,7 @@ def data_bytes(
 
 
 class Overlaps(NamedTuple):
-    """What data parallelism hides behind computation: reduced gradients, gathered weights."""
+    """The transfers that data parallelism hides behind computation: of gradients, of weights."""
 
     gradients: bool
     weights: bool

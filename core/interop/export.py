@@ -24,7 +24,7 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class Beside:
-    """What an exported folder holds beside config.json and weights.
+    """The contents of an exported folder beside config.json and weights.
 
     tokenizer_files: files to copy
     generation: what generation_config.json says

@@ -125,7 +125,7 @@ def _written(family: Family, config: ModelConfig) -> Values:
 
 @dataclass(frozen=True)
 class _Obstacles:
-    """What keeps a model out of a family.
+    """The reasons that keep a model out of a family.
 
     problems: one line each
     unreadable: what the family would write about the model cannot even be read back

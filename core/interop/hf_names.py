@@ -16,7 +16,7 @@ _QUERY_KEY_VALUE = ("attention.q", "attention.k", "attention.v")
 
 @dataclass(frozen=True)
 class Names:
-    """How a family names its tensors.
+    """The names that a family gives to its tensors.
 
     layers: what stands before the number of a layer
     inside: our names inside a layer -> theirs. Several of ours under one name are fused, in order

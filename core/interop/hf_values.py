@@ -1,4 +1,4 @@
-"""What most families' config.json say in the same words, in our terms and back.
+"""Translate the values that most families write alike in config.json, both ways.
 
 Three subjects: the activation, the rotation of queries and keys, the windows of attention. Each has
 a function that reads Hugging Face's words into fields of ModelConfig and one that writes them.

@@ -95,7 +95,7 @@ class _Chunk(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Where a part of ours lies: a correspondence within one layer, and the box of that layer.
+    """The place of a part of ours: a correspondence within one layer, and the box of that layer.
 
     layer: ((3, 4),) in a tensor that holds all layers; () in one that holds a single layer
     """

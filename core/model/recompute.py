@@ -17,7 +17,7 @@ Layer = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Recompute:
-    """Which activations are computed again; `Recompute()` keeps everything.
+    """The choice of activations to compute again; `Recompute()` keeps everything.
 
     Fields:
         granularity: full (layers), selective (attention) or None

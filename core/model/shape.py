@@ -35,7 +35,7 @@ from ..role import Role
 
 
 class TensorCut(StrEnum):
-    """How the ranks of tensor parallel share a parameter, and which gradient of it each sees."""
+    """The way that tensor-parallel ranks share a parameter, and the gradient that each sees."""
 
     ROWS = "rows"
     """Cut by rows, each part by itself."""
@@ -231,7 +231,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class EndsShape:
-    """What a model has beside its layers. words: [V, H]; positions and head where it has them."""
+    """The tensors beside the layers. words: [V, H]; positions and head where the model has them."""
 
     words: ParameterShape
     positions: ParameterShape | None

@@ -1,4 +1,4 @@
-"""What a forward pass knows of its tokens beside the hidden states."""
+"""Hold the facts about tokens that a forward pass needs beside the hidden states."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -46,7 +46,7 @@ class TokenContext:
 
 
 class Targets(NamedTuple):
-    """What a stage that predicts is to predict.
+    """The labels that the last stage is to predict, and their weights.
 
     Fields:
         labels: int64 [B, T/cp]

@@ -38,7 +38,7 @@ _GPU_FLASH = "_scaled_dot_product_flash_attention"
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """What a layer does to its attention scores beside making them causal.
+    """The changes that a layer makes to its attention scores beside the causal mask.
 
     scale: their factor, D^-1/2 if None.
     softcap: c, for scores of c tanh(score / c).

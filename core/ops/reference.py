@@ -376,7 +376,7 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class AdamWTerms:
-    """What an AdamW update needs beside its buffers; made once for all buffers of an update.
+    """The numbers of one AdamW update, made once for all its buffers.
 
     The tensors are 0-d and live on the buffers' device, so that the host waits for none of them.
 

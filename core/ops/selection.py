@@ -1,6 +1,6 @@
-"""Which implementation of each op a run uses, decided once from flags, device and dtype.
+"""Choose the implementation of each op once, from flags, device and dtype.
 
-What keeps an implementation from serving is named in the log or in an error, never passed over.
+When an implementation cannot serve, the log or an error says why; it is never passed over.
 """
 
 import torch

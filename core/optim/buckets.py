@@ -56,7 +56,7 @@ _NO_COPIES = Axis("copies")
 
 @dataclass(frozen=True)
 class Reduction:
-    """How the ranks that hold the same parameters work together.
+    """The way that the ranks that hold the same parameters work together.
 
     shards: the ranks over which the optimizer's state is cut.
     copies: the ranks that hold the same shard.

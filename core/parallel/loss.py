@@ -40,9 +40,9 @@ from .sharding import Sharding
 
 @dataclass(frozen=True)
 class _Task:
-    """What the head's loss is computed from, beside x and the weight.
+    """The inputs of the head's loss beside x and the weight.
 
-    labels: int64, flat. weights: fp32, flat. Of all tokens of the micro-batch that tp sees.
+    labels: int64, flat; weights: fp32, flat. Both cover all tokens of the micro-batch.
     learns: gradients are wanted.
     """
 

@@ -1,4 +1,4 @@
-"""How the tensors inside one model are cut on this rank: what layers need to know of the mesh."""
+"""Hold the axes that layers are cut over: the part of the mesh that a model knows."""
 
 from dataclasses import dataclass
 

@@ -1,11 +1,11 @@
-"""Which stage of the model each chunk of each pipeline rank is."""
+"""Assign the stages of a model to the chunks of pipeline ranks."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 
 class Place(NamedTuple):
-    """Where a stage is: a pipeline rank, and one of its model chunks."""
+    """The place of a stage: a pipeline rank, and one of its model chunks."""
 
     rank: int
     chunk: int

@@ -320,7 +320,7 @@ def _bubble_and_makespan(executed: list[_Executed]) -> tuple[float, float]:
 
 
 class _Posted(NamedTuple):
-    """Where a message is in one rank's list with one peer."""
+    """The position of a message in one rank's list with one peer."""
 
     peer: int
     position: int

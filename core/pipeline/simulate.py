@@ -139,7 +139,7 @@ _Deed = tuple[type[Action], int]  # (kind, chunk), to be done once for each micr
 
 
 class _Rule(NamedTuple):
-    """What holds for one deed."""
+    """The conditions under which one deed is legal."""
 
     peer: int | None  # of a message
     needs: tuple[_Deed, ...]  # what has to be done before it on the same rank

@@ -19,7 +19,7 @@ LAYOUT = "--pipeline-model-parallel-layout"
 
 @dataclass(frozen=True)
 class StageSpec:
-    """What one stage holds.
+    """The contents of one stage.
 
     layers: counted from 0 over the whole model.
     embeds: the embedding comes before the layers.

@@ -17,7 +17,7 @@ _BLOCK = 2048
 
 
 class Terms(Protocol):
-    """What an update needs beside its buffers; tensors are 0-d and on the device.
+    """The numbers of one update, the same for all buffers; tensors are 0-d and on the device.
 
     step_size: lr / (1 - beta1^t), fp32. root_correction: sqrt(1 - beta2^t), fp32.
     grad_scale: factor on the gradients, fp32. skip: bool, change nothing.

@@ -1,4 +1,4 @@
-"""What can be wrong with a configuration: every problem at once.
+"""Check a configuration and report every problem at once.
 
 Each problem is one line with the flag, the numbers that do not fit, and a remedy. A check is a
 generator of such lines; checks of one subject are a module. A check skips what another check has

@@ -1,4 +1,4 @@
-"""What the checks have in common: sentences about a number that is out of range."""
+"""Write the sentences that several checks share: numbers that are out of range."""
 
 from collections.abc import Iterator
 

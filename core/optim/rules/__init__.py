@@ -41,7 +41,7 @@ class FlatMemory:
 
 @dataclass(frozen=True)
 class Step:
-    """What one update has in common for all memory. Tensors are 0-d, on the device.
+    """The numbers of one update, the same for all memory. Tensors are 0-d, on the device.
 
     lr: learning rate.
     count: how many updates there have been, this one included; int64.
@@ -56,7 +56,7 @@ class Step:
 
 
 class Rule(Protocol):
-    """What a rule's module has."""
+    """The interface of a rule's module."""
 
     WHOLE_MATRICES: bool
 
