@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from trivium.mesh import Axis
-from trivium.ops import AdamWTerms, Ops
+from trivium.ops import Ops
+from trivium.optim.rules.adamw import terms_at
 from trivium.parallel.loss import head_loss
 from trivium.parallel.sharding import Sharding
 
@@ -245,7 +246,7 @@ def optimizer_passes(device: torch.device, dtype: torch.dtype) -> list[Problem]:
     }
 
     def adamw(ops: Ops) -> torch.Tensor:
-        terms = AdamWTerms.at(**on_device, **ADAMW)
+        terms = terms_at(**on_device, **ADAMW)
         ops.adamw_(masters, exp_avg, exp_avg_sq, grads, weights, terms)
         return weights
 

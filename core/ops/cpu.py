@@ -503,7 +503,9 @@ def adamw_(
     terms: reference.AdamWTerms,
 ) -> None:
     """Compute reference.adamw_ in one pass. Raises TypeError unless weights are fp32 or bf16."""
-    reference.check_flat(masters, exp_avg, exp_avg_sq, grads, weights)
+    state = (masters, exp_avg, exp_avg_sq, grads)
+    if not _are_flat((*state, weights)) or any(one.dtype != torch.float32 for one in state):
+        reference.check_flat(*state, weights)  # names what is wrong
     kernel = _kernel("adamw", weights)
     copy = None if weights.data_ptr() == masters.data_ptr() else weights
     buffers = _addresses(masters, exp_avg, exp_avg_sq, grads, copy)
@@ -514,6 +516,12 @@ def adamw_(
 
 
 # --- helpers ---
+
+
+def _are_flat(buffers: Sequence[Tensor]) -> bool:
+    """Return whether all are one-dimensional, without gaps and of one size."""
+    shape = (buffers[0].numel(),)
+    return all(buffer.shape == shape and buffer.is_contiguous() for buffer in buffers)
 
 
 def _kernel(name: str, *tensors: Tensor) -> Callable[..., None]:

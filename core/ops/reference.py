@@ -396,33 +396,6 @@ class AdamWTerms:
     beta2: float
     eps: float
 
-    @staticmethod
-    def at(
-        step: Tensor,
-        *,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        grad_scale: Tensor,
-        skip: Tensor,
-    ) -> "AdamWTerms":
-        """Compute the terms of update number `step`, 0-d, counted from 1."""
-        # In fp64, as torch.optim computes them on the host: 1 - 0.999**t in fp32 has lost three
-        # digits at t = 1.
-        t = step.to(torch.float64)
-        return AdamWTerms(
-            step_size=(lr / (1 - beta1**t)).float(),
-            root_correction=(1 - beta2**t).sqrt().float(),
-            grad_scale=grad_scale.float(),
-            skip=skip.bool(),
-            lr_decay=1 - lr * weight_decay,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-        )
-
 
 @torch.no_grad()
 def adamw_(

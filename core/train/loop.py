@@ -24,8 +24,7 @@ def run(
     logging, checkpoint = config.logging, config.checkpoint
     train_iters = config.batch.train_iters
     if progress.iteration >= train_iters:
-        done = progress.iteration
-        log.info(f" nothing to train: iteration {done} of {train_iters} is done")
+        log.info(f" nothing to train: iteration {progress.iteration} of {train_iters} is done")
         return progress
 
     request = StopRequest(config.batch)

@@ -76,8 +76,7 @@ class Trainer:
 
         # Everything that all ranks must know alike goes into one reduction over all of them: so
         # they skip, clip and stop together.
-        asked = torch.tensor(float(stop), dtype=torch.float64)
-        asked = asked.to(self.device, non_blocking=True)
+        asked = torch.tensor(float(stop), dtype=torch.float64).to(self.device, non_blocking=True)
         own_square = squared_norm(optimizer.buckets, self.device, optimizer.ops)
         known = comm.all_reduce(torch.stack([*totals, asked, own_square]), self.mesh.world)
         loss_sum, num_predictions, stop_requests, squared = known.unbind()

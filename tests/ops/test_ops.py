@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from trivium.config.sizes import ELEMENTS_IN_CACHE
-from trivium.ops import OPS, AdamWTerms, Ops, cpu, select_ops, triton
+from trivium.ops import OPS, Ops, cpu, select_ops, triton
+from trivium.optim.rules.adamw import terms_at
 
 # Rounding unit of each dtype: half the distance from 1 to the next number.
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -279,7 +280,7 @@ def test_adamw_matches_torch(kernels, size, dtype, step_dtype):
         step += 1
         scalars = {"step": step, "grad_scale": torch.tensor(0.25), "skip": torch.tensor(False)}
         Ops(kernels).adamw_(
-            masters, m, v, grad * 4, weights, AdamWTerms.at(lr=lr, **scalars, **SETTINGS)
+            masters, m, v, grad * 4, weights, terms_at(lr=lr, **scalars, **SETTINGS)
         )
         state = theirs.state[parameter]
         for actual, expected in (
@@ -307,7 +308,7 @@ def test_a_skipped_update_changes_no_bit(kernels, bad):
         "grad_scale": torch.tensor(bad),
         "skip": torch.tensor(True),
     }
-    Ops(kernels).adamw_(masters, m, v, grads, weights, AdamWTerms.at(lr=0.1, **scalars, **SETTINGS))
+    Ops(kernels).adamw_(masters, m, v, grads, weights, terms_at(lr=0.1, **scalars, **SETTINGS))
     for after, old in zip((masters, m, v, weights), before, strict=True):
         assert torch.equal(after.view(torch.uint8), old.view(torch.uint8))
 
@@ -326,7 +327,7 @@ def test_adamw_never_waits_for_the_device(kernels, monkeypatch):
     for name in ("item", "__bool__", "__float__", "__int__", "__index__", "cpu", "tolist"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     Ops(kernels).adamw_(
-        masters, m, v, torch.ones(10), weights, AdamWTerms.at(lr=0.1, **scalars, **SETTINGS)
+        masters, m, v, torch.ones(10), weights, terms_at(lr=0.1, **scalars, **SETTINGS)
     )
 
 
@@ -339,9 +340,7 @@ def test_adamw_refuses_buffers_with_gaps_or_of_another_size():
     }
     for grads in (torch.ones(20)[::2], torch.ones(9), torch.ones(10, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="grads"):
-            Ops().adamw_(
-                masters, m, v, grads, weights, AdamWTerms.at(lr=0.1, **scalars, **SETTINGS)
-            )
+            Ops().adamw_(masters, m, v, grads, weights, terms_at(lr=0.1, **scalars, **SETTINGS))
 
 
 def test_auto_takes_native_on_a_cpu_and_says_why_when_it_cannot(monkeypatch, caplog):
