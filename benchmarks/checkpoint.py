@@ -125,21 +125,25 @@ def saves(run: Run, work: Path) -> dict[str, Callable[[], Timed]]:
 
     run: whose tensors are saved
     """
-    ours = {"state": STATE, "config_yaml": ""}
-    here = {"world": run.world, "device": run.device}
-    background = Background(**here)
+    return foreground_saves(run, work) | background_saves(run, work)
+
+
+def foreground_saves(run: Run, work: Path) -> dict[str, Callable[[], Timed]]:
+    """Return the ways to save that training waits for."""
 
     def trivium_sync() -> Timed:
         folder = empty(work / "sync")
-        return wait_for(lambda: save(folder, 1, run.pieces(), **here, **ours))
-
-    def trivium_async() -> Timed:
-        folder = empty(work / "async")
-
-        def start() -> None:
-            background.start(folder, 1, run.pieces(), **ours)
-
-        return begin_and_wait(start, background.finish)
+        return wait_for(
+            lambda: save(
+                folder,
+                1,
+                run.pieces(),
+                world=run.world,
+                device=run.device,
+                state=STATE,
+                config_yaml="",
+            )
+        )
 
     def torch_save() -> Timed:
         path = empty(work / "torch") / "state.pt"
@@ -156,6 +160,25 @@ def saves(run: Run, work: Path) -> dict[str, Callable[[], Timed]]:
         folder = empty(work / "dcp")
         return wait_for(lambda: dcp.save(dict(run.tensors), checkpoint_id=folder))
 
+    return {
+        "save": trivium_sync,
+        "save, torch.save": torch_save,
+        "save, torch.distributed.checkpoint": dcp_save,
+    }
+
+
+def background_saves(run: Run, work: Path) -> dict[str, Callable[[], Timed]]:
+    """Return the ways to save while training goes on."""
+    background = Background(world=run.world, device=run.device)
+
+    def trivium_async() -> Timed:
+        folder = empty(work / "async")
+
+        def start() -> None:
+            background.start(folder, 1, run.pieces(), state=STATE, config_yaml="")
+
+        return begin_and_wait(start, background.finish)
+
     def dcp_async() -> Timed:
         folder = empty(work / "dcp-async")
         futures = []
@@ -166,9 +189,6 @@ def saves(run: Run, work: Path) -> dict[str, Callable[[], Timed]]:
         return begin_and_wait(start, lambda: futures[0].result())
 
     return {
-        "save": trivium_sync,
-        "save, torch.save": torch_save,
-        "save, torch.distributed.checkpoint": dcp_save,
         "save --async-save": trivium_async,
         "save, torch.distributed.checkpoint async": dcp_async,
     }

@@ -87,34 +87,10 @@ def norms(device: torch.device, dtype: torch.dtype) -> list[Problem]:
 
     of_layer = (x, branch, weight, bias)
     return [
-        Problem(
-            "rms_norm",
-            "rms_norm",
-            rms_norm,
-            (x, weight),
-            alone,
-        ),
-        Problem(
-            "add + rms_norm",
-            "rms_norm",
-            add_rms_norm,
-            (x, branch, weight),
-            with_sum,
-        ),
-        Problem(
-            "layer_norm",
-            "layer_norm",
-            layer_norm,
-            (x, weight, bias),
-            alone,
-        ),
-        Problem(
-            "add + layer_norm",
-            "layer_norm",
-            add_layer_norm,
-            of_layer,
-            with_sum,
-        ),
+        Problem("rms_norm", "rms_norm", rms_norm, (x, weight), alone),
+        Problem("add + rms_norm", "rms_norm", add_rms_norm, (x, branch, weight), with_sum),
+        Problem("layer_norm", "layer_norm", layer_norm, (x, weight, bias), alone),
+        Problem("add + layer_norm", "layer_norm", add_layer_norm, of_layer, with_sum),
     ]
 
 

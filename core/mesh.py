@@ -209,7 +209,8 @@ class _Sizes:
             raise ValueError(problem)
 
     def _problems(self):
-        tp, pp, cp, dp = self.tp, self.pp, self.cp, self.dp
+        tp, pp = self.tp, self.pp
+        cp, dp = self.cp, self.dp
         per_model = tp * pp * cp
         if self.world_size % per_model:
             product = f"tensor {tp} x pipeline {pp} x context {cp} = {per_model}"

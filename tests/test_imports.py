@@ -1,4 +1,7 @@
-"""Who may import whom, read from the import statements: the rules that keep the engine without circles, globals and hidden doors."""
+"""Who may import whom, read from the import statements.
+
+These rules keep the engine without circles, globals and hidden doors.
+"""
 
 import ast
 import subprocess
@@ -9,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What each part may import of ours, besides itself. A part is a folder of core/ or a file beside them; a file inside a folder that has
-# a row of its own is held to that row alone.
+# What each part may import of ours, besides itself. A part is a folder of core/ or a file beside
+# them; a file inside a folder that has a row of its own is held to that row alone.
 FOR_ALL = {"logs", "config"}  # plain values and words: no torch in them
 FOUNDATION = {
     "mesh",
@@ -135,7 +138,10 @@ def python_files():
 
 
 def name_of(path):
-    """core/data/indexed.py -> trivium.data.indexed, as it is imported; a script keeps its own name."""
+    """Return a file's name as it is imported; a script keeps its own name.
+
+    core/data/indexed.py -> trivium.data.indexed.
+    """
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
     if parts[0] == "core":
         parts[0] = "trivium"
@@ -174,7 +180,10 @@ def allowed(module):
 
 
 def imported(module, node):
-    """Absolute names that an import statement in `module` brings in: modules where they are ours, else the dotted name."""
+    """Return the absolute names that an import statement in `module` brings in.
+
+    They are modules where they are ours, else the dotted name.
+    """
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     base = node.module or ""
@@ -371,7 +380,10 @@ MUTATORS = {
 
 
 def changed_names(function):
-    """Names whose contents a function changes: name[...] = x, name.append(x), del name[...]; less those that are its own."""
+    """Return the names whose contents a function changes, less those that are its own.
+
+    A change is name[...] = x, name.append(x) or del name[...].
+    """
     own = {argument.arg for argument in ast.walk(function) if isinstance(argument, ast.arg)}
     own |= {
         node.id
@@ -437,5 +449,6 @@ def test_native_code_knows_no_torch():
 
 
 def test_no_kernels_package_at_the_root():
-    """kernels/__init__.py would hide the package `kernels` from every script run from the checkout."""
+    """kernels/__init__.py would hide the package `kernels` from every script run from the
+    checkout."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -74,7 +74,8 @@ def main(argv: list[str]) -> None:
     else:
         totals = write_parts(job, parts, args.output_prefix, args.workers)
     seconds = max(time.monotonic() - started, 1e-9)
-    megabytes, documents, tokens = totals[0] / 1e6, totals[1], totals[2]
+    size, documents, tokens = totals
+    megabytes = size / 1e6
     logs.get_logger().info(
         f"{documents} documents, {tokens} tokens, {megabytes:.1f} MB of text in {seconds:.1f} s: "
         f"{megabytes / seconds:.2f} MB/s, {documents / seconds:.0f} docs/s"
@@ -89,30 +90,11 @@ def parse(argv: list[str]):
     parser = Parser(
         __doc__,
         "python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus "
-        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer --append-eod --workers 8",
+        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer "
+        "--append-eod --workers 8",
     )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        help="Files (jsonl, parquet, arrow, any UTF-8 text; .gz and .zst) and folders.",
-    )
-    parser.add_argument(
-        "--output-prefix",
-        required=True,
-        help="P of P_text_document.bin and .idx, one such pair per key.",
-    )
-    parser.add_argument(
-        "--tokenizer-type",
-        required=True,
-        help="HuggingFaceTokenizer, GPT2BPETokenizer, NullTokenizer, ...",
-    )
-    parser.add_argument("--tokenizer-model", help="Folder or file of the tokenizer.")
-    parser.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer.")
-    parser.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer.")
-    parser.add_argument(
-        "--vocab-size", type=positive, help="Of NullTokenizer; of others only to enlarge."
-    )
+    _add_files(parser)
+    _add_tokenizer(parser)
     parser.add_argument(
         "--append-eod",
         action="store_true",
@@ -141,6 +123,34 @@ def parse(argv: list[str]):
     if len(set(args.json_keys)) < len(args.json_keys):
         raise BadArgument(f"--json-keys {' '.join(args.json_keys)} names a key twice")
     return args
+
+
+def _add_files(parser: Parser) -> None:
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="Files (jsonl, parquet, arrow, any UTF-8 text; .gz and .zst) and folders.",
+    )
+    parser.add_argument(
+        "--output-prefix",
+        required=True,
+        help="P of P_text_document.bin and .idx, one such pair per key.",
+    )
+
+
+def _add_tokenizer(parser: Parser) -> None:
+    parser.add_argument(
+        "--tokenizer-type",
+        required=True,
+        help="HuggingFaceTokenizer, GPT2BPETokenizer, NullTokenizer, ...",
+    )
+    parser.add_argument("--tokenizer-model", help="Folder or file of the tokenizer.")
+    parser.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer.")
+    parser.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer.")
+    parser.add_argument(
+        "--vocab-size", type=positive, help="Of NullTokenizer; of others only to enlarge."
+    )
 
 
 def partition(files: list[TextFile], num_parts: int) -> list[list[TextFile]]:

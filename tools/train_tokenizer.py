@@ -18,8 +18,8 @@ BYTES = 256
 Texts = Callable[[], Iterator[str]]  # a new reading of the input
 
 
-def main(argv: list[str]) -> None:
-    """Train the tokenizer that the command line describes, and write its folder."""
+def parse(argv: list[str]):
+    """Return the arguments. Raises BadArgument on a vocabulary that is too small."""
     parser = Parser(
         __doc__,
         "python tools/train_tokenizer.py --input corpus.jsonl src/ --type bpe --vocab-size 32000 "
@@ -31,12 +31,12 @@ def main(argv: list[str]) -> None:
         required=True,
         help="Files of text or JSON lines (.gz, .zst too), and folders of them.",
     )
-    kinds = (
-        "Kind of model. bpe works on bytes; unigram is the one whose last digits differ from run "
-        "to run."
-    )
     parser.add_argument(
-        "--type", choices=("bpe", "wordpiece", "unigram", "char"), default="bpe", help=kinds
+        "--type",
+        choices=("bpe", "wordpiece", "unigram", "char"),
+        default="bpe",
+        help="Kind of model. bpe works on bytes; unigram is the one whose last digits differ from "
+        "run to run.",
     )
     parser.add_argument(
         "--vocab-size", type=positive, required=True, help="Ids at most, special tokens included."
@@ -46,7 +46,6 @@ def main(argv: list[str]) -> None:
         "--json-keys", nargs="+", default=["text"], help="Keys of the texts in JSON lines."
     )
     args = parser.parse_args(argv)
-    logs.setup()
     if args.type == "bpe" and args.vocab_size < BYTES + 1:
         raise BadArgument(
             f"--vocab-size {args.vocab_size} is too small for bpe: {BYTES} bytes and {END_OF_TEXT} "
@@ -57,6 +56,13 @@ def main(argv: list[str]) -> None:
             f"--vocab-size {args.vocab_size} is too small for {args.type}: {END_OF_TEXT}, "
             f"{UNKNOWN} and a first token need 3"
         )
+    return args
+
+
+def main(argv: list[str]) -> None:
+    """Train the tokenizer that the command line describes, and write its folder."""
+    args = parse(argv)
+    logs.setup()
 
     def texts() -> Iterator[str]:
         return (

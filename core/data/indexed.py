@@ -164,11 +164,9 @@ class IndexedDataset:
         return DTYPES[code], num_sequences, num_entries
 
     def _check(self, bin_size: int) -> None:
-        path, lengths, documents = (
-            idx_path(self.prefix),
-            self.sequence_lengths,
-            self.document_indices,
-        )
+        path = idx_path(self.prefix)
+        lengths = self.sequence_lengths
+        documents = self.document_indices
         if len(documents) == 0 or documents[0] != 0 or documents[-1] != self.num_sequences:
             raise DataError(
                 f"{path}: its document index does not run from 0 to its {self.num_sequences} "

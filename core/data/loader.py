@@ -45,10 +45,26 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class Replica:
+    """One of the data-parallel replicas among which the samples of a step are divided.
+
+    rank: its number, from 0.
+    count: number of replicas.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+
+ONLY_REPLICA = Replica()
+
+
 class MicroBatches:
     """Iterator over micro-batches.
 
-    Step i takes the samples from start + i * mbs * dp_size on, and this rank its mbs of them.
+    With mbs samples a micro-batch and n replicas, step i takes the n * mbs samples from
+    start + i * n * mbs on, and replica r of them the r-th mbs.
 
     source, start, end: its samples `start` to `end` (all by default). If the last step is short,
         rows beyond `end` hold zeros under a mask of zeros: every rank gets the same number of
@@ -71,8 +87,7 @@ class MicroBatches:
         eod: int,
         start: int = 0,
         end: int | None = None,
-        dp_rank: int = 0,
-        dp_size: int = 1,
+        replica: Replica = ONLY_REPLICA,
         eod_mask_loss: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -80,8 +95,8 @@ class MicroBatches:
         end = len(source) if end is None else min(end, len(source))
         masked_id = eod if eod_mask_loss else None
         reader = _Reader(source, micro_batch_size, vocab_size, masked_id, end)
-        own = dp_rank * micro_batch_size
-        firsts = range(start + own, end + own, micro_batch_size * dp_size)
+        own = replica.rank * micro_batch_size
+        firsts = range(start + own, end + own, micro_batch_size * replica.count)
         self._closing = multiprocessing.Event() if num_workers else None
         loader = DataLoader(
             reader,

@@ -12,6 +12,7 @@ from typing import Protocol
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from ..config import TOKENIZERS
 from .errors import DataError, DataFlagError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -95,10 +96,7 @@ def build_tokenizer(
     elif tokenizer_type == "TikTokenizer":
         tokenizer = TikTokenizer(_existing("--tokenizer-model", tokenizer_model, tokenizer_type))
     else:
-        kinds = (
-            "HuggingFaceTokenizer, GPT2BPETokenizer, NullTokenizer, SentencePieceTokenizer, "
-            "TikTokenizer"
-        )
+        kinds = ", ".join(TOKENIZERS)
         raise DataFlagError(f"--tokenizer-type {tokenizer_type} is unknown; use one of {kinds}")
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise DataFlagError(

@@ -20,6 +20,7 @@ from math import gcd
 from typing import NamedTuple
 
 from ..config import ModelConfig
+from .flops import PEAK_BF16
 from .parameters import ModelChunk, local_widths
 from .pass_spec import FP32, PassSpec
 
@@ -37,7 +38,7 @@ class Hardware:
     memory, reserve: bytes of a device, and those for context, communicators and fragmentation.
     """
 
-    peak: float = 989e12
+    peak: float = PEAK_BF16["H100"]
     efficiency: float = 0.55
     intra_node: float = 360e9
     inter_node: float = 40e9
@@ -150,7 +151,9 @@ def context_bytes(model: ModelConfig, spec: PassSpec) -> BothWays:
         allgather   forward KV of all ranks; backward its gradient, reduced in fp32
         a2a         q, k, v and o there and back, key-value heads repeated until each rank has one
     """
-    n, e, bt = spec.cp, spec.itemsize, spec.tokens
+    n = spec.cp
+    e = spec.itemsize
+    bt = spec.tokens
     if n == 1:
         return BothWays(0.0, 0.0)
     kv_heads = max(1, model.num_kv_heads // spec.tp)
@@ -224,7 +227,9 @@ def exposed_data_seconds(
     forward pass. With optim_grads_params both hide behind every micro-batch.
     """
     m = num_microbatches
-    gradients, weights, copies = sent.gradients / link, sent.weights / link, sent.copies / link
+    gradients = sent.gradients / link
+    weights = sent.weights / link
+    copies = sent.copies / link
     if strategy == "optim_grads_params":
         return m * exposed((gradients + weights) / m, times.total) + copies
     rounds = m if strategy == "optim_grads" else 1
@@ -264,7 +269,9 @@ def _layer_times(
     Linear layers: 2 b t FLOP a weight forward, and as many for each of the two gradients. Causal
     attention: 2 b t T A D / tp forward, twice that backward.
     """
-    widths, bt, h = local_widths(model, spec.tp), spec.tokens, model.hidden_size
+    widths = local_widths(model, spec.tp)
+    bt = spec.tokens
+    h = model.hidden_size
     column = 2 * bt * h * (widths.qkv + widths.up) / hardware.rate
     row = 2 * bt * h * (widths.query + widths.feed_forward) / hardware.rate
     attention = _attention_seconds(model, spec, hardware)

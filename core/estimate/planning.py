@@ -210,6 +210,7 @@ def plan_schedule(
             "give --num-virtual-stages-per-pipeline-rank"
         )
     placement = placement_of(parallel, num_layers=0)
-    schedule, ranks, chunks = placement.schedule, placement.num_ranks, placement.num_chunks
-    plan = make_plan(schedule, ranks, num_microbatches, chunks)
+    plan = make_plan(
+        placement.schedule, placement.num_ranks, num_microbatches, placement.num_chunks
+    )
     return SchedulePlan(plan, simulate(plan, costs), costs)

@@ -159,7 +159,9 @@ class Search:
         self, choice: LayoutChoice, parameters: int, times: PassTimes
     ) -> DataParallel:
         """Return the data parallelism of a rank with so many parameters."""
-        strategy, copies, m = choice.strategy, choice.copies, self.microbatches(choice)
+        strategy = choice.strategy
+        copies = choice.copies
+        m = self.microbatches(choice)
         itemsize = self.spec(choice.micro).itemsize
         sent = data_bytes(parameters, strategy, _shards(strategy, copies), copies, itemsize, m)
         link = self.hardware.link(choice.micro.tp * copies)

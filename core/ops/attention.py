@@ -88,7 +88,9 @@ class AttentionOps(ProductOps):
         keys = k.shape[1]
         _check(queries, keys, causal, mask, dropout, softcap)
         dtype = q.dtype
-        q, k, v = self.operand(q), self.operand(k), self.operand(v)
+        q = self.operand(q)
+        k = self.operand(k)
+        v = self.operand(v)
         # torch's is_causal aligns the first query with the first key, which is right only if T = S.
         if causal and 1 < queries < keys:
             plain = softcap is None and dropout == 0.0

@@ -245,7 +245,9 @@ class _PaperRun:
     def _continue(self, rank: int, now: float) -> None:
         """Start the next action of a rank that is free, or note when to look at it again."""
         queue = self.ahead[rank]
-        need, ready, full = None, inf, False
+        need = None
+        ready = inf
+        full = False
         if queue:
             action = queue[0]
             need = _input(action, self._stage(rank, action), self.num_stages)

@@ -120,8 +120,9 @@ def zb_v(r: int, p: int, m: int) -> list[Compute]:
 
     The pattern is made of M = max(m, 2p - 1) micro-batches; those from m on are left out of it.
     """
-    f0, b0, w0 = (Forward, 0), (BackwardInput, 0), (BackwardWeight, 0)
-    f1, b1, w1 = (Forward, 1), (BackwardInput, 1), (BackwardWeight, 1)
+    f0, f1 = (Forward, 0), (Forward, 1)
+    b0, b1 = (BackwardInput, 0), (BackwardInput, 1)
+    w0, w1 = (BackwardWeight, 0), (BackwardWeight, 1)
     steady = max(m, 2 * p - 1) - (2 * p - 1) + r
     pattern = [
         # 1. Fill: micro-batch 0 comes back as input of chunk 1 after it has gone down p - 1 - r

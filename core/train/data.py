@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ..config import Config
-from ..data.loader import MicroBatches
+from ..data.loader import MicroBatches, Replica
 from ..data.splits import Datasets, build_datasets
 from ..data.tokenizer import Tokenizer
 from ..mesh import Mesh
@@ -63,8 +63,7 @@ def build_data(
         micro_batch_size=config.batch.micro_batch_size,
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
-        dp_rank=mesh.dp.rank,
-        dp_size=mesh.dp.size,
+        replica=Replica(mesh.dp.rank, mesh.dp.size),
         eod_mask_loss=config.data.eod_mask_loss,
         num_workers=config.data.num_workers,
         pin_memory=device.type == "cuda",  # a copy from other memory would wait

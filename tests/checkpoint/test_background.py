@@ -223,7 +223,8 @@ def broken(saver: Background, save_dir: Path, how: str):
         ("killed", r"its writer, process \d+, was killed by SIGKILL"),
         (
             "folder removed",
-            r"/iter_0000200\.tmp(/shard_0000{}\.safetensors cannot be written: No such file or directory| was removed)",
+            r"/iter_0000200\.tmp(/shard_0000{}\.safetensors cannot be written: "
+            r"No such file or directory| was removed)",
         ),
     ],
 )
@@ -232,7 +233,10 @@ def test_a_writer_that_fails_on_one_rank_is_one_error_on_all(tmp_path, failing, 
     assert results[0] == results[1]
     first, line, last = results[0]
     assert (first, last) == ("100", "300") and "\n" not in line
-    expected = rf"rank [01]: checkpoint of iteration 200 was not saved: .*{reason}; the newest published is 100"
+    expected = (
+        rf"rank [01]: checkpoint of iteration 200 was not saved: .*{reason}; "
+        "the newest published is 100"
+    )
     assert re.fullmatch(expected.replace("{}", "[01]"), line), line
     if how != "folder removed":  # there both fail, and the lowest rank is quoted
         assert line.startswith(f"rank {failing}: ")
@@ -249,7 +253,8 @@ def test_a_folder_that_cannot_be_made_is_one_line_in_the_foreground(tmp_path, pl
     for save in (lambda: start(alone(), save_dir, 1, 1), lambda: cases.write(save_dir, 1, 1)):
         with pytest.raises(
             CheckpointError,
-            match=f"checkpoint of iteration 1 was not saved: .*{save_dir}.*; none is published there",
+            match=f"checkpoint of iteration 1 was not saved: .*{save_dir}.*; "
+            "none is published there",
         ):
             save()
 
@@ -266,7 +271,8 @@ def test_state_that_is_not_json_is_refused_in_the_foreground(tmp_path):
 TRAINER = """
 import json, os, subprocess, sys, time
 memory = os.memfd_create("m")
-job = {"save_dir": sys.argv[1], "iteration": 100, "rank": 0, "max_shard_bytes": 1000, "boxes": [], "complete": {"world_size": 2}}
+job = {"save_dir": sys.argv[1], "iteration": 100, "rank": 0, "max_shard_bytes": 1000, "boxes": []}
+job["complete"] = {"world_size": 2}
 size = os.write(memory, json.dumps(job).encode())
 os.mkdir(sys.argv[1] + "/iter_0000100.tmp")
 command = [sys.executable, "-m", "trivium.checkpoint.writer", str(memory), "0", str(size)]

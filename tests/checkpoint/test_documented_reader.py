@@ -39,7 +39,8 @@ def test_the_reader_of_the_page_reads_every_tensor(tmp_path, ranks):
 
 
 def test_it_needs_neither_torch_nor_us():
-    command = f"{the_reader()}\nimport sys; print(sorted({{'torch', 'trivium', 'safetensors'}} & set(sys.modules)))"
+    imported = "sorted({'torch', 'trivium', 'safetensors'} & set(sys.modules))"
+    command = f"{the_reader()}\nimport sys; print({imported})"
     assert (
         subprocess.run(
             [sys.executable, "-c", command], capture_output=True, text=True, check=True

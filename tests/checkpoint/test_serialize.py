@@ -158,7 +158,8 @@ def test_a_limit_of_the_file_size_is_one_line_too(tmp_path):
 
 def test_what_a_writer_needs_imports_no_torch():
     modules = ", ".join(f"trivium.checkpoint.{name}" for name in WITHOUT_TORCH)
-    command = f"import sys, {modules}; print(sorted({{'torch', 'numpy', 'yaml', 'safetensors'}} & set(sys.modules)))"
+    imported = "sorted({'torch', 'numpy', 'yaml', 'safetensors'} & set(sys.modules))"
+    command = f"import sys, {modules}; print({imported})"
     assert (
         subprocess.run(
             [sys.executable, "-c", command], capture_output=True, text=True, check=True

@@ -15,7 +15,7 @@ import torch
 
 from trivium.data.errors import DataError
 from trivium.data.indexed import IndexedDatasetWriter
-from trivium.data.loader import Batch, MicroBatches
+from trivium.data.loader import Batch, MicroBatches, Replica
 from trivium.data.source import MockDataset, Positioned, Sample
 from trivium.data.splits import build_datasets
 
@@ -88,7 +88,7 @@ def test_a_loader_from_a_position_yields_what_one_from_zero_yields_after_it(
 @pytest.mark.parametrize(("micro_batch_size", "dp_size"), [(1, 1), (3, 2), (2, 4), (1, 8)])
 def test_the_global_order_does_not_depend_on_the_ranks(dataset, micro_batch_size, dp_size):
     ranks = [
-        load(dataset, micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=dp_size)
+        load(dataset, micro_batch_size=micro_batch_size, replica=Replica(rank, dp_size))
         for rank in range(dp_size)
     ]
     steps = [gather(step) for step in zip(*ranks, strict=True)]
@@ -103,7 +103,7 @@ def test_the_global_order_does_not_depend_on_the_ranks(dataset, micro_batch_size
 @pytest.mark.parametrize("end", [1, 5, 7, 13])
 def test_a_short_last_step_counts_every_sample_once_on_as_many_batches(dataset, workers, end):
     ranks = [
-        list(load(dataset, end=end, dp_rank=rank, dp_size=3, num_workers=workers))
+        list(load(dataset, end=end, replica=Replica(rank, 3), num_workers=workers))
         for rank in range(3)
     ]
     assert {len(batches) for batches in ranks} == {-(-end // 6)}
@@ -135,7 +135,10 @@ def test_an_id_outside_the_vocabulary_names_file_document_and_offset(tmp_path, w
     data = build_datasets([str(tmp_path / "data")], "1", 4, 1, (60, 0, 0)).train
     with pytest.raises(DataError) as caught:
         list(load(data, num_workers=workers))
-    expected = f"{tmp_path}/data.bin, document 12, offset 2: token id {bad} is outside the vocabulary of 100; use the tokenizer that made the data"
+    expected = (
+        f"{tmp_path}/data.bin, document 12, offset 2: token id {bad} is outside the vocabulary of "
+        "100; use the tokenizer that made the data"
+    )
     assert str(caught.value) == expected and caught.value.__cause__ is None
     assert wait_for_no_children()
 
@@ -188,7 +191,8 @@ def test_a_run_that_ends_in_the_middle_leaves_no_process_and_no_noise(ending):
         import multiprocessing, os, signal, sys
         from trivium.data.source import MockDataset, Positioned, Sample
         from trivium.data.loader import MicroBatches
-        loader = MicroBatches(MockDataset(100, 8, 1, 10000), micro_batch_size=2, vocab_size=100, eod=99, num_workers=2)
+        data = MockDataset(100, 8, 1, 10000)
+        loader = MicroBatches(data, micro_batch_size=2, vocab_size=100, eod=99, num_workers=2)
         next(loader)
         print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
         {ending}

@@ -167,7 +167,8 @@ def test_a_missing_library_is_named_with_its_remedy(kind, library, tmp_path, mon
     monkeypatch.setattr(tokenizer_module.importlib, "import_module", missing)
     with pytest.raises(
         DataError,
-        match=f"--tokenizer-type {kind} needs the package {library}; install it with: pip install {library}",
+        match=f"--tokenizer-type {kind} needs the package {library}; "
+        f"install it with: pip install {library}",
     ):
         build_tokenizer(kind, str(tmp_path / "model"))
 

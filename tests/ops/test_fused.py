@@ -126,14 +126,10 @@ def test_norms_and_norms_of_a_sum_match_float64(kernels, dtype, columns, centred
     if kernels == "torch" and centred and shift:
         pytest.skip("PyTorch's own layer norm loses more of a spread far from zero")
     ops, shape = Ops(kernels), (2, 3, columns)
-    x, branch = (
-        (torch.randn(shape) + shift).to(dtype).requires_grad_(),
-        torch.randn(shape).to(dtype).requires_grad_(),
-    )
-    weight, bias = (
-        torch.randn(columns).to(dtype).requires_grad_(),
-        torch.randn(columns).to(dtype).requires_grad_(),
-    )
+    x = (torch.randn(shape) + shift).to(dtype).requires_grad_()
+    branch = torch.randn(shape).to(dtype).requires_grad_()
+    weight = torch.randn(columns).to(dtype).requires_grad_()
+    bias = torch.randn(columns).to(dtype).requires_grad_()
     tensors = (x, branch, weight, bias) if centred else (x, branch, weight)
     if centred:
         total, y = ops.add_layer_norm(x, branch, weight, bias, 1e-5)
@@ -142,42 +138,25 @@ def test_norms_and_norms_of_a_sum_match_float64(kernels, dtype, columns, centred
     assert torch.equal(total, x + branch)
     dtotal, dy = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     found = torch.autograd.grad((total, y), tensors, (dtotal, dy))
-    s, w, b = (
-        total.detach().double().requires_grad_(),
-        weight.detach().double().requires_grad_(),
-        bias.detach().double().requires_grad_(),
-    )
+    s = total.detach().double().requires_grad_()
+    w = weight.detach().double().requires_grad_()
+    b = bias.detach().double().requires_grad_()
     expected = normed(s, w, b if centred else None, centred)
     ds, dw, *db = torch.autograd.grad(expected, (s, w, b)[: 2 + centred], dy.double())
     ds = ds + dtotal.double()
     # A mean of 100 under a spread of 1 costs seven bits of what is left: errors of the mean, of
     # fp32, over the spread.
     lost = 4 * (columns**0.5 + 2) * UNIT[torch.float32] * (1 + shift)
-    x_hat = (
-        ((s - s.mean(-1, keepdim=True) if centred else s) * (expected - b * centred) / w)
-        .detach()
-        .abs()
-    )
     centre = s.detach() - (s.detach().mean(-1, keepdim=True) if centred else 0)
     rstd = (centre.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     x_hat, g = (centre * rstd).abs(), (dy.double() * w.detach()).abs()
-    within(
-        y,
-        expected.detach(),
-        (3 * UNIT[dtype] + lost * rstd)
-        * (x_hat * w.detach().abs() + b.detach().abs() * centred + w.detach().abs())
-        + 1e-30,
-    )
-    size = rstd * (
-        g + g.mean(-1, keepdim=True) + (1 + x_hat) * (g * (1 + x_hat)).mean(-1, keepdim=True)
-    )
+    terms = x_hat * w.detach().abs() + b.detach().abs() * centred + w.detach().abs()
+    within(y, expected.detach(), (3 * UNIT[dtype] + lost * rstd) * terms + 1e-30)
+    projection = (1 + x_hat) * (g * (1 + x_hat)).mean(-1, keepdim=True)
+    size = rstd * (g + g.mean(-1, keepdim=True) + projection)
+    terms = size + dtotal.double().abs()
     for dx in found[:2]:
-        within(
-            dx,
-            ds,
-            (6 * UNIT[dtype] + 4 * lost * rstd.clamp(min=1)) * (size + dtotal.double().abs())
-            + 1e-30,
-        )
+        within(dx, ds, (6 * UNIT[dtype] + 4 * lost * rstd.clamp(min=1)) * terms + 1e-30)
     rows = (dy.double().abs() * (x_hat + 1)).flatten(0, 1).sum(0)
     within(found[2], dw, (6 * UNIT[dtype] + 4 * lost * rstd.max().clamp(min=1)) * rows + 1e-30)
     if centred:

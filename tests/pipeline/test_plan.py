@@ -376,7 +376,10 @@ def test_impossible_input_is_refused_in_words(arguments, words):
 
 def test_planning_needs_no_torch():
     """Plans of thousands of ranks are studied where no torch is."""
-    code = "import sys; import trivium.pipeline.plan, trivium.pipeline.simulate, trivium.pipeline.split; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; import trivium.pipeline.plan, trivium.pipeline.simulate, "
+        "trivium.pipeline.split; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

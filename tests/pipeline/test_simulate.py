@@ -112,12 +112,14 @@ def test_an_action_ahead_of_what_it_needs_is_refused(plan):
 
 
 def test_the_chunks_of_one_rank_need_each_other_without_messages():
-    """At the turn of zb-v the second chunk's forward needs the first one's, and no receive says so."""
+    """At the turn of zb-v the second chunk's forward needs the first one's, and no receive says
+    so."""
     plan = make_plan("zb-v", 1, 1, 2)
     forward, second, *rest = plan.actions[0]
     with pytest.raises(
         PlanError,
-        match=r"rank 0: Forward\(chunk=1, microbatch=0\) comes before Forward\(chunk=0, microbatch=0\)",
+        match=r"rank 0: Forward\(chunk=1, microbatch=0\) comes before "
+        r"Forward\(chunk=0, microbatch=0\)",
     ):
         simulate(with_rank(plan, 0, (second, forward, *rest)))
 
@@ -233,7 +235,10 @@ def test_ranks_in_a_ring_that_wait_for_each_other_deadlock():
             *(ReceiveActivation(1, 0, 1), Forward(1, 0), ReceiveActivation(1, 1, 1), Forward(1, 1)),
         ),
     )
-    words = r"deadlock: ranks wait for each other, rank 0 at Forward\(chunk=1, .*, rank 1 at Forward\(chunk=0, .*, rank 2 at Forward\(chunk=0, "
+    words = (
+        r"deadlock: ranks wait for each other, rank 0 at Forward\(chunk=1, .*, "
+        r"rank 1 at Forward\(chunk=0, .*, rank 2 at Forward\(chunk=0, "
+    )
     with pytest.raises(PlanError, match=words):
         simulate(Plan("interleaved", 3, 2, 2, True, ranks))
 

@@ -207,7 +207,8 @@ LAYOUT = "--pipeline-model-parallel-layout"
         (3, 4, 1, {}, f"--num-layers 3 cannot be cut into {PP} 4 stages; use 4"),
         (
             *(31, 4, 1, {"account_for_embedding": True, "account_for_loss": True}),
-            "--num-layers 31 with --account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split makes 33, "
+            "--num-layers 31 with --account-for-embedding-in-pipeline-split and "
+            "--account-for-loss-in-pipeline-split makes 33, "
             f"which cannot be cut into {PP} 4 stages; use 30 or 34",
         ),
         (
