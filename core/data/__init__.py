@@ -1,4 +1,4 @@
-"""From files to micro-batches: indexed datasets, sample order, tokenizers, the loader.
+"""Turn files into micro-batches: indexed datasets, sample order, tokenizers, the loader.
 
-Knows no mesh: dp_rank and dp_size are numbers.
+Nothing here knows the mesh: a data-parallel replica is two plain numbers (loader.Replica).
 """

@@ -1,6 +1,9 @@
-"""Built indices on disk, to be mapped instead of built again.
+"""Keep built indices on disk, so that a later run maps them instead of building them again.
 
-Keyed on content, published by renaming: any number of processes may race.
+The indices of a large corpus take minutes to build. A file's name holds a key made from the content
+that it was built from, so a changed dataset finds no old index. Any number of processes may build
+the same file at once: each writes its own under a temporary name and renames it, and the content is
+the same whoever comes last.
 """
 
 import os
@@ -20,16 +23,17 @@ VERSION = 1  # part of every key; raise it when what is cached changes
 
 
 class IndexCache:
-    """Arrays by key.
+    """A folder of arrays that are found by key.
 
-    Each process, so each node, looks for itself and builds for itself: nobody waits, no shared file
-    system is needed.
+    Each process looks for a file and builds it by itself: nobody waits for another rank, and no
+    shared file system is needed.
 
-    A file is an .npy followed by a digest of it: one that is truncated, zeroed or damaged is built
-    anew.
-    `path`: --data-cache-path, or None for a folder `cache` beside the data and, where that cannot
-        be written, the user's cache folder. Raises DataFlagError if `path` is given and cannot be
-        made.
+    A file is an .npy followed by a digest of it. One that is truncated, zeroed or damaged is built
+    again.
+
+    path: --data-cache-path. None: a folder `cache` beside the data or, where that cannot be
+        written, the user's cache folder.
+    Raises DataFlagError if `path` is given and cannot be made.
     """
 
     def __init__(self, path: str | Path | None = None):
@@ -50,8 +54,14 @@ class IndexCache:
         shapes: dict[str, tuple[int, ...]],
         build: Callable[[], dict[str, np.ndarray]],
     ) -> dict[str, np.ndarray]:
-        """The arrays behind `key`, memory-mapped where a cache folder of `prefix` holds or takes
-        them; else as `build` returns them."""
+        """Return the arrays behind `key`, built only if no cache folder has them.
+
+        They are memory-mapped from a file, so that processes of a node share the memory. Where no
+        folder can be written they are what `build` returned.
+
+        prefix: the dataset, whose folder may hold the cache.
+        shapes: of each array, by name; a file of another shape is built again.
+        """
         folders = self._folders(prefix)
         for folder in folders:
             if (found := _load(folder, key, shapes)) is not None:
@@ -74,12 +84,14 @@ class IndexCache:
 
 
 def _file(folder: Path, key: str, name: str) -> Path:
+    """Return the path of one array."""
     return folder / f"{key}-{name}-v{VERSION}.npy"
 
 
 def _load(
     folder: Path, key: str, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray] | None:
+    """Return the arrays of a folder; None if one is missing, damaged or of another shape."""
     found = {}
     for name, shape in shapes.items():
         path = _file(folder, key, name)
@@ -106,7 +118,7 @@ def _intact(file: BinaryIO, size: int) -> bool:
 
 
 def _store(folder: Path, key: str, arrays: dict[str, np.ndarray]) -> bool:
-    """Publish every array under `folder`; False if that cannot be written or is full."""
+    """Publish every array in a folder. Return False if it cannot be written or is full."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
@@ -117,6 +129,7 @@ def _store(folder: Path, key: str, arrays: dict[str, np.ndarray]) -> bool:
 
 
 def _publish(path: Path, array: np.ndarray) -> None:
+    """Write an array and its digest under a temporary name, then rename the file."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp")
     try:
         with open(handle, "w+b") as file:
@@ -126,6 +139,7 @@ def _publish(path: Path, array: np.ndarray) -> None:
             file.seek(size)
             file.write(digest.encode())
             file.flush()
+            # A rename may reach the disk before the content does; a power cut then leaves zeros.
             os.fsync(file.fileno())
         # mkstemp makes it private to this user; a cache beside shared data serves all who read the
         # data.

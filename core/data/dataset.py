@@ -1,4 +1,4 @@
-"""Samples of files: the split of one dataset, and a blend of several."""
+"""Read samples from files: the split of one dataset, and a blend of several."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .source import Positioned, Sample
 
 
 class GPTDataset(Positioned):
-    """Samples of the sequences [start, stop) of one dataset, in Megatron's order.
+    """The samples of the sequences [start, stop) of one dataset, in Megatron's order.
 
     The sequences are laid end to end, shuffled anew in each epoch, and cut every `seq_length`
     tokens. Three indices, built once and cached, say where a sample is (see order.py).
@@ -48,6 +48,7 @@ class GPTDataset(Positioned):
             lengths = indexed.sequence_lengths[start:stop]
             return order.build_indices(lengths, start, epochs, seq_length, seed)
 
+        # The digest of large files covers blocks of them; the times of change guard the rest.
         key = order.fingerprint(facts | {"modified": indexed.modified()})
         shapes = order.index_shapes(stop - start, epochs)
         arrays = cache.arrays(indexed.prefix, key, shapes, build)
@@ -57,6 +58,7 @@ class GPTDataset(Positioned):
         self._shuffle = np.asarray(arrays["shuffle"])
 
     def __reduce__(self):
+        # A worker opens the files and maps the cached indices itself instead of getting copies.
         return GPTDataset, self._made_of
 
     def __len__(self) -> int:
@@ -68,6 +70,7 @@ class GPTDataset(Positioned):
         ids = np.empty(self.seq_length + 1, np.int64)
         filled = 0
         for position in range(first, last + 1):
+            # The next sample begins with the last label of this one, so its token is included.
             length = end + 1 - begin if position == last else None
             part = self.indexed.get(self._document[position], begin, length)
             ids[filled : filled + len(part)] = part
@@ -93,7 +96,7 @@ class GPTDataset(Positioned):
 
 
 class BlendedDataset(Positioned):
-    """Samples drawn in turn from several datasets in proportion to their weights.
+    """A blend: samples drawn from several datasets in proportion to their weights.
 
     weights: None for their numbers of samples, each used up.
     size: samples of the blend; None for all of them.
@@ -149,6 +152,7 @@ class BlendedDataset(Positioned):
         return self.datasets[self._dataset[k]].locate(int(self._sample[k]), position)
 
     def _check(self, lengths: list[int]) -> None:
+        """Raise DataError if the blend draws more samples of a dataset than it was built for."""
         needed = np.bincount(self._dataset, minlength=len(lengths))
         for dataset, need, there in zip(self.datasets, needed, lengths, strict=True):
             if need > there:

@@ -1,5 +1,7 @@
-"""A digest of a file's content that costs the same for any size: whole small files, evenly spread
-blocks of large ones."""
+"""Compute a digest of a file's content at a cost that does not grow with its size.
+
+Small files are read whole, large ones in evenly spread blocks.
+"""
 
 import hashlib
 import os
@@ -11,18 +13,18 @@ BLOCK_BYTES = 64 * 1024
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 (hex) of the file's size and content; of a file above 1 MiB, 16 blocks of 64 KiB from
-    its first byte to its last.
+    """Return the SHA-256 (hex) of a file's size and content.
 
-    A corpus of terabytes opens in milliseconds; every new tokenization changes lengths throughout,
-    so the blocks differ.
+    Of a file above 1 MiB it covers 16 blocks of 64 KiB, from the first byte to the last. A corpus
+    of terabytes then opens in milliseconds. Another tokenization changes lengths and ids
+    throughout, so the blocks differ.
     """
     with open(path, "rb") as file:
         return sampled_digest(file, os.fstat(file.fileno()).st_size)
 
 
 def sampled_digest(file: BinaryIO, size: int) -> str:
-    """`content_digest` of the first `size` bytes of an open file."""
+    """Return the `content_digest` of the first `size` bytes of an open file."""
     digest = hashlib.sha256(str(size).encode())
     if size <= NUM_BLOCKS * BLOCK_BYTES:
         file.seek(0)

@@ -1,4 +1,4 @@
-"""The errors of this folder: one line each, with the file, what is wrong, where, and the remedy."""
+"""Define the errors of data: one line each, with the file, the place, the fault and the remedy."""
 
 from ..config import FlagError
 

@@ -1,8 +1,21 @@
-"""The `.bin/.idx` pair on disk: reading one, writing one, saying precisely what is wrong with one.
+"""Read and write the `.bin/.idx` pair of a dataset, and say precisely what is wrong with one.
 
-`.bin` holds token ids back to back, little-endian, without a header. `.idx` holds, little-endian
-and unaligned: magic, version, dtype code, S sequences, D = documents + 1, then S int32 lengths, S
-int64 byte offsets, D int64 entries of the document index.
+`.bin` holds token ids back to back, little-endian, without a header. `.idx` says where each
+sequence lies in it, and which sequences make a document:
+
+    bytes    0 - 8     magic, "MMIDIDX" and two zeros
+             9 - 16    version, uint64: 1
+             17        dtype code of the ids, uint8 (see DTYPES)
+             18 - 25   S, uint64: number of sequences
+             26 - 33   D, uint64: number of documents + 1
+             then      S int32, the length of each sequence in tokens
+             then      S int64, the place of each sequence in .bin, in bytes
+             then      D int64, the document index: entry k = sequences before document k
+
+Documents of 1, 0 and 2 sequences, say, have the document index [0, 1, 1, 3]. All numbers are
+little-endian and unaligned (the header has 34 bytes), so they are read from views of bytes.
+
+The format is Megatron's, byte for byte.
 """
 
 import hashlib
@@ -18,9 +31,8 @@ from .digest import content_digest
 from .errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct(
-    "<9sQBQQ"
-)  # magic, version, dtype code, number of sequences, length of the document index
+# Magic, version, dtype code, number of sequences, length of the document index.
+HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {
     code: np.dtype(name).newbyteorder("<")
     for code, name in {
@@ -40,8 +52,10 @@ REMEDY = "make it again with tools/preprocess_data.py, or copy it again"
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
-    """The smallest dtype of a `.bin` for ids below `vocab_size`: uint16 below 65,500 (Megatron's
-    bound), else int32."""
+    """Return the smallest dtype of a `.bin` for ids below `vocab_size`.
+
+    It is uint16 below 65,500 (Megatron's bound), else int32.
+    """
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
@@ -56,13 +70,16 @@ def idx_path(prefix: str | Path) -> Path:
 
 
 class IndexedDataset:
-    """Sequences of token ids, memory-mapped.
+    """The sequences of one dataset, memory-mapped.
 
     Unpickling opens the files again, so a worker process gets a mapping of its own.
 
-    sequence_lengths [S] int32 in tokens, pointers [S] int64 in bytes, document_indices [D] int64:
-    entry k = sequences after k documents. Raises DataError if a file is missing, foreign,
-    truncated, of another pair, or empty (unless `allow_empty`).
+    sequence_lengths: [S] int32, tokens of each sequence.
+    pointers: [S] int64, bytes before each sequence in `.bin`.
+    document_indices: [D] int64; entry k is the number of sequences before document k.
+
+    Raises DataError if a file is missing, foreign, truncated, of another pair, or empty (unless
+    `allow_empty`).
     """
 
     def __init__(self, prefix: str | Path, allow_empty: bool = False):
@@ -86,11 +103,11 @@ class IndexedDataset:
             index, POINTER, num_entries, idx_size - num_entries * POINTER.itemsize
         )
         self._check(bin_size)
-        self._tokens = (
-            np.asarray(np.memmap(bin_path(prefix), mode="r", dtype=np.uint8))
-            if bin_size
-            else np.empty(0, np.uint8)
-        )
+        # An empty file cannot be mapped. A plain array over the mapping: slices of a memmap cost
+        # several times as much.
+        self._tokens = np.empty(0, np.uint8)
+        if bin_size:
+            self._tokens = np.asarray(np.memmap(bin_path(prefix), mode="r", dtype=np.uint8))
 
     def __reduce__(self):
         return IndexedDataset, (self.prefix, self.allow_empty)
@@ -106,12 +123,14 @@ class IndexedDataset:
         return len(self.document_indices) - 1
 
     def num_tokens(self, start: int = 0, stop: int | None = None) -> int:
-        """Tokens in sequences [start, stop)."""
+        """Return the number of tokens in sequences [start, stop)."""
         return int(self.sequence_lengths[start:stop].sum(dtype=np.int64))
 
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Tokens [offset, offset + length) of a sequence, to its end without `length`; a view of
-        the file in its own dtype."""
+        """Return tokens [offset, offset + length) of a sequence, to its end without `length`.
+
+        They are a view of the file, in the file's dtype.
+        """
         count = int(self.sequence_lengths[sequence]) - offset if length is None else length
         begin = int(self.pointers[sequence]) + offset * self.dtype.itemsize
         return np.frombuffer(self._tokens, self.dtype, count, begin)
@@ -131,12 +150,16 @@ class IndexedDataset:
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def modified(self) -> tuple[int, int]:
-        """Times of last change of `.idx` and `.bin` in nanoseconds."""
-        return os.stat(idx_path(self.prefix)).st_mtime_ns, os.stat(
-            bin_path(self.prefix)
-        ).st_mtime_ns
+        """Return the times of last change of `.idx` and `.bin`, in nanoseconds."""
+        index = os.stat(idx_path(self.prefix))
+        tokens = os.stat(bin_path(self.prefix))
+        return index.st_mtime_ns, tokens.st_mtime_ns
 
     def _header(self, header: bytes, idx_size: int) -> tuple[np.dtype, int, int]:
+        """Check the header; return dtype, number of sequences, length of the document index.
+
+        The counts are checked against the size of the file before anything is read by them.
+        """
         path = idx_path(self.prefix)
         magic, version, code, num_sequences, num_entries = HEADER.unpack(header)
         if magic != MAGIC:
@@ -164,6 +187,10 @@ class IndexedDataset:
         return DTYPES[code], num_sequences, num_entries
 
     def _check(self, bin_size: int) -> None:
+        """Check that the index agrees with itself and with the size of `.bin`.
+
+        Found here a fault has a file and a number; found later it would be wrong tokens.
+        """
         path = idx_path(self.prefix)
         lengths = self.sequence_lengths
         documents = self.document_indices
@@ -209,8 +236,9 @@ def _size(path: Path) -> int:
 
 
 class IndexedDatasetWriter:
-    """Writes a pair under temporary names and renames both in `finish`, `.bin` first: an `.idx`
-    never names a `.bin` that is not whole.
+    """A writer of a pair, under temporary names until `finish` renames both.
+
+    `.bin` is renamed first, so that an `.idx` never describes a `.bin` that is not whole.
 
     As a context manager it finishes at the end of the block and leaves nothing behind if the block
     raised. Raises DataError if an id does not fit `dtype` or a sequence has 2^31 tokens or more.
@@ -244,14 +272,20 @@ class IndexedDatasetWriter:
             self.abandon()
 
     def add_document(self, tokens: np.ndarray | list[int]) -> None:
-        """One document of one sequence; an empty one adds no sequence, only an entry of the
-        document index."""
+        """Add one document of one sequence.
+
+        An empty one adds no sequence, only an entry of the document index.
+        """
         self.add_documents(tokens, [len(tokens)])
 
     def add_documents(
         self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int]
     ) -> None:
-        """Documents of one sequence each: their ids back to back, and the length of each."""
+        """Add documents of one sequence each.
+
+        tokens: ids of all the documents, back to back.
+        lengths: tokens of each document.
+        """
         lengths = self._checked_lengths(lengths, len(tokens))
         self._write(tokens)
         self._extend(lengths[lengths > 0], np.cumsum(lengths > 0, dtype=POINTER))
@@ -287,7 +321,7 @@ class IndexedDatasetWriter:
         self._extend(np.array(other.sequence_lengths), np.array(other.document_indices[1:]))
 
     def finish(self) -> None:
-        """Write the index, force both files to disk, publish them under their names."""
+        """Write the index, force both files to disk, and publish them under their names."""
         try:
             _sync_and_close(self._bin)
             with open(self._temporary[idx_path(self.prefix)], "wb") as file:

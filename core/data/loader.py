@@ -1,7 +1,16 @@
-"""Turn the samples of a source into micro-batches of one data-parallel rank, read ahead.
+"""Turn the samples of a source into micro-batches of one data-parallel rank.
 
-Worker processes read ahead. A loader begins at any sample: beside the state of its source, the
-position is all the state there is.
+Worker processes read ahead, so that a step does not wait for the disk. A loader can begin at any
+sample: the number of that sample and the state of the source are all that a resume needs.
+
+The samples of a step lie over the data-parallel ranks in blocks. With 2 ranks and micro-batches of
+3 samples, starting at sample s:
+
+    micro-batch 0    rank 0: s .. s+2     rank 1: s+3 .. s+5
+    micro-batch 1    rank 0: s+6 .. s+8   rank 1: s+9 .. s+11
+
+So the samples of an update depend on the global batch alone, and another layout continues where
+this one stopped.
 """
 
 import atexit
@@ -61,18 +70,21 @@ ONLY_REPLICA = Replica()
 
 
 class MicroBatches:
-    """Iterator over micro-batches.
+    """An iterator over the micro-batches of one rank.
 
-    With mbs samples a micro-batch and n replicas, step i takes the n * mbs samples from
-    start + i * n * mbs on, and replica r of them the r-th mbs.
-
-    source, start, end: its samples `start` to `end` (all by default). If the last step is short,
-        rows beyond `end` hold zeros under a mask of zeros: every rank gets the same number of
-        micro-batches and every sample counts once.
-    vocab_size: ids must lie below.
-    eod, eod_mask_loss: predictions made from `eod` count nothing if the latter is set.
+    source: the samples to read.
+    micro_batch_size: samples of a micro-batch on each rank.
+    vocab_size: all ids must lie below it.
+    eod: the end-of-document id.
+    start: number of the first sample.
+    end: number after the last sample, all of the source if None. If the last step is short, rows
+        beyond `end` hold zeros under a mask of zeros: every rank gets the same number of
+        micro-batches, and every sample counts once.
+    replica: this one of those that share the samples.
+    eod_mask_loss: predictions made from `eod` count nothing.
     num_workers: processes that read ahead; 0 reads in this one. `close` ends them; so does the end
         of the data or of this process.
+    pin_memory: put batches in memory that a device copies from without waiting.
 
     Raises DataError from `next` at the first id outside the vocabulary, naming its file, document
     and offset.
@@ -151,6 +163,8 @@ class MicroBatches:
 
 
 class _CloseAtExit:
+    """A call to `close` that does not keep the iterator alive."""
+
     def __init__(self, batches: MicroBatches):
         self._batches = weakref.ref(batches)
 
@@ -160,7 +174,7 @@ class _CloseAtExit:
 
 
 class _Worker:
-    """Called first in a worker process: leave the job's signals to the parent.
+    """The first call in a worker process: it leaves the job's signals to the parent.
 
     The parent may want to save before it ends, and a worker that took SIGTERM from the scheduler
     would take the run down with it. A worker ends when the loader closes or the parent is gone.
@@ -181,7 +195,7 @@ class _Worker:
 
 
 class _Reader(Dataset):
-    """The micro-batch whose first sample is `first`, by item.
+    """The micro-batches of a rank, by the number of their first sample.
 
     A problem travels as its message, so that no worker's traceback surrounds it.
     """
@@ -201,7 +215,9 @@ class _Reader(Dataset):
         self.end = end
 
     def __getitem__(self, first: int) -> Batch | str:
-        size, length = self.micro_batch_size, self.source.seq_length
+        size = self.micro_batch_size
+        length = self.source.seq_length
+        # Zeros, because rows beyond the end of the data stay as they are.
         ids = torch.zeros(size, length + 1, dtype=torch.int64)
         mask = torch.zeros(size, length)
         documents = None
@@ -218,6 +234,7 @@ class _Reader(Dataset):
                     documents[row] = torch.from_numpy(sample.documents)
         except DataError as error:
             return str(error)
+        # Checked here, because an embedding on a device fails without naming the place.
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             return self._outside(ids, first)
         tokens = ids[:, :-1].contiguous()
@@ -237,4 +254,5 @@ class _Reader(Dataset):
 
 
 def _as_is(batch: Any) -> Any:
+    """Return a batch unchanged: it is complete already."""
     return batch

@@ -1,4 +1,4 @@
-"""The order of samples, as Megatron defines it. Pure functions.
+"""Compute the order of samples, as Megatron defines it, by pure functions.
 
 A split of a dataset is a range of its sequences. To make samples of T tokens, its sequences are
 laid end to end, as often as there are epochs, and cut every T tokens. Three indices describe that:
@@ -13,6 +13,9 @@ With sequences a (3 tokens), b (2) and c (4) and T = 4, document [c, a, b] gives
 
 two samples, each with the token that follows it as the last label. A blend has two indices more:
 for each of its samples, which dataset it is from, and its number there.
+
+Every random draw and every rounding here is Megatron's, in Megatron's order, so that a run moved
+from there sees the same samples. That is why some lines look odd: do not tidy their arithmetic.
 """
 
 import hashlib
@@ -124,6 +127,8 @@ def plan_epochs(tokens: int, seq_length: int, num_samples: int | None) -> Epochs
     """
     count = 1
     if num_samples is not None:
+        # Neighbours share a token (last label of one, first input of the next): n samples need
+        # n * T + 1 tokens, rounded up to whole epochs.
         needed = num_samples * seq_length + 1
         count = max(1, -(-needed // tokens))
     total = (count * tokens - 1) // seq_length
@@ -131,6 +136,8 @@ def plan_epochs(tokens: int, seq_length: int, num_samples: int | None) -> Epochs
         return Epochs(1, False, total, total)
     before_final = ((count - 1) * tokens - 1) // seq_length
     per_epoch = (tokens - 1) // seq_length
+    # Shuffled together, a last epoch that is hardly used would make the run skip random samples of
+    # the earlier epochs. Below 80% of an epoch it is kept apart, so that those are used up first.
     separate = num_samples - before_final < int(0.80 * per_epoch)
     return Epochs(count, separate, before_final if separate else total, total)
 
@@ -164,6 +171,7 @@ def index_shapes(num_sequences: int, epochs: Epochs) -> dict[str, tuple[int, ...
 def _document_index(
     start: int, count: int, epochs: Epochs, random: np.random.RandomState
 ) -> np.ndarray:
+    """Return the sequences of all epochs in the order in which they are laid."""
     together = epochs.count - 1 if epochs.separate_final else epochs.count
     once = np.arange(start, start + count, dtype=np.int32)
     index = np.tile(once, together)
@@ -175,6 +183,7 @@ def _document_index(
 
 
 def _shuffle_index(epochs: Epochs, random: np.random.RandomState) -> np.ndarray:
+    """Return the place in the sample index of each sample of the run."""
     dtype = np.uint32 if epochs.num_samples < np.iinfo(np.uint32).max - 1 else np.int64
     index = np.arange(epochs.num_samples, dtype=dtype)
     for part in (index[: epochs.samples_before_final], index[epochs.samples_before_final :]):
@@ -200,6 +209,8 @@ def sample_index(
     if native:
         build = _native.sample_index_int64 if wide else _native.sample_index_int32
         return build(lengths, first, document, seq_length, num_samples)
+    # Token j * T lies in the first document whose end is past it. side="right" also steps over
+    # empty documents, which end where they begin.
     ends = np.cumsum(lengths[document - first], dtype=np.int64)
     tokens = np.arange(num_samples + 1, dtype=np.int64) * seq_length
     position = np.searchsorted(ends, tokens, side="right")
@@ -209,8 +220,11 @@ def sample_index(
 
 
 def blend_sizes(weights: list[float], num_samples: int) -> tuple[list[int], list[int]]:
-    """Return the samples that a weighted blend means to draw from each dataset, and those that
-    each dataset is built for. The sum of the former is the length of the blend."""
+    """Return two lists: the samples to draw from each dataset, and the samples to build of each.
+
+    The sum of the first is the length of the blend. The second is a little larger, because the
+    blend may take a few more of one dataset than its share.
+    """
     drawn = [math.ceil(num_samples * weight) for weight in normalized(weights)]
     built = [math.ceil(count * (1 + SURPLUS)) for count in drawn]
     return drawn, built
@@ -221,8 +235,9 @@ def blend_index(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return for each of `size` samples its dataset, int16, and its number there, int64.
 
-    It is always the dataset that is furthest behind its weight. The weights are normalized here
-    even if they were before, as in Megatron: that can move a last bit, and with it a tie.
+    Each sample is drawn from the dataset that is furthest behind its weight. The weights are
+    normalized here even if they were before, as in Megatron: that can move a last bit, and with it
+    a tie.
     """
     weights = normalized(weights)
     if native:
@@ -242,11 +257,14 @@ def exhaustive_blend_index(
 def _furthest_behind(
     weights: np.ndarray, limits: list[int], size: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Build a blend index in numpy, dataset k giving at most limits[k] samples."""
     dataset = np.empty(size, np.int16)
     sample = np.empty(size, np.int64)
     used = np.zeros(len(weights))
     closed = np.array(limits) == 0
     for s in range(size):
+        # How many samples a dataset is short of its share. The first sample is counted as if one
+        # were drawn already, as in Megatron: with 0 all would be level.
         lag = np.where(closed, -np.inf, weights * float(max(s, 1)) - used)
         k = int(np.argmax(lag))
         dataset[s] = k

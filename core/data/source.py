@@ -1,4 +1,4 @@
-"""Samples as values, and where they come from: the `Source` that every kind of data offers."""
+"""Define a sample, and the `Source` of samples that every kind of data offers."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ import numpy as np
 from . import order
 from .errors import DataError
 
-# A mock sample walks through so many ids, so that a small model learns them within minutes.
+# Number of ids that mock samples use. Few, so that a small model learns them within minutes.
 MOCK_ALPHABET = 256
 
 

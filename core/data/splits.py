@@ -1,4 +1,4 @@
-"""The three splits of a run: training, validation and test samples, from files or made up."""
+"""Build the three splits of a run: training, validation and test samples."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ class Datasets:
 
     @property
     def fingerprint(self) -> str:
-        """Return that of the training order, which a resume continues; empty without one."""
+        """Return the fingerprint of the training order; empty without training samples."""
         return self.train.fingerprint if self.train is not None else ""
 
 
@@ -107,7 +107,7 @@ Bounds = tuple[int, int]  # sequences [start, stop) of a file
 
 @dataclass(frozen=True)
 class _Builder:
-    """Makes one split; `kind` counts order.SPLITS."""
+    """A builder of one split at a time; `kind` is its index in order.SPLITS."""
 
     seq_length: int
     seed: int

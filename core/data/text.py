@@ -1,5 +1,8 @@
-"""Documents out of raw text: JSON lines (plain, .gz, .zst), columns of parquet and arrow files, any
-UTF-8 file, folders of all of them."""
+"""Read documents from raw text.
+
+The input is JSON lines (plain, .gz, .zst), columns of parquet and arrow files, any UTF-8 file, and
+folders of all of them.
+"""
 
 import gzip
 import importlib
@@ -26,15 +29,20 @@ DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file to read; one that the user `named`, not found in a folder, must be readable."""
+    """A file to read.
+
+    named: the user gave its name, so it must be readable; one found in a folder may be left out.
+    """
 
     path: Path
     named: bool
 
 
 def list_files(inputs: list[str]) -> list[TextFile]:
-    """Files named or found in folders, depth first in sorted order; hidden ones and __pycache__ in
-    folders are left out.
+    """Return the files that are named, and those found in the folders that are named.
+
+    Folders are read depth first in sorted order, so that a corpus has one order on every machine.
+    Hidden files and __pycache__ in folders are left out.
 
     Raises DataError if a name does not exist or nothing was found.
     """
@@ -43,20 +51,19 @@ def list_files(inputs: list[str]) -> list[TextFile]:
         path = Path(name)
         if not path.exists():
             raise DataFlagError(f"--input {name}: no such file or folder")
-        files += (
-            [TextFile(found, False) for found in _walk(path)]
-            if path.is_dir()
-            else [TextFile(path, True)]
-        )
+        if path.is_dir():
+            files += [TextFile(found, named=False) for found in _walk(path)]
+        else:
+            files.append(TextFile(path, named=True))
     if not files:
         raise DataFlagError(f"--input {' '.join(inputs)}: no file in there")
     return files
 
 
 def read_documents(files: list[TextFile], keys: list[str]) -> Iterator[tuple[str, ...]]:
-    """One tuple per document: its texts under `keys`.
+    """Yield one tuple per document: its texts under `keys`.
 
-    A file that is not of records is one document and has the key "text" alone.
+    A file that does not hold records is one document, with the key "text" alone.
 
     Raises DataError naming file and line of a malformed record. A file in a folder that is not
     UTF-8 is left out, which is said at the end.
@@ -82,6 +89,7 @@ def read_documents(files: list[TextFile], keys: list[str]) -> Iterator[tuple[str
 
 
 def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of those in it."""
     for name in sorted(os.listdir(folder)):
         path = folder / name
         if name.startswith(".") or name == "__pycache__":
@@ -95,7 +103,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _is_plain(file: TextFile, keys: list[str]) -> bool:
     """Return whether a file is one document.
 
-    A .json that was found in a folder is, unless its first line is a record with `keys`.
+    A .json that was found in a folder (a settings file, say) is one document, unless its first line
+    is a record with `keys`.
     """
     path = file.path
     kind = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
@@ -105,6 +114,7 @@ def _is_plain(file: TextFile, keys: list[str]) -> bool:
 
 
 def _plain(path: Path, keys: list[str]) -> str:
+    """Return the text of a file that is one document."""
     if keys != [PLAIN_KEY]:
         raise DataFlagError(
             f"--json-keys {' '.join(keys)}: {path} is plain text, which has no keys; "
@@ -127,6 +137,7 @@ def _has_records(path: Path, keys: list[str]) -> bool:
 
 
 def _records(path: Path, keys: list[str]) -> Iterator[tuple[str, ...]]:
+    """Yield the texts of each record of a file of JSON lines or columns."""
     if path.suffix in COLUMNS:
         yield from _columns(path, keys)
         return
@@ -142,11 +153,10 @@ def _records(path: Path, keys: list[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _columns(path: Path, keys: list[str]) -> Iterator[tuple[str, ...]]:
+    """Yield the texts of each row of a parquet or arrow file."""
     try:
-        parquet, feather = (
-            importlib.import_module("pyarrow.parquet"),
-            importlib.import_module("pyarrow.feather"),
-        )
+        parquet = importlib.import_module("pyarrow.parquet")
+        feather = importlib.import_module("pyarrow.feather")
     except ImportError:
         raise DataError(
             f"{path}: reading it needs the package pyarrow; install it with: pip install pyarrow"
@@ -170,6 +180,7 @@ def _columns(path: Path, keys: list[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _value(record: object, key: str, where: str) -> str:
+    """Return the text under a key. Raises DataError, with the place, if there is none."""
     if not isinstance(record, dict):
         raise DataError(f"{where}: a JSON object is expected, such as {{{key!r}: ...}}")
     if not isinstance(text := record.get(key), str):
@@ -183,7 +194,7 @@ def _value(record: object, key: str, where: str) -> str:
 
 
 def _open(path: Path) -> io.TextIOBase:
-    """UTF-8 text, decompressed by the ending of the name; line ends as they are."""
+    """Open UTF-8 text, decompressed by the ending of the name; line ends stay as they are."""
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8", newline="\n")
     if path.suffix == ".zst":

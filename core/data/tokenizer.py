@@ -1,5 +1,8 @@
-"""Tokenizers under one interface: text to ids and back, the real size of the vocabulary, the
-end-of-document id."""
+"""Give all kinds of tokenizers one interface.
+
+It turns text into ids and back, and knows the real size of the vocabulary and the end-of-document
+id.
+"""
 
 import base64
 import hashlib
@@ -7,7 +10,7 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
@@ -16,7 +19,7 @@ from ..config import TOKENIZERS
 from .errors import DataError, DataFlagError
 
 END_OF_TEXT = "<|endoftext|>"
-# What belongs to a tokenizer in a Hugging Face folder.
+# The files of a Hugging Face folder that belong to its tokenizer.
 HF_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -44,9 +47,12 @@ TIKTOKEN_PATTERN = "|".join(
 
 
 class Tokenizer(Protocol):
-    """vocab_size: ids are below it, `eod` included.
+    """The interface of a tokenizer.
 
-    fingerprint: SHA-256 (hex) of the content. files: to copy beside an export.
+    vocab_size: all ids are below it, `eod` included.
+    eod: the end-of-document id.
+    fingerprint: SHA-256 (hex) of the content.
+    files: files to copy beside an export.
     """
 
     vocab_size: int
@@ -58,9 +64,10 @@ class Tokenizer(Protocol):
         """Return the ids of a text, without tokens around it."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each, in less time."""
+        """Return the ids of each text; faster than `encode` of one after the other."""
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
 
 
 def build_tokenizer(
@@ -108,7 +115,10 @@ def build_tokenizer(
 
 
 class NullTokenizer:
-    """Text is integers between spaces: ids 0 .. size - 1, and `size` is the end of document."""
+    """A tokenizer of text that is ids already: integers between spaces.
+
+    Ids run from 0 to size - 1, and `size` is the end of document.
+    """
 
     def __init__(self, size: int):
         self.vocab_size = size + 1
@@ -117,21 +127,16 @@ class NullTokenizer:
         self.fingerprint = _sha256(b"NullTokenizer", str(size).encode())
 
     def encode(self, text: str) -> list[int]:
-        """Raises DataError on anything but an integer from 0 to `eod`."""
+        """Return the integers. Raises DataError on anything but an integer from 0 to `eod`."""
         words = text.split()
-        bad = next(
-            (
-                word
-                for word in words
-                if not (word.isascii() and word.isdigit() and int(word) <= self.eod)
-            ),
-            None,
-        )
-        if bad is not None:
-            raise DataError(
-                f"NullTokenizer: {bad[:40]!r} is no id from 0 to {self.eod}; "
-                "the text must be such ids between spaces"
-            )
+        for word in words:
+            # isdigit alone accepts digits of other scripts.
+            is_number = word.isascii() and word.isdigit()
+            if not is_number or int(word) > self.eod:
+                raise DataError(
+                    f"NullTokenizer: {word[:40]!r} is no id from 0 to {self.eod}; "
+                    "the text must be such ids between spaces"
+                )
         return [int(word) for word in words]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -198,8 +203,11 @@ class SentencePieceTokenizer:
 
 
 class TikTokenizer:
-    """A vocabulary file for the `tiktoken` library as Megatron reads it: a JSON list of {rank,
-    token_bytes, token_str}, special tokens first."""
+    """A vocabulary file for the `tiktoken` library, as Megatron reads it.
+
+    The file is a JSON list of {rank, token_bytes, token_str}. Special tokens have the first 1,000
+    ids; the ranks of the file follow.
+    """
 
     def __init__(self, path: Path):
         library = _library("tiktoken", "TikTokenizer")
@@ -251,19 +259,16 @@ def _hugging_face(path: Path) -> HuggingFaceTokenizer:
 
 
 def _eod(tokenizer: HFTokenizer, folder: Path, path: Path) -> int:
-    """<|endoftext|> if the vocabulary has it, else the eos_token of tokenizer_config.json."""
+    """Return the end-of-document id.
+
+    It is <|endoftext|> if the vocabulary has that, else the eos_token of tokenizer_config.json.
+    """
     if (eod := tokenizer.token_to_id(END_OF_TEXT)) is not None:
         return eod
     config = folder / "tokenizer_config.json"
-    settings = (
-        _load(
-            "--tokenizer-model",
-            config,
-            lambda name: json.loads(Path(name).read_text(encoding="utf-8")),
-        )
-        if config.exists()
-        else {}
-    )
+    settings: dict = {}
+    if config.exists():
+        settings = _load("--tokenizer-model", config, _read_json)
     token = settings.get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     eod = tokenizer.token_to_id(token) if isinstance(token, str) else None
@@ -275,8 +280,12 @@ def _eod(tokenizer: HFTokenizer, folder: Path, path: Path) -> int:
     return eod
 
 
+def _read_json(name: str) -> dict:
+    return json.loads(Path(name).read_text(encoding="utf-8"))
+
+
 def _gpt2(vocab: Path, merges: Path, flag: str) -> HuggingFaceTokenizer:
-    """GPT-2's byte-level BPE from vocab.json and merges.txt."""
+    """Return GPT-2's byte-level BPE from vocab.json and merges.txt."""
     tokenizer = HFTokenizer(
         _load(flag, vocab, lambda name: models.BPE.from_file(name, str(merges)))
     )
@@ -290,7 +299,8 @@ def _gpt2(vocab: Path, merges: Path, flag: str) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(tokenizer, eod, (vocab, merges))
 
 
-def _load(flag: str, path: Path, load: Callable[[str], object]):
+def _load(flag: str, path: Path, load: Callable[[str], Any]) -> Any:
+    """Return what `load` makes of a file, or raise a DataFlagError that names flag and file."""
     try:
         return load(str(path))
     except Exception as error:  # the Rust library raises bare Exception
@@ -317,8 +327,10 @@ def _library(name: str, tokenizer_type: str):
 
 
 def _sha256(*parts: bytes) -> str:
+    """Return the SHA-256 (hex) of several byte strings."""
     digest = hashlib.sha256()
     for part in parts:
+        # With the lengths, so that ("ab", "c") and ("a", "bc") differ.
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
