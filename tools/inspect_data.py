@@ -98,7 +98,7 @@ def parse(argv: list[str]):
 
 
 def parse_range(text: str) -> tuple[str, int, int]:
-    """("train", 0, 7) of train:0-7."""
+    """Return split, first and last sample of a text: ("train", 0, 7) of train:0-7."""
     match = re.fullmatch(r"(train|valid|test):(\d+)(?:-(\d+))?", text)
     if match is None:
         raise BadArgument(
@@ -113,7 +113,7 @@ def parse_range(text: str) -> tuple[str, int, int]:
 
 
 def describe(data_path: list[str], split: str) -> None:
-    """Counts and lengths of every dataset, and the sequences of its splits."""
+    """Print counts and lengths of every dataset, and the sequences of its splits."""
     prefixes, weights = order.parse_data_path(data_path)
     shares = order.normalized(weights) if weights else [None] * len(prefixes)
     for share, source in zip(shares, open_all(prefixes), strict=True):
@@ -123,9 +123,8 @@ def describe(data_path: list[str], split: str) -> None:
             f"{source.num_tokens()} tokens of {source.dtype}"
         )
         print(f"  tokens per sequence: {_statistics(source)}")
-        for name, bounds in zip(
-            order.SPLITS, order.split_bounds(split, source.num_sequences), strict=True
-        ):
+        cut = order.split_bounds(split, source.num_sequences)
+        for name, bounds in zip(order.SPLITS, cut, strict=True):
             if bounds is not None:
                 print(
                     f"  {name}: sequences {bounds[0]} to {bounds[1]} (exclusive), "
@@ -134,6 +133,7 @@ def describe(data_path: list[str], split: str) -> None:
 
 
 def _statistics(source: IndexedDataset) -> str:
+    """Return the spread of the lengths of sequences, as text."""
     lengths = source.sequence_lengths
     low, median, high, top = np.percentile(lengths, [0, 50, 95, 100])
     return (

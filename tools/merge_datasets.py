@@ -33,15 +33,14 @@ def main(argv: list[str]) -> None:
 
 def merge(prefixes: list[str], output_prefix: str) -> None:
     """Write `prefixes`, one after the other, as one dataset. They must be of one dtype."""
-    with IndexedDatasetWriter(
-        output_prefix, IndexedDataset(prefixes[0], allow_empty=True).dtype
-    ) as writer:
+    dtype = IndexedDataset(prefixes[0], allow_empty=True).dtype
+    with IndexedDatasetWriter(output_prefix, dtype) as writer:
         for prefix in prefixes:
             writer.add_index(prefix)
 
 
 def find_prefixes(folder: Path, output: Path) -> list[str]:
-    """Sorted prefixes of the pairs in `folder`, that of the output left out.
+    """Return the sorted prefixes of the pairs in `folder`, without that of the output.
 
     Raises BadArgument if a half is missing or nothing is there.
     """

@@ -44,7 +44,7 @@ class Job:
 
 @cache
 def tokenizer_of(job: Job) -> Tokenizer:
-    """The tokenizer of a job, built once per process."""
+    """Return the tokenizer of a job, built once per process."""
     return build_tokenizer(*job.flags)
 
 
@@ -154,8 +154,12 @@ def _add_tokenizer(parser: Parser) -> None:
 
 
 def partition(files: list[TextFile], num_parts: int) -> list[list[TextFile]]:
-    """Neighbouring files in at most `num_parts` groups of about equal bytes: joined in order they
-    are the input again."""
+    """Cut a list of files into at most `num_parts` groups of about equal bytes.
+
+    A group holds neighbours, so that the groups joined in order are the input again.
+    """
+    # A file goes to the group that its last byte falls into. The 1e-9 keeps a file that ends
+    # exactly on a bound in the group before it.
     ends = np.cumsum([os.path.getsize(file.path) for file in files], dtype=np.float64)
     group = np.minimum(ends * num_parts / max(ends[-1], 1) - 1e-9, num_parts - 1).astype(int)
     parts = [
@@ -166,17 +170,19 @@ def partition(files: list[TextFile], num_parts: int) -> list[list[TextFile]]:
 
 
 def write_parts(job: Job, parts: list[list[TextFile]], output_prefix: str, workers: int) -> Totals:
-    """Every part by a process of its own beside the output, then all joined in order; the parts are
-    removed, whatever happens."""
+    """Tokenize every part in a process of its own, then join the results in order.
+
+    The parts are written beside the output and removed at the end, whatever happens.
+    """
     outputs = [job.output(f"{output_prefix}_part{i:05d}") for i in range(len(parts))]
     share = max(1, workers // len(parts))
     try:
         with ProcessPoolExecutor(len(parts)) as pool:
-            futures = [
-                pool.submit(write, job, part, prefixes, share, False)
-                for part, prefixes in zip(parts, outputs, strict=True)
-            ]
-            totals = tuple(map(sum, zip(*(_result(future) for future in futures), strict=True)))
+            futures = []
+            for part, prefixes in zip(parts, outputs, strict=True):
+                futures.append(pool.submit(write, job, part, prefixes, share, False))
+            done = [_result(future) for future in futures]
+            totals = tuple(map(sum, zip(*done, strict=True)))
         _refuse_empty(totals)
         for k, output in enumerate(job.output(output_prefix)):
             with IndexedDatasetWriter(output, best_dtype(tokenizer_of(job).vocab_size)) as writer:
@@ -204,14 +210,10 @@ def write(
         for size, encoded in _in_order(job, batches, workers, stack):
             for writer, (ids, lengths) in zip(writers, encoded, strict=True):
                 writer.add_documents(ids, lengths)
-            before, totals = (
-                totals[1],
-                (
-                    totals[0] + size,
-                    totals[1] + len(encoded[0][1]),
-                    totals[2] + sum(len(ids) for ids, _ in encoded),
-                ),
-            )
+            before = totals[1]
+            documents = before + len(encoded[0][1])
+            tokens = totals[2] + sum(len(ids) for ids, _ in encoded)
+            totals = (totals[0] + size, documents, tokens)
             if job.log_interval and before // job.log_interval < totals[1] // job.log_interval:
                 logs.get_logger().info(f"{totals[1]} documents, {totals[2]} tokens")
         if refuse_empty:
@@ -222,36 +224,45 @@ def write(
 def encode(
     job: Job, batch: list[tuple[str, ...]]
 ) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]]:
-    """Bytes of text in a batch; per key the ids of its documents back to back, and the length of
-    each."""
+    """Tokenize a batch of documents.
+
+    Returns the bytes of its text and, for each key, the ids of its documents back to back and the
+    length of each document.
+    """
     tokenizer = tokenizer_of(job)
     end = [tokenizer.eod] if job.append_eod else []
-    size, encoded = 0, []
+    size = 0
+    encoded = []
     for texts in zip(*batch, strict=True):
         size += sum(len(text.encode()) for text in texts)
         documents = [ids + end if ids else ids for ids in tokenizer.encode_batch(list(texts))]
         lengths = np.array([len(ids) for ids in documents], np.int64)
-        encoded.append(
-            (np.fromiter(chain.from_iterable(documents), np.int32, lengths.sum()), lengths)
-        )
+        # int32 halves what travels back to the parent; no vocabulary needs more.
+        all_ids = np.fromiter(chain.from_iterable(documents), np.int32, lengths.sum())
+        encoded.append((all_ids, lengths))
     return size, encoded
 
 
 def _batches(documents: Iterator[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
-    batch, size = [], 0
+    """Cut documents into batches: large enough to be worth sending to a worker."""
+    batch: list[tuple[str, ...]] = []
+    size = 0
     for document in documents:
         batch.append(document)
         size += sum(map(len, document))
         if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
 def _in_order(job: Job, batches: Iterator, workers: int, stack: ExitStack) -> Iterator:
-    """`encode` of every batch, in order, in as many processes; no more than a few batches are in
-    memory."""
+    """Yield `encode` of every batch, in the order of the input, from so many processes.
+
+    No more than a few batches per worker are in memory: a new one is read when the oldest is done.
+    """
     if workers == 1:
         yield from (encode(job, batch) for batch in batches)
         return
@@ -265,6 +276,7 @@ def _in_order(job: Job, batches: Iterator, workers: int, stack: ExitStack) -> It
 
 
 def _refuse_empty(totals: Totals) -> None:
+    """Raise ValueError if there is not one token."""
     if totals[2] == 0:
         raise ValueError(
             f"the input holds {totals[1]} documents without a token; nothing is written"
@@ -272,6 +284,7 @@ def _refuse_empty(totals: Totals) -> None:
 
 
 def _result(future: Future):
+    """Return the result of a worker, or raise ValueError if the worker was killed."""
     try:
         return future.result()
     except BrokenProcessPool:

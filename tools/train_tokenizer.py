@@ -74,9 +74,8 @@ def main(argv: list[str]) -> None:
 
     if next(texts(), None) is None:
         raise ValueError("the input holds no text")
-    tokenizer = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "char": _char}[
-        args.type
-    ](args.vocab_size, texts)
+    trainers_by_type = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "char": _char}
+    tokenizer = trainers_by_type[args.type](args.vocab_size, texts)
     save(tokenizer, Path(args.output), unknown=args.type != "bpe")
     size = tokenizer.get_vocab_size()
     if size < args.vocab_size:
@@ -88,10 +87,13 @@ def main(argv: list[str]) -> None:
 
 
 def save(tokenizer: Tokenizer, folder: Path, unknown: bool) -> None:
-    """tokenizer.json and what transformers wants beside it."""
-    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | (
-        {"unk_token": UNKNOWN} if unknown else {}
-    )
+    """Write tokenizer.json and the files that transformers wants beside it.
+
+    unknown: the model has a token for characters that it does not know.
+    """
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    if unknown:
+        special["unk_token"] = UNKNOWN
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
@@ -105,12 +107,14 @@ def save(tokenizer: Tokenizer, folder: Path, unknown: bool) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that it is never half there."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def _bpe(vocab_size: int, texts: Texts) -> Tokenizer:
+    """Train a byte-level BPE. All 256 bytes are in it, so every text can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -126,23 +130,23 @@ def _bpe(vocab_size: int, texts: Texts) -> Tokenizer:
 
 
 def _wordpiece(vocab_size: int, texts: Texts) -> Tokenizer:
-    """The trainer numbers continuations (##x) in the order of a hash table: given in sorted order
-    beforehand, they are the same every time."""
+    """Train a WordPiece model; the same text gives the same ids every time."""
     splitter = pre_tokenizers.BertPreTokenizer()
-    inside = {
-        character
-        for text in texts()
-        for word, _ in splitter.pre_tokenize_str(text)
-        for character in word[1:]
-    }
+    # The trainer numbers continuations (##x) in the order of a hash table, which changes from run
+    # to run. So they are found here, and given to it in sorted order as special tokens.
+    inside: set[str] = set()
+    for text in texts():
+        for word, _ in splitter.pre_tokenize_str(text):
+            inside.update(word[1:])
     special = [END_OF_TEXT, UNKNOWN]
     learner = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
     learner.pre_tokenizer = splitter
     known = [*special, *(f"##{character}" for character in sorted(inside))]
-    learner.train_from_iterator(
-        texts(),
-        trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=known, show_progress=False),
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=known, show_progress=False
     )
+    learner.train_from_iterator(texts(), trainer)
+    # A new model with the vocabulary alone: in the trained one the continuations are still special.
     tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
@@ -151,6 +155,7 @@ def _wordpiece(vocab_size: int, texts: Texts) -> Tokenizer:
 
 
 def _unigram(vocab_size: int, texts: Texts) -> Tokenizer:
+    """Train a unigram language model (Kudo 2018)."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
@@ -165,8 +170,10 @@ def _unigram(vocab_size: int, texts: Texts) -> Tokenizer:
 
 
 def _char(vocab_size: int, texts: Texts) -> Tokenizer:
-    """BPE without merges is one id per character; the rarest characters become unknown if there are
-    too many."""
+    """Make a model of one id per character: a BPE without merges.
+
+    The rarest characters become unknown if there are too many.
+    """
     counts: Counter[str] = Counter()
     for text in texts():
         counts.update(text)

@@ -1,4 +1,4 @@
-"""Saving while training goes on.
+"""Save a checkpoint while training goes on.
 
 The problem: writing takes long, and the weights change with the next update. So training stops for
 a copy to host memory alone, and files are written from the copy. A thread would share the
@@ -166,16 +166,18 @@ class Background:
         if self._flight:
             self._flight.end()
             self._flight = None
+        # A barrier: no process of any rank may write into the folder while it is removed.
         all_reduce(torch.zeros((), device=self.device), self.world)
         if self.world.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Memory:
-    """Memory that another process can map, kept between saves: the system gives its pages once.
+    """Memory that another process can map.
 
-    It is a memory file where the system has such, since a container's /dev/shm may be small; else a
-    temporary file without a name.
+    It is kept between saves, because new pages are slow to get. It is a memory file where the
+    system has those, since a container's /dev/shm may be small; else a temporary file without a
+    name.
     """
 
     def __init__(self) -> None:
@@ -204,6 +206,7 @@ class _Memory:
             for tensor, start, stop in placed:
                 copy = memory[start:stop].view(tensor.dtype).view(tensor.shape)
                 copy.copy_(tensor, non_blocking=True)
+        # The copies from a device are only queued so far; the next update must not overtake them.
         for device in {tensor.device for tensor, _, _ in placed if tensor.is_cuda}:
             torch.cuda.synchronize(device)
         mapped[end : end + len(text)] = text
@@ -253,7 +256,7 @@ class _Flight:
             "trivium.checkpoint.writer",
             *map(str, (memory.descriptor, start, stop)),
         ]
-        # A process inherits what its maker blocks.
+        # A process inherits what its maker blocks, so the writer never takes the trainer's signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
         try:
             self._process = subprocess.Popen(
@@ -289,6 +292,7 @@ class _Flight:
         self._process.communicate()
 
     def _ended(self) -> str:
+        """Return how the process ended, for a message."""
         status = self._process.returncode
         if status < 0:
             how = f"was killed by {signal.Signals(-status).name}"

@@ -1,4 +1,4 @@
-"""Loading: find the checkpoint to resume from, verify it across the ranks, read it for any layout.
+"""Find the checkpoint to resume from, verify it across the ranks, and read it for any layout.
 
 A checkpoint holds slices of logical tensors (manifest.py), cut as the run that wrote it was cut. A
 rank of another layout asks for boxes of the same tensors. The elements of a box are found in the
@@ -6,6 +6,10 @@ slices that meet it, and copied from the boxes that both have in common:
 
     stored by two ranks    rows 0-3 | rows 4-7
     asked for              rows 2-5            = rows 2-3 of the first, rows 4-5 of the second
+
+Verification comes before anything of the run is changed. All ranks check the JSON files, and share
+out the slices: each slice is read once by one rank and its checksum compared. If one rank finds a
+fault, all ranks turn to the next older checkpoint together.
 """
 
 from collections import defaultdict
@@ -126,6 +130,7 @@ class Checkpoint:
             common = intersect(stored.box, piece.box)
             if common is not None:
                 reads.append(_Read(stored, common, piece))
+        # Slices do not overlap (check_cover), so as many elements as wanted are all of them.
         found = sum(_volume(read.common) for read in reads)
         wanted = piece.tensor.numel()
         if found != wanted:
@@ -193,6 +198,7 @@ def _open_one(folder: Path, iteration: int, world: Axis, device: torch.device) -
     opened: list[Checkpoint] = []
 
     def open_and_verify() -> None:
+        # The cheap checks first, on every rank: they decide what the slices are compared with.
         for name in (FILE_NAME, STATE_FILE, CONFIG_FILE):
             check_file(folder / name)
         manifest = Manifest.read(folder / FILE_NAME)
@@ -217,6 +223,8 @@ def verify(folder: Path, manifest: Manifest, rank: int = 0, size: int = 1) -> No
         slices += [(stored, entry.dtype) for stored in entry.slices]
     slices.sort(key=lambda item: (item[0].file, item[0].key))
     total = sum(prod(stored.shape) for stored, _ in slices)
+    # A slice belongs to the rank that its first element falls to, when all elements in file order
+    # are cut into `size` equal runs.
     before = 0  # elements of the slices before this one
     by_file: dict[str, list[tuple[Slice, str]]] = defaultdict(list)
     for stored, dtype in slices:
@@ -230,11 +238,13 @@ def verify(folder: Path, manifest: Manifest, rank: int = 0, size: int = 1) -> No
 
 
 def _open_own(path: Path) -> AbstractContextManager[safe_open]:
+    """Open a shard that is a file of the folder itself, not a link out of it."""
     check_file(path)
     return open_shard(path)
 
 
 def _verify_slice(shard: safe_open, path: Path, stored: Slice, dtype: str) -> None:
+    """Compare a stored slice with the manifest: shape, dtype, checksum of its bytes."""
     header = shard.get_slice(stored.key)
     shape = tuple(header.get_shape())
     kind = STORED_DTYPES.get(header.get_dtype())

@@ -1,6 +1,13 @@
-"""The manifest of a checkpoint as a value: which slices, in which files, make up each tensor.
+"""Define the manifest of a checkpoint: the slices, and their files, that make up each tensor.
 
-It is written as JSON, and read with distrust: a file may be damaged, or made by anyone.
+An entry of manifest.json, for a [8, 4] tensor that two ranks wrote by halves:
+
+    "layers.0.mlp.up.weight": {"shape": [8, 4], "dtype": "float32", "slices": [
+        {"file": "shard_00000.safetensors", "key": ..., "offsets": [0, 0], "shape": [4, 4], ...},
+        {"file": "shard_00001.safetensors", "key": ..., "offsets": [4, 0], "shape": [4, 4], ...}]}
+
+It is read with distrust, because a file may be damaged or made by anyone: every field is checked
+for its form, file names cannot lead out of the folder, and the slices must cover each tensor once.
 """
 
 import json
@@ -128,6 +135,8 @@ class Manifest:
 
         Raises CheckpointError, which begins with `where`, if they do not.
         """
+        # As many elements as the tensor has, none of them twice, all inside its shape (`_slice` saw
+        # to that): so none is missing.
         for name, entry in self.tensors.items():
             stored = sum(prod(piece.shape) for piece in entry.slices)
             wanted = prod(entry.shape)
@@ -205,8 +214,10 @@ def one_line(error: Exception) -> str:
 
 
 def is_plain_name(name: object) -> bool:
-    """Return whether this is a file name that cannot lead out of its folder: no separator, no
-    leading dot."""
+    """Return whether this is a file name that cannot lead out of its folder.
+
+    It has no separator and no leading dot.
+    """
     return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
 
 
@@ -229,6 +240,7 @@ def _plain(entry: Entry) -> dict:
 
 
 def _entry(fields: Any, where: str) -> Entry:
+    """Check the JSON form of an entry and return it. `where` begins the error message."""
     complete = isinstance(fields, dict) and fields.keys() == {"shape", "dtype", "slices"}
     _expect(complete, where, "needs exactly shape, dtype and slices")
     shape = _sizes(fields["shape"], where, "shape")
@@ -240,6 +252,7 @@ def _entry(fields: Any, where: str) -> Entry:
 
 
 def _slice(fields: Any, whole: tuple[int, ...], where: str) -> Slice:
+    """Check the JSON form of a slice of a tensor of shape `whole` and return it."""
     wanted = {"file", "key", "offsets", "shape", "checksum"}
     complete = isinstance(fields, dict) and fields.keys() == wanted
     _expect(complete, where, f"has a slice without exactly {', '.join(sorted(wanted))}")
@@ -282,9 +295,11 @@ def _expect(holds: bool, where: str, what: str) -> None:
 def _first_overlap(slices: tuple[Slice, ...]) -> tuple[Slice, Slice] | None:
     """Return two slices that share an element; None if no two do.
 
-    A sweep along the first dim, with the slices that it is inside of: near linear, since most
-    slices are rows.
+    Comparing all pairs would take minutes for the slices of a large run. This sweeps along the
+    first dim and compares a slice only with those that are open where it begins: near linear,
+    since most slices are ranges of rows.
     """
+    # A tensor without dims has one element, so two slices of it overlap.
     if slices and not slices[0].shape:
         return (slices[0], slices[1]) if len(slices) > 1 else None
     open_slices: list[Slice] = []

@@ -1,4 +1,4 @@
-"""The life of a SAVE folder: iterations are written aside, published by one rename, and tracked.
+"""Manage a SAVE folder: iterations are written aside, published by one rename, and tracked.
 
     iter_0000100.tmp             being written, or left by a run that was killed
     iter_0000100                 published: complete, synced
@@ -53,10 +53,10 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that after a power cut it is the old one or the new one, never half of
-    either."""
+    """Write a file in one step: a power cut leaves the old one or the new one, never half."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
+    # The content first, then the name: in the other order a power cut leaves an empty new file.
     sync(temporary)
     temporary.rename(path)
     sync(path.parent)
@@ -77,8 +77,10 @@ def begun(save_dir: Path, iteration: int) -> Path:
 
 
 def clean(save_dir: Path) -> None:
-    """Remove what killed runs left; a published folder that a kill caught aside gets its name back
-    first."""
+    """Remove what killed runs left.
+
+    A published folder that a kill caught aside gets its name back first.
+    """
     for iteration in published_iterations(save_dir):
         settle(save_dir / folder_name(iteration))
     for path in save_dir.iterdir():
@@ -89,7 +91,8 @@ def clean(save_dir: Path) -> None:
 def publish(save_dir: Path, iteration: int) -> Path:
     """Give the complete iter_N.tmp its name, then name it in the tracker.
 
-    Its files are synced already.
+    Its files are synced already. Killed between the two, a run leaves a tracker that names an older
+    iteration, which is whole: never one that is not there.
     """
     final = save_dir / folder_name(iteration)
     swap_in(begun(save_dir, iteration), final)

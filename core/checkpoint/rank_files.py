@@ -1,4 +1,4 @@
-"""The files that one rank writes of a checkpoint, and how those of all ranks become one.
+"""Write one rank's files of a checkpoint, and join those of all ranks.
 
 A rank writes its shards, then its own manifest of them. The first rank joins the manifests when
 all are there. No torch in here: the process that writes in the background does not need it.
@@ -61,6 +61,7 @@ def write_rank_files(
         tensors = [box.stored for box in shard]
         checksums = write_shard(folder / file, tensors)
         for box, tensor, checksum in zip(shard, tensors, checksums, strict=True):
+            # A tensor may have several boxes on one rank, and they must agree on its shape.
             piece = Slice(file, tensor.key, box.offsets, box.shape, checksum)
             mine = Manifest({box.name: Entry(box.whole, box.dtype, (piece,))})
             known = {box.name: entries[box.name]} if box.name in entries else {}
@@ -130,7 +131,7 @@ def _shards(boxes: Iterable[TensorBox], max_shard_bytes: int) -> Iterator[list[T
 
 
 def _join(folder: Path, world_size: int, state: dict, config_yaml: str) -> None:
-    """Make one manifest of all and add what describes the run: the folder is complete then."""
+    """Write one manifest of all ranks, and the state and configuration: the folder is complete then."""
     paths = [rank_manifest(folder, rank) for rank in range(world_size)]
     for rank, path in enumerate(paths):
         if not path.exists():
@@ -147,5 +148,6 @@ def _join(folder: Path, world_size: int, state: dict, config_yaml: str) -> None:
     for name, text in texts.items():
         (folder / name).write_text(text)
         publish.sync(folder / name)
+    # Last: a rank's manifest says that its shards are whole, until the common one says it for all.
     for path in paths:
         path.unlink()

@@ -35,10 +35,11 @@ KEEP_ALL = Retention()
 def retain(save_dir: Path, rule: Retention) -> list[int]:
     """Retire published iterations and return them.
 
-    The newest and what the tracker names always stay, and so there is always one. Of those that are
-    not persistent nothing else stays, and they do not count in any rule. Folders without a manifest
-    are neither counted nor touched: they are not ours. Raises CheckpointError where one cannot be
-    removed.
+    The newest and the one that the tracker names always stay, so there is always one to resume
+    from. Other checkpoints that are not persistent are retired, and do not count in any rule.
+    Folders without a manifest are neither counted nor touched: they are not ours.
+
+    Raises CheckpointError where one cannot be removed.
     """
     try:
         retired = _retired(save_dir, rule)
@@ -55,11 +56,11 @@ def retain(save_dir: Path, rule: Retention) -> list[int]:
 
 
 def _retired(save_dir: Path, rule: Retention) -> list[int]:
-    ours = {
-        n: folder
-        for n, folder in publish.published_folders(save_dir).items()
-        if (folder / FILE_NAME).is_file()
-    }
+    """Return the published iterations that no rule keeps."""
+    ours = {}
+    for n, folder in publish.published_folders(save_dir).items():
+        if (folder / FILE_NAME).is_file():
+            ours[n] = folder
     marks = {n: read_marks(folder) for n, folder in ours.items()}
     persistent = [n for n in ours if marks[n].persistent]
     kept = {*list(ours)[-1:], publish.tracked_iteration(save_dir)}
@@ -71,7 +72,7 @@ def _retired(save_dir: Path, rule: Retention) -> list[int]:
         kept.update(n for n in persistent if n % rule.interval == 0)
     if rule.keep_best:
         measured = [n for n in persistent if marks[n].validation_loss is not None]
-        kept.update(
-            sorted(measured, key=lambda n: (marks[n].validation_loss, -n))[: rule.keep_best]
-        )
+        # Of equal losses the newer one is better.
+        best_first = sorted(measured, key=lambda n: (marks[n].validation_loss, -n))
+        kept.update(best_first[: rule.keep_best])
     return [n for n in ours if n not in kept]

@@ -1,4 +1,4 @@
-"""Saving while training waits.
+"""Save a checkpoint while training waits.
 
 Every rank writes the slices that it owns and its manifest of them; rank 0 joins the manifests and
 publishes.

@@ -1,14 +1,18 @@
-"""One safetensors file, written as a stream: tensor by tensor, summed on the way, synced.
+"""Write a safetensors file as a stream: tensor by tensor, with checksums, synced to the disk.
 
-No torch in here.
+Why not safetensors' own save_file? It needs torch, and all tensors of the file in memory at once,
+each with a storage of its own. Here a tensor is asked for when its bytes are due and let go of when
+they are written, and its checksum costs no second pass over memory. No torch in here, so that the
+process that writes in the background starts quickly.
 
-Not safetensors' own save_file: it needs torch, and all tensors of the file in memory at once, with
-storage of their own each. Here a tensor is asked for when its bytes are due and let go of when they
-are written, and its checksum costs no second pass over memory.
+The format of the file:
 
-The file: 8 bytes, little-endian, the length of the header; the header, JSON padded with spaces to a
-multiple of 8 bytes; the bytes of the tensors, without gaps. Readers view a tensor where it lies, so
-each must begin at a multiple of its element's size: tensors of larger elements come first.
+    8 bytes    length of the header, little-endian
+    header     JSON, padded with spaces to a multiple of 8 bytes
+    the rest   the bytes of the tensors, without gaps
+
+Readers view a tensor where it lies, so each must begin at a multiple of its element's size: tensors
+of larger elements come first.
 """
 
 import json
@@ -28,11 +32,12 @@ _CHUNK = 1 << 20  # bytes summed and then written, while they are still in the p
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it goes into a file: its name there, the manifest's name of its dtype, its shape,
-    and where its bytes come from.
+    """A tensor as it goes into a file.
 
-    `data` is called once, when the bytes are due, and gives a contiguous buffer (bytes, memoryview,
-    an array of numpy) of exactly `num_bytes`, in C order and little-endian.
+    key: its name in the file.
+    dtype: the manifest's name of its dtype.
+    data: called once, when the bytes are due. It gives a contiguous buffer (bytes, memoryview, an
+        array of numpy) of exactly `num_bytes`, in C order and little-endian.
     """
 
     key: str
@@ -49,12 +54,13 @@ class Stored:
 def write_shard(
     path: Path, tensors: Sequence[Stored], metadata: dict[str, str] | None = None
 ) -> list[str]:
-    """Write the file and sync it to the disk; the checksum of each tensor's bytes, "crc32:%08x", in
-    the order they are given in.
+    """Write a file and sync it to the disk; return the checksums of the tensors.
 
-    The bytes lie in the order given, but larger elements first. Raises CheckpointError that names
-    the file where it cannot be written (a full disk, a read-only one, a limit) or a tensor does not
-    give the bytes it announced.
+    A checksum is "crc32:%08x" of a tensor's bytes; they come in the order of `tensors`. The tensors
+    lie in the file in that order too, but those of larger elements first.
+
+    Raises CheckpointError that names the file where it cannot be written (a full disk, a read-only
+    one, a limit) or a tensor does not give the bytes it announced.
     """
     places = sorted(range(len(tensors)), key=lambda i: -DTYPES[tensors[i].dtype].item_size)
     ordered = [tensors[i] for i in places]
@@ -72,11 +78,12 @@ def write_shard(
 
 
 def checksum(data: bytes | memoryview) -> str:
-    """crc32 of a buffer's bytes. Against bit rot and torn writes, not against malice."""
+    """Return the crc32 of a buffer's bytes: against bit rot and torn writes, not against malice."""
     return _named(zlib.crc32(data))
 
 
 def _header(tensors: Sequence[Stored], metadata: dict[str, str] | None) -> bytes:
+    """Return the length of the header and the header, for tensors in the order of the file."""
     header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
     begin = 0
     for tensor in tensors:
@@ -95,6 +102,7 @@ def _header(tensors: Sequence[Stored], metadata: dict[str, str] | None) -> bytes
 
 
 def _write_tensor(file: BinaryIO, path: Path, tensor: Stored) -> str:
+    """Write one tensor's bytes and return their checksum."""
     data = memoryview(tensor.data())
     if data.nbytes != tensor.num_bytes:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Tensors of torch in safetensors files: host copies to write, files opened and read by box."""
+"""Bring torch tensors to safetensors files and back: bytes to write, boxes to read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

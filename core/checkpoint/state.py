@@ -1,4 +1,4 @@
-"""Read state.json, with distrust: what a run must know beside its tensors to go on."""
+"""Read state.json, with distrust: it tells a run where it stands beside its tensors."""
 
 import math
 from collections.abc import Callable
@@ -102,6 +102,7 @@ _FIELDS: dict[str, "_Rule | dict[str, _Rule]"] = {
 
 
 def _check(values: object, wanted: dict, where: str) -> None:
+    """Raise CheckpointError for the first field that breaks its rule."""
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} is {_short(values)}, not an object")
     for name, rule in wanted.items():

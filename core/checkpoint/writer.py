@@ -1,4 +1,4 @@
-"""The process that writes one rank's files of an asynchronous save.
+"""Write one rank's files of an asynchronous save, in a process of its own.
 
 Run as `python -m trivium.checkpoint.writer MEMORY START STOP`. MEMORY is the inherited descriptor
 of the memory that holds the tensors and, at bytes START to STOP, the job as JSON. stdin is a
@@ -66,6 +66,7 @@ def _do(job: dict, memory: memoryview) -> None:
 
 
 def _boxes(items: list[list], memory: memoryview) -> Iterator[TensorBox]:
+    """Yield the boxes of the job, whose bytes are views of the memory."""
     for name, whole, offsets, dtype, shape, start, stop in items:
         data = partial(_bytes, memory, start, stop)
         yield TensorBox(name, tuple(whole), tuple(offsets), dtype, tuple(shape), data)
