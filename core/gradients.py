@@ -52,6 +52,7 @@ class Deferral:
 
         Calling them in order computes the gradients.
         """
+        # Each pass has a list of its own, since the passes of several micro-batches wait at once.
         products: list[Callable[[], None]] = []
         self.held = products
         try:
@@ -142,6 +143,7 @@ def ready_sink(parameter: Tensor) -> Sink | None:
     return sink
 
 
+# Outside of compiled graphs, which cannot hold the waiting and the adding.
 @torch.compiler.disable
 def use(parameter: nn.Parameter) -> Tensor:
     """Return the parameter for use in plain operations; autograd's gradient goes to its sink."""
@@ -160,4 +162,5 @@ class _Use(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         ctx.sink.add(gradient)
+        # None to autograd: it would keep a second copy in `.grad`, in the working dtype.
         return None, None

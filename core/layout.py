@@ -168,6 +168,8 @@ class Layout:
                 rows = Rows(rows)
             count = rows.count
             copies = rows.copies
+            # With fewer key-value heads than ranks, `copies.size` neighbours hold the same rows:
+            # the rows are cut among the groups of neighbours, and one of each group counts them.
             local = _divided(count, tp.size // copies.size, name)
             first = tp.rank // copies.size * local
             box = ((first, first + local), *((0, size) for size in columns))
@@ -202,6 +204,7 @@ class Layout:
         padded_rows: a multiple of tp; what is past `rows` belongs to no part.
         """
         local = _divided(padded_rows, tp.size, name)
+        # A rank that holds padding alone has an empty box: start == stop == rows.
         start = min(rows, tp.rank * local)
         stop = min(rows, (tp.rank + 1) * local)
         box = ((start, stop), (0, columns))
@@ -213,6 +216,7 @@ class Layout:
         twins: the ranks that hold a copy; the first of them counts it.
         uses: how often a micro-batch uses it on this rank.
         """
+        # Both ends hold the weight; counted by both it would weigh twice in the gradient norm.
         first = twins.rank == 0
         parts = tuple(replace(part, primary=part.primary and first) for part in self.parts)
         return replace(self, parts=parts, twins=twins, uses=uses)
@@ -233,6 +237,7 @@ class Layout:
         """
         memory = memory.view(-1)
         for part in self.parts:
+            # The elements of the part that lie in memory [start, start + numel).
             begin, end = part.range
             first = max(begin, start) - begin
             last = min(end, start + memory.numel()) - begin

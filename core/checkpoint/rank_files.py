@@ -131,7 +131,7 @@ def _shards(boxes: Iterable[TensorBox], max_shard_bytes: int) -> Iterator[list[T
 
 
 def _join(folder: Path, world_size: int, state: dict, config_yaml: str) -> None:
-    """Write one manifest of all ranks, and the state and configuration: the folder is complete then."""
+    """Write one manifest of all ranks, the state and the configuration: the last files."""
     paths = [rank_manifest(folder, rank) for rank in range(world_size)]
     for rank, path in enumerate(paths):
         if not path.exists():

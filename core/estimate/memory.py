@@ -74,7 +74,8 @@ def state_of(
     elements = sum(bucket_sizes)
     shard = FP32 * elements // shards
     e = itemsize(config)
-    gradients, transient = FP32 * elements, 0
+    gradients = FP32 * elements
+    transient = 0
     if parallel.data_parallel_sharding_strategy == "optim_grads":
         # Whole are only the bucket that is being filled and the one that is being reduced.
         gradients = shard
@@ -103,6 +104,7 @@ def _buckets(parameters: Sequence[LocalParameter], size: int, shards: int) -> li
     room = 0
     for parameter in parameters:
         slot = _aligned(parameter.numel, BUCKET_ALIGNMENT)
+        # The same rule as in optim.buckets.make_buckets: a change there belongs here too.
         if parameter.alone:
             sums.append(slot)
             room = 0  # the next one starts a new bucket
@@ -140,6 +142,7 @@ def _fully_sharded(
     if any(chunk.predicts for chunk in chunks):
         head = local_vocabulary(model, vocab_size, tp) * model.hidden_size
 
+    # fully_shard pads what does not divide, so the share is rounded up.
     shard = FP32 * -(-count // shards)
     gathered = outside + min(2, layers) * a_layer
     return StateMemory(

@@ -129,6 +129,8 @@ def local_parameters(
     for chunk in chunks:
         if chunk.embeds and ends.positions is not None:
             found.append(LocalParameter(ends.positions.local_numel(tp)))
+        # The order of nn.Module.parameters(): a module's own, such as positions and head, come
+        # before those of its children. Another order would fill the buckets differently.
         if chunk.predicts and not (model.tied and embeds_somewhere):
             found.append(words)  # the head, as large as the embedding
         if chunk.embeds:
@@ -183,6 +185,7 @@ def _shared_heads(shapes: Iterable[ParameterShape], tp: int) -> int:
     for shape in shapes:
         for part in shape.parts:
             if part.shared_heads is not None:
+                # With fewer heads than ranks, a rank holds one head whole.
                 heads = max(1, part.shared_heads // tp)
                 total += heads * part.numel // part.shared_heads
     return total

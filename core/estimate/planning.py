@@ -173,6 +173,7 @@ def given_fields(words: Sequence[str], config: Config) -> set[str]:
     """
     found = set()
     for word in words:
+        # A flag counts as given even with the value of its default: the user has decided it.
         if word.startswith("--"):
             name = word[2:].partition("=")[0]
             name = ALIASES.get(name, (name,))[0]

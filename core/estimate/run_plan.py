@@ -145,6 +145,7 @@ class RunPlan:
         """Count the memory of every pipeline rank."""
         found = []
         for rank, actions in enumerate(self.plan.actions):
+            # The state stays as it is during an update, so the peak is that of the activations.
             peak = fullest(occupancies(actions, self.num_chunks), self.activations(rank))
             in_flight = peak.chunks / self.num_chunks
             memory = RankMemory(rank, self.state(rank), peak.activations, peak.working, in_flight)
@@ -225,6 +226,7 @@ class RunPlan:
         Each group of pp micro-batches beyond those of `plan` takes what its last group took.
         """
         simulated = self.timeline.makespan
+        # A schedule repeats itself after pp micro-batches: a long one is not simulated whole.
         extra = self.num_microbatches - self.plan.num_microbatches
         if extra == 0:
             return simulated

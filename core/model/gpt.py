@@ -143,6 +143,7 @@ class GPT(nn.Module):
         if not self.predicts:
             return x
         if predicted is not None:
+            # Before the head, whose product would cost V times H for each token that nobody reads.
             x = x[:, predicted]
         return self._predict(x, targets)
 
@@ -194,6 +195,7 @@ class GPT(nn.Module):
         layout = layout_for(ends.words, self.sharding)
         if ends.head is None:
             twins = self.sharding.embedding
+            # With both ends on this rank the weight gets two gradients from a micro-batch.
             layout = layout.tied(twins, uses=2 if twins.size == 1 else 1)
         return rng.new_parameter(layout, rng.Init(seed, ends.words.std))
 

@@ -98,6 +98,7 @@ class AttentionOps(ProductOps):
                 return _LaterQueries.apply(q, k, v, self, scale).to(dtype)
             everything = torch.ones(1, queries, keys, dtype=torch.bool, device=q.device)
             mask = everything.tril(keys - queries)
+        # One query (T = 1) sees every key, so it needs neither the mask nor the causal kernel.
         square = causal and queries == keys
         if softcap is not None:
             return _SoftCapped.apply(q, k, v, mask, self, square, scale, softcap).to(dtype)
@@ -275,6 +276,7 @@ class _LaterQueries(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, ops, scale):
         early, late = _cut(q, k, v)
+        # The first block by itself, the second merged into it. In fp32, as in a ring.
         o, lse = ops.attention_block(q, *early, causal=False, scale=scale)
         o = o.to(lse.dtype)
         square = ops.attention_block(q, *late, causal=True, scale=scale)
@@ -295,6 +297,7 @@ class _LaterQueries(torch.autograd.Function):
         late_dq, late_dk, late_dv = block(do, q, *late, o, lse, causal=True)
         dk = torch.cat((dk, late_dk), dim=1)
         dv = torch.cat((dv, late_dv), dim=1)
+        # Each key is in one block, so dk and dv stand side by side; a query is in both.
         return dq + late_dq, dk, dv, None, None
 
 

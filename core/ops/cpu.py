@@ -121,6 +121,7 @@ class _Norm(torch.autograd.Function):
             addresses = _addresses(x, branch, weight, bias, total, y, mean, rstd)
             sizes = (rstd.numel(), x.shape[-1])
             kernel(centred, *addresses, *sizes, eps, torch.get_num_threads())
+        # The norm's own input: with a branch that is the sum, and neither summand is needed again.
         ctx.save_for_backward(x if branch is None else total, weight, mean, rstd)
         ctx.has_bias = bias is not None
         ctx.has_branch = branch is not None
@@ -134,6 +135,7 @@ class _Norm(torch.autograd.Function):
         dsum = gradients[0] if ctx.has_branch else None
         dsum = None if dsum is None else dsum.contiguous()
         dx = torch.empty_like(x)
+        # Sums over all tokens: in bf16 they would lose small terms.
         dweight = torch.zeros(weight.shape, dtype=torch.float32)
         dbias = torch.zeros_like(dweight) if ctx.has_bias else None
         if x.numel():
@@ -142,6 +144,7 @@ class _Norm(torch.autograd.Function):
             kernel = _kernel("norm_backward", x)
             kernel(mean is not None, *addresses, *sizes, torch.get_num_threads())
         dbias = None if dbias is None else dbias.to(weight.dtype)
+        # d(x + branch) is the gradient of both summands.
         dbranch = dx if ctx.has_branch else None
         return dx, dbranch, dweight.to(weight.dtype), dbias, None, None
 
@@ -272,6 +275,7 @@ class _SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, heads, sizes, cos, sin, interleaved):
+        # Rotated in place: nobody else reads the packed heads, which saves a copy of q and k.
         heads = heads.detach().contiguous()
         ctx.save_for_backward(cos, sin)
         ctx.sizes = sizes
@@ -287,6 +291,7 @@ class _SplitHeads(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         batch, tokens, _, size = dq.shape
         packed = dq.new_empty(batch, tokens, sum(ctx.sizes), size)
+        # Rotating by the negative angle is the transpose of the rotation, so its backward.
         into_q, into_k, into_v = packed.split(ctx.sizes, dim=2)
         _rotated(dq, into_q, cos, sin, ctx.interleaved, -1.0)
         _rotated(dk, into_k, cos, sin, ctx.interleaved, -1.0)
@@ -311,6 +316,7 @@ def _rotated(
     cos = cos.to(torch.float32).contiguous()
     sin = sin.to(torch.float32).contiguous()
     if x.numel():
+        # Angles [T, R/2] serve all samples: a stride of 0 reads the same ones again.
         batch_stride = 0 if cos.dim() == 2 else cos.shape[1]
         angles = (*_addresses(cos, sin), batch_stride, cos.shape[-1])
         kernel = _kernel("rope", x)
@@ -409,6 +415,7 @@ class BlockStep:
 
     def __init__(self, shape: BlockShape, weights: Sequence[Tensor | None]):
         values = asdict(shape)
+        # 0 stands for "none" in the kernel; no window and no cap is 0 by itself.
         values["window"] = shape.window or 0
         values["scale"] = shape.size**-0.5 if shape.scale is None else shape.scale
         values["softcap"] = shape.softcap or 0.0

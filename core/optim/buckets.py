@@ -197,6 +197,7 @@ class Shard(ABC):
         for layout, (slot, _) in zip(self.layouts, self.slots, strict=True):
             for part in layout.parts:
                 first, last = (self._inside(slot + element) for element in part.range)
+                # Equal where the part ends before the shard or begins after it.
                 if last > first:
                     yield part, first, last
 
@@ -233,9 +234,11 @@ class Bucket(Shard):
         device: torch.device,
         reduction: Reduction,
     ):
+        # By group, so that each group is one range of the memory and a rule is called once for it.
         ordered = sorted(parameters, key=group_of)
         slots, end = _slots_of(ordered)
         shards = reduction.shards
+        # Collectives want shares of equal size, and each share begins on an aligned element.
         self.size = _aligned(end, BUCKET_ALIGNMENT * shards.size)
         length = self.size // shards.size
         super().__init__(ordered, slots, reduction, shards.rank * length, length)
@@ -264,6 +267,7 @@ class Bucket(Shard):
         self.weights = initial.to(dtype)
         shards = self.reduction.shards
         self._own_weights = comm.own_slice(self.weights, shards)
+        # fp32 weights are their own masters: no second copy, and nothing to round.
         if dtype == torch.float32:
             self._masters = self._own_weights
         else:
@@ -351,7 +355,9 @@ class Bucket(Shard):
         if self._reducing is not None:
             self._reducing.wait()
             self._reducing = None
+        # After the sum over shards, so that only this rank's share travels between the copies.
         comm.all_reduce(self._gradients, self.reduction.copies)
+        # Last: each end of a tied weight adds what its whole data-parallel group has found.
         comm.all_reduce(self._gradients, self.twins)
 
     def start_gather(self) -> None:
@@ -388,12 +394,14 @@ def make_buckets(
         reduction group is the same; a tied weight has one of its own.
     passes: the backward passes of an update, if there are several model chunks.
     """
+    # Once each: a tied weight on the rank of both ends comes up twice.
     ordered = list(dict.fromkeys(parameters))
     shared: list[list[nn.Parameter]] = []
     last: ReductionGroup | None = None
     room = 0
     for parameter in ordered:
         layout = layout_of(parameter)
+        # A tied weight is summed over its twins as well, and neighbours must not be.
         alone = layout.twins.size > 1 or layout.uses > 1
         if alone or room <= 0 or layout.reduction is not last:
             shared.append([parameter])

@@ -67,6 +67,7 @@ class Optimizer:
         grad_scale: factor on the gradients; 0-d fp32.
         skip: leave weights, state and step count as they are; 0-d bool.
         """
+        # On the device, like skip: a step that waited for the answer would stall the device.
         self.steps += (~skip).to(self.steps.dtype)
         step = Step(lr, self.steps, grad_scale, skip)
         for i, bucket in enumerate(self.buckets):
@@ -110,7 +111,10 @@ class Optimizer:
         return [StateItem("optimizer_steps", lambda: self.steps.item(), load)]
 
     def masters_loaded(self) -> None:
-        """Round the working weights from masters that a checkpoint was read into."""
+        """Round the working weights from masters that a checkpoint was read into.
+
+        A checkpoint holds masters alone, since the working weights follow from them.
+        """
         for bucket in self.buckets:
             bucket.own_weights.copy_(bucket.masters)
         self._gather(wait=True)

@@ -71,6 +71,7 @@ class BackwardPasses:
         They are counted by gradients, as a bucket counts them: where its parameters lie in several
         chunks, two passes of one may complete it.
         """
+        # gained[chunk][i]: gradients that one pass of the chunk writes into bucket i.
         gained = [[self._uses(bucket, chunk) for bucket in buckets] for chunk in self.chunks]
         written = [0] * len(buckets)
         turns: list[Reduced] = []
@@ -78,6 +79,7 @@ class BackwardPasses:
             for i, bucket in enumerate(buckets):
                 before = written[i] // bucket.uses
                 written[i] += gained[chunk][i]
+                # As often as the pass takes the bucket past a full set of gradients.
                 turns += [bucket] * (written[i] // bucket.uses - before)
         return turns
 
@@ -115,6 +117,7 @@ class ReductionOrder:
         """Start an update of so many micro-batches. Each bucket may say so."""
         self._next = 0
         self._in_flight = None
+        # The list is the same for every update of the same size, so it is kept.
         if micro_batches != self._micro_batches:
             self._turns = self._list(micro_batches)
             self._micro_batches = micro_batches

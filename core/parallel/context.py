@@ -118,6 +118,7 @@ def causal(
     length = k.shape[1]
     past = length - q.shape[1]
     window = rule.window
+    # A window that reaches the first token hides nothing; without a mask flash attention serves.
     if window is not None and window >= length:
         window = None
     mask = None
@@ -186,6 +187,7 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cp, ops, rule):
+        # One message a hop instead of two.
         kv = torch.stack((k, v))
         o = lse = None
         for step in range(cp.size):
@@ -343,6 +345,7 @@ def _by_gathered_keys(
 
     Each of this rank's two chunks of queries sees the sequence up to its own end.
     """
+    # k and v as one tensor: one collective forward and one backward.
     whole = _Gather.apply(torch.cat((k, v), dim=2), cp)
     keys, values = whole.split((k.shape[2], v.shape[2]), dim=2)
     outputs = []

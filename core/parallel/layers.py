@@ -98,6 +98,8 @@ class VocabParallelEmbedding(nn.Module):
         tp = self.sharding.tp
         if tp.size == 1:
             return F.embedding(tokens, weight)
+        # An id of another rank looks row 0 up and is set to zero: each id has one rank that
+        # contributes, so the sum over tp is the whole lookup.
         local = tokens - tp.rank * weight.shape[0]
         elsewhere = (local < 0) | (local >= weight.shape[0])
         found = F.embedding(local.masked_fill(elsewhere, 0), weight)
@@ -135,6 +137,7 @@ class _ColumnParallel(torch.autograd.Function):
         x = x.detach()
         tp = ctx.sharding.tp
         dy = ctx.ops.operand(dy)
+        # dx first, because others wait for its sum; that travels during the product for dW.
         if not ctx.sharding.sequence_parallel:
             dx = ctx.ops.input_gradient(dy, weight, x.dtype)
             summed = comm.start_all_reduce(dx, tp)

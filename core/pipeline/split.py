@@ -84,6 +84,7 @@ def parse_layout(layout: str) -> list[str]:
     Raises FlagError at other characters.
     """
     text = re.sub(r"[,\s]", "", layout)
+    # Groups first: a repeat inside one is then expanded in each of its copies.
     for repeated in (r"\(([^()]*)\)\*(\d+)", r"([^()*])\*(\d+)"):
         text = re.sub(repeated, lambda found: found[1] * int(found[2]), text)
     if "m" in text:
@@ -118,6 +119,7 @@ def _stages(placement: Placement) -> str:
 def _even_counts(num_layers: int, placement: Placement, embedding: bool, loss: bool) -> list[int]:
     """Return the layers of each stage, all with the same weight."""
     num_stages = placement.num_stages
+    # An end that is counted takes the place of a layer in its stage.
     units = num_layers + embedding + loss
     if units % num_stages:
         raise FlagError(_uneven(num_layers, placement, embedding, loss))
@@ -195,6 +197,7 @@ def _check_end(flag: str, count: int, chunks: int) -> None:
     """Raise FlagError if a rank's layers cannot be cut into its chunks."""
     if count >= 1 and count % chunks == 0:
         return
+    # At least one layer in each chunk.
     near = max(count // chunks, 1) * chunks
     plural = "s" if chunks > 1 else ""
     raise FlagError(

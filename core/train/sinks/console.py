@@ -79,7 +79,9 @@ class Console:
 
     def _write_line(self) -> None:
         """Write the line of the rows so far, and begin to count anew."""
-        rows, last = self._rows, self._rows[-1]
+        rows = self._rows
+        last = rows[-1]
+        # A skipped update did not train, and its loss may be inf: the mean leaves it out.
         losses = [row.lm_loss for row in rows if not row.skipped] or [math.nan]
         elapsed = sum(row.iteration_ms for row in rows) / len(rows)
         line = ITERATION_LINE.format(

@@ -80,6 +80,7 @@ def read_rows(path: Path) -> list[dict]:
                 raise ValueError
             rows.append(row)
         except ValueError:
+            # Cut short by a crash: the last line, and it begins as ours do.
             torn = number == len(lines) and line.startswith('{"iteration"'[: len(line)])
             if not torn:
                 problem = f"line {number} is no row of metrics; name another file"
@@ -93,6 +94,7 @@ def _keep_until(path: Path, iteration: int) -> None:
     A run from the start moves the whole file aside instead, to a name that is free.
     """
     rows = read_rows(path)
+    # A run from the start continues nothing, but the rows of an earlier run are worth keeping.
     if iteration == 0 and rows:
         _put_aside(path)
         return
