@@ -36,24 +36,33 @@ def together(action: Callable[[], None], world: Axis, device: torch.device) -> N
 def from_first(value: int, world: Axis, device: torch.device) -> int:
     """Return the first rank's `value`, a non-negative integer or -1, on every rank."""
     mine = value if world.rank == 0 else -1
-    shared = all_reduce(_number(mine, device), world, "max")
+    number = _number(mine, device)
+    shared = all_reduce(number, world, "max")
     return int(shared.item())
 
 
 def _lowest_message(message: str | None, world: Axis, device: torch.device) -> str | None:
     """Return the message of the lowest rank that has one; None if there is none."""
     mine = world.size if message is None else world.rank
-    lowest = int(all_reduce(_number(mine, device), world, "min").item())
+    number = _number(mine, device)
+    shared = all_reduce(number, world, "min")
+    lowest = int(shared.item())
     if lowest == world.size:
         return None
     # A text travels as the maximum of its bytes: all ranks but one give zeros.
     codes = torch.zeros(_MESSAGE_BYTES, dtype=torch.int32)
     if message is not None and lowest == world.rank:
         line = message.encode()[:_MESSAGE_BYTES]
-        codes[: len(line)] = torch.tensor(list(line), dtype=torch.int32)
-    shared = all_reduce(codes.to(device), world, "max").tolist()
-    text = bytes(code for code in shared if code).decode(errors="replace")
-    return text if world.size == 1 else f"rank {lowest}: {text}"
+        own = torch.tensor(list(line), dtype=torch.int32)
+        codes[: len(line)] = own
+    codes = codes.to(device)
+    shared = all_reduce(codes, world, "max")
+    filled = [code for code in shared.tolist() if code]
+    # "replace": the cut at _MESSAGE_BYTES may have split a character.
+    text = bytes(filled).decode(errors="replace")
+    if world.size == 1:
+        return text
+    return f"rank {lowest}: {text}"
 
 
 def _number(value: int, device: torch.device) -> torch.Tensor:

@@ -80,13 +80,18 @@ class GPTDataset(Positioned):
 
     def locate(self, k: int, position: int) -> str:
         """Return file, document and offset in tokens of the id at `position` of sample k."""
-        (place, offset), _ = self._corners(k)
+        first, _ = self._corners(k)
+        place, offset = first
         offset += position
         # Step over whole sequences until the offset lies inside one.
-        while offset >= (length := int(self.indexed.sequence_lengths[self._document[place]])):
+        while True:
+            sequence = int(self._document[place])
+            length = int(self.indexed.sequence_lengths[sequence])
+            if offset < length:
+                break
             offset -= length
             place += 1
-        document, before = self.indexed.document_of(int(self._document[place]))
+        document, before = self.indexed.document_of(sequence)
         return f"{bin_path(self.indexed.prefix)}, document {document}, offset {before + offset}"
 
     def _corners(self, k: int) -> list[list[int]]:

@@ -33,19 +33,18 @@ from .errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 # Magic, version, dtype code, number of sequences, length of the document index.
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {
-    code: np.dtype(name).newbyteorder("<")
-    for code, name in {
-        1: "u1",
-        2: "i1",
-        3: "i2",
-        4: "i4",
-        5: "i8",
-        6: "f8",
-        7: "f4",
-        8: "u2",
-    }.items()
+# The codes are Megatron's.
+_NAMES = {
+    1: "u1",
+    2: "i1",
+    3: "i2",
+    4: "i4",
+    5: "i8",
+    6: "f8",
+    7: "f4",
+    8: "u2",
 }
+DTYPES = {code: np.dtype(name).newbyteorder("<") for code, name in _NAMES.items()}
 LENGTH, POINTER = np.dtype("<i4"), np.dtype("<i8")
 MAX_SEQUENCE = np.iinfo(LENGTH).max
 REMEDY = "make it again with tools/preprocess_data.py, or copy it again"
@@ -83,7 +82,8 @@ class IndexedDataset:
     """
 
     def __init__(self, prefix: str | Path, allow_empty: bool = False):
-        self.prefix, self.allow_empty = str(prefix), allow_empty
+        self.prefix = str(prefix)
+        self.allow_empty = allow_empty
         bin_size = _size(bin_path(prefix))
         idx_size = _size(idx_path(prefix))
         if idx_size < HEADER.size:
@@ -92,22 +92,22 @@ class IndexedDataset:
                 f"{HEADER.size}; {REMEDY}"
             )
         index = np.memmap(idx_path(prefix), mode="r", dtype=np.uint8)
-        self.dtype, num_sequences, num_entries = self._header(
-            index[: HEADER.size].tobytes(), idx_size
-        )
-        self.sequence_lengths = np.frombuffer(index, LENGTH, num_sequences, HEADER.size)
-        self.pointers = np.frombuffer(
-            index, POINTER, num_sequences, HEADER.size + self.sequence_lengths.nbytes
-        )
-        self.document_indices = np.frombuffer(
-            index, POINTER, num_entries, idx_size - num_entries * POINTER.itemsize
-        )
-        self._check(bin_size)
-        # An empty file cannot be mapped. A plain array over the mapping: slices of a memmap cost
-        # several times as much.
+        header = index[: HEADER.size].tobytes()
+        self.dtype, num_sequences, num_entries = self._header(header, idx_size)
+        # The three arrays follow the header without gaps.
+        lengths_at = HEADER.size
+        pointers_at = lengths_at + num_sequences * LENGTH.itemsize
+        documents_at = pointers_at + num_sequences * POINTER.itemsize
+        self.sequence_lengths = np.frombuffer(index, LENGTH, num_sequences, lengths_at)
+        self.pointers = np.frombuffer(index, POINTER, num_sequences, pointers_at)
+        self.document_indices = np.frombuffer(index, POINTER, num_entries, documents_at)
+        self._check_documents()
+        self._check_bytes(bin_size)
         self._tokens = np.empty(0, np.uint8)
-        if bin_size:
-            self._tokens = np.asarray(np.memmap(bin_path(prefix), mode="r", dtype=np.uint8))
+        if bin_size:  # an empty file cannot be mapped
+            mapped = np.memmap(bin_path(prefix), mode="r", dtype=np.uint8)
+            # A plain array over the mapping: a slice of a memmap costs several times as much.
+            self._tokens = np.asarray(mapped)
 
     def __reduce__(self):
         return IndexedDataset, (self.prefix, self.allow_empty)
@@ -131,14 +131,17 @@ class IndexedDataset:
 
         They are a view of the file, in the file's dtype.
         """
-        count = int(self.sequence_lengths[sequence]) - offset if length is None else length
+        if length is None:
+            length = int(self.sequence_lengths[sequence]) - offset
         begin = int(self.pointers[sequence]) + offset * self.dtype.itemsize
-        return np.frombuffer(self._tokens, self.dtype, count, begin)
+        return np.frombuffer(self._tokens, self.dtype, length, begin)
 
     def document_of(self, sequence: int) -> tuple[int, int]:
         """Return the document that holds a sequence, and the tokens of that document before it."""
-        document = int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
-        return document, self.num_tokens(int(self.document_indices[document]), sequence)
+        begun = np.searchsorted(self.document_indices, sequence, side="right")
+        document = int(begun) - 1
+        first = int(self.document_indices[document])
+        return document, self.num_tokens(first, sequence)
 
     @cached_property
     def identity(self) -> str:
@@ -146,8 +149,10 @@ class IndexedDataset:
 
         It is made of the `content_digest` of each.
         """
-        parts = content_digest(idx_path(self.prefix)) + content_digest(bin_path(self.prefix))
-        return hashlib.sha256(parts.encode()).hexdigest()
+        of_idx = content_digest(idx_path(self.prefix))
+        of_bin = content_digest(bin_path(self.prefix))
+        both = of_idx + of_bin
+        return hashlib.sha256(both.encode()).hexdigest()
 
     def modified(self) -> tuple[int, int]:
         """Return the times of last change of `.idx` and `.bin`, in nanoseconds."""
@@ -173,11 +178,9 @@ class IndexedDataset:
             raise DataError(
                 f"{path}: dtype code {code} at byte 17 is no integer type of token ids; {REMEDY}"
             )
-        expected = (
-            HEADER.size
-            + num_sequences * (LENGTH.itemsize + POINTER.itemsize)
-            + num_entries * POINTER.itemsize
-        )
+        of_sequences = num_sequences * (LENGTH.itemsize + POINTER.itemsize)
+        of_documents = num_entries * POINTER.itemsize
+        expected = HEADER.size + of_sequences + of_documents
         if idx_size != expected:
             what = "truncated" if idx_size < expected else "too long"
             raise DataError(
@@ -186,22 +189,28 @@ class IndexedDataset:
             )
         return DTYPES[code], num_sequences, num_entries
 
-    def _check(self, bin_size: int) -> None:
-        """Check that the index agrees with itself and with the size of `.bin`.
+    # Checks of the index against itself and against the size of `.bin`: found here a fault has a
+    # file and a number; found later it would be wrong tokens.
 
-        Found here a fault has a file and a number; found later it would be wrong tokens.
-        """
+    def _check_documents(self) -> None:
+        """Check that the document index rises from 0 to the number of sequences."""
         path = idx_path(self.prefix)
-        lengths = self.sequence_lengths
         documents = self.document_indices
         if len(documents) == 0 or documents[0] != 0 or documents[-1] != self.num_sequences:
             raise DataError(
                 f"{path}: its document index does not run from 0 to its {self.num_sequences} "
                 f"sequences; {REMEDY}"
             )
-        if (falls := np.flatnonzero(documents[1:] < documents[:-1])).size:
+        falls = np.flatnonzero(documents[1:] < documents[:-1])
+        if falls.size:
             raise DataError(f"{path}: its document index falls after document {falls[0]}; {REMEDY}")
-        if (negative := np.flatnonzero(lengths < 0)).size:
+
+    def _check_bytes(self, bin_size: int) -> None:
+        """Check that the sequences lie in `.bin`, and that it has the size that they need."""
+        path = idx_path(self.prefix)
+        lengths = self.sequence_lengths
+        negative = np.flatnonzero(lengths < 0)
+        if negative.size:
             raise DataError(
                 f"{path}: sequence {negative[0]} has length {lengths[negative[0]]}; {REMEDY}"
             )
@@ -213,7 +222,8 @@ class IndexedDataset:
                 f"{REMEDY}"
             )
         ends = self.pointers + lengths * np.int64(self.dtype.itemsize)
-        if (outside := np.flatnonzero((self.pointers < 0) | (ends > bin_size))).size:
+        outside = np.flatnonzero((self.pointers < 0) | (ends > bin_size))
+        if outside.size:
             raise DataError(
                 f"{path}: sequence {outside[0]} lies outside the {bin_size} bytes of the .bin; "
                 f"{REMEDY}"
@@ -245,20 +255,23 @@ class IndexedDatasetWriter:
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype):
-        self.prefix, self.dtype = Path(prefix), np.dtype(dtype).newbyteorder("<")
-        self._code = next((code for code, known in DTYPES.items() if known == self.dtype), None)
-        if self._code is None:
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        codes = [code for code, known in DTYPES.items() if known == self.dtype]
+        if not codes:
             raise DataError(
                 f"{bin_path(prefix)}: dtype {self.dtype} has no code in the format; "
                 f"use one of {[str(d) for d in DTYPES.values()]}"
             )
+        self._code = codes[0]
         self._lengths: list[np.ndarray] = []
         self._documents: list[np.ndarray] = [np.zeros(1, POINTER)]
         self._num_sequences = 0
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = {
-            path: Path(f"{path}.tmp{os.getpid()}") for path in (bin_path(prefix), idx_path(prefix))
-        }
+        # `finish` renames in this order.
+        self._temporary: dict[Path, Path] = {}
+        for path in (bin_path(prefix), idx_path(prefix)):
+            self._temporary[path] = Path(f"{path}.tmp{os.getpid()}")
         # `finish` or `abandon` closes it.
         self._bin = open(self._temporary[bin_path(prefix)], "wb")  # noqa: SIM115
 
@@ -288,7 +301,8 @@ class IndexedDatasetWriter:
         """
         lengths = self._checked_lengths(lengths, len(tokens))
         self._write(tokens)
-        self._extend(lengths[lengths > 0], np.cumsum(lengths > 0, dtype=POINTER))
+        filled = lengths > 0
+        self._extend(lengths[filled], np.cumsum(filled, dtype=POINTER))
 
     def add_sequences(
         self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int]
@@ -310,15 +324,16 @@ class IndexedDatasetWriter:
                 f"{idx_path(prefix)}: its ids are {other.dtype}, those of {self.prefix} "
                 f"{self.dtype}; merge datasets of one tokenizer"
             )
-        if not np.array_equal(
-            other.pointers, _pointers(other.sequence_lengths, other.dtype.itemsize)
-        ):
+        back_to_back = _pointers(other.sequence_lengths, other.dtype.itemsize)
+        if not np.array_equal(other.pointers, back_to_back):
             raise DataError(
                 f"{idx_path(prefix)}: its sequences do not lie back to back in the .bin; {REMEDY}"
             )
         with open(bin_path(prefix), "rb") as source:
             shutil.copyfileobj(source, self._bin, 16 << 20)
-        self._extend(np.array(other.sequence_lengths), np.array(other.document_indices[1:]))
+        lengths = np.array(other.sequence_lengths)
+        documents = np.array(other.document_indices[1:])
+        self._extend(lengths, documents)
 
     def finish(self) -> None:
         """Write the index, force both files to disk, and publish them under their names."""
@@ -356,14 +371,18 @@ class IndexedDatasetWriter:
         return lengths
 
     def _write(self, tokens: np.ndarray | list[int]) -> None:
-        tokens = np.asarray(tokens, dtype=np.int64 if len(tokens) == 0 else None)
+        # numpy would make an empty list float64, which has no place in a .bin.
+        kind = np.int64 if len(tokens) == 0 else None
+        tokens = np.asarray(tokens, dtype=kind)
         limits = np.iinfo(self.dtype)
-        if tokens.size and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
-            worst = tokens.max() if tokens.max() > limits.max else tokens.min()
-            raise DataError(
-                f"{bin_path(self.prefix)}: token id {worst} does not fit {self.dtype}; "
-                "use the dtype of the vocabulary (best_dtype)"
-            )
+        if tokens.size:
+            low, high = tokens.min(), tokens.max()
+            if not limits.min <= low <= high <= limits.max:
+                worst = high if high > limits.max else low
+                raise DataError(
+                    f"{bin_path(self.prefix)}: token id {worst} does not fit {self.dtype}; "
+                    "use the dtype of the vocabulary (best_dtype)"
+                )
         self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
 
     def _extend(self, lengths: np.ndarray, documents: np.ndarray) -> None:

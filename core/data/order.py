@@ -136,10 +136,12 @@ def plan_epochs(tokens: int, seq_length: int, num_samples: int | None) -> Epochs
         return Epochs(1, False, total, total)
     before_final = ((count - 1) * tokens - 1) // seq_length
     per_epoch = (tokens - 1) // seq_length
+    in_final = num_samples - before_final
     # Shuffled together, a last epoch that is hardly used would make the run skip random samples of
     # the earlier epochs. Below 80% of an epoch it is kept apart, so that those are used up first.
-    separate = num_samples - before_final < int(0.80 * per_epoch)
-    return Epochs(count, separate, before_final if separate else total, total)
+    if in_final < int(0.80 * per_epoch):
+        return Epochs(count, True, before_final, total)
+    return Epochs(count, False, total, total)
 
 
 def build_indices(
@@ -156,7 +158,8 @@ def build_indices(
     random = np.random.RandomState(seed)
     document = _document_index(start, len(lengths), epochs, random)
     sample = sample_index(lengths, start, document, seq_length, epochs.num_samples)
-    return {"document": document, "sample": sample, "shuffle": _shuffle_index(epochs, random)}
+    shuffle = _shuffle_index(epochs, random)
+    return {"document": document, "sample": sample, "shuffle": shuffle}
 
 
 def index_shapes(num_sequences: int, epochs: Epochs) -> dict[str, tuple[int, ...]]:
@@ -184,10 +187,14 @@ def _document_index(
 
 def _shuffle_index(epochs: Epochs, random: np.random.RandomState) -> np.ndarray:
     """Return the place in the sample index of each sample of the run."""
-    dtype = np.uint32 if epochs.num_samples < np.iinfo(np.uint32).max - 1 else np.int64
+    narrow = epochs.num_samples < np.iinfo(np.uint32).max - 1
+    dtype = np.uint32 if narrow else np.int64
     index = np.arange(epochs.num_samples, dtype=dtype)
-    for part in (index[: epochs.samples_before_final], index[epochs.samples_before_final :]):
-        random.shuffle(part)  # a view: in place
+    # Views: each part of `index` is shuffled in place.
+    before_final = index[: epochs.samples_before_final]
+    final = index[epochs.samples_before_final :]
+    random.shuffle(before_final)
+    random.shuffle(final)
     return index
 
 
@@ -215,8 +222,10 @@ def sample_index(
     tokens = np.arange(num_samples + 1, dtype=np.int64) * seq_length
     position = np.searchsorted(ends, tokens, side="right")
     position[0] = 0  # the first sample begins at the first document, even if that is empty
-    offset = tokens - np.concatenate([np.zeros(1, np.int64), ends])[position]
-    return np.stack([position, offset], axis=1).astype(np.int64 if wide else np.int32)
+    starts = np.concatenate([np.zeros(1, np.int64), ends])
+    offset = tokens - starts[position]
+    index = np.stack([position, offset], axis=1)
+    return index.astype(np.int64 if wide else np.int32)
 
 
 def blend_sizes(weights: list[float], num_samples: int) -> tuple[list[int], list[int]]:
@@ -251,7 +260,9 @@ def exhaustive_blend_index(
     """Return a `blend_index` that takes exactly sizes[k] samples from dataset k."""
     if native:
         return _native.exhaustive_blend_index(np.array(sizes, np.int64))
-    return _furthest_behind(np.array(sizes, np.float64) / sum(sizes), sizes, sum(sizes))
+    total = sum(sizes)
+    weights = np.array(sizes, np.float64) / total
+    return _furthest_behind(weights, sizes, total)
 
 
 def _furthest_behind(
@@ -265,7 +276,8 @@ def _furthest_behind(
     for s in range(size):
         # How many samples a dataset is short of its share. The first sample is counted as if one
         # were drawn already, as in Megatron: with 0 all would be level.
-        lag = np.where(closed, -np.inf, weights * float(max(s, 1)) - used)
+        due = weights * float(max(s, 1))
+        lag = np.where(closed, -np.inf, due - used)
         k = int(np.argmax(lag))
         dataset[s] = k
         sample[s] = used[k]
@@ -276,4 +288,5 @@ def _furthest_behind(
 
 def fingerprint(facts: dict) -> str:
     """Return the SHA-256 (hex) of facts that JSON can hold, whatever their order."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -63,14 +63,20 @@ def build_datasets(
     made: list[Source | None] = []
     if any(own_paths):
         for kind, (path, n) in enumerate(zip(own_paths, num_samples, strict=True)):
-            made.append(builder.whole(kind, path, n) if path and n != 0 else None)
+            own = None
+            if path and n != 0:
+                own = builder.whole(kind, path, n)
+            made.append(own)
         return Datasets(*made)
     prefixes, weights = order.parse_data_path(data_path or ())
     files = open_all(prefixes)
     bounds = [order.split_bounds(split, file.num_sequences) for file in files]
     for kind, n in enumerate(num_samples):
-        of_kind = [of_file[kind] for of_file in bounds]
-        made.append(builder.split(kind, files, of_kind, weights, n) if n != 0 else None)
+        cut = None
+        if n != 0:
+            of_kind = [of_file[kind] for of_file in bounds]
+            cut = builder.split(kind, files, of_kind, weights, n)
+        made.append(cut)
     return Datasets(*made)
 
 

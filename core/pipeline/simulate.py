@@ -118,7 +118,11 @@ def simulate(plan: Plan, costs: Costs = UNIT_COSTS) -> Timeline:
 
 
 def _scaled(spans: list[Span], scale: int) -> tuple[Span, ...]:
-    return tuple(Span(action, start / scale, end / scale) for action, start, end in spans)
+    """Return the spans with their times divided by `scale`."""
+    scaled = []
+    for action, start, end in spans:
+        scaled.append(Span(action, start / scale, end / scale))
+    return tuple(scaled)
 
 
 def _peak(spans: list[Span]) -> int:
@@ -284,7 +288,9 @@ class _Links:
                 f"deadlock: rank {here.rank} has {here.message} first in its queue with rank "
                 f"{there.rank}, which has {there.message}"
             )
-        pair = min(here.rank, there.rank), max(here.rank, there.rank)
+        low = min(here.rank, there.rank)
+        high = max(here.rank, there.rank)
+        pair = low, high
         start = max(here.time, there.time, self.free[pair])
         self.free[pair] = start + self.transfer
         message = receiver.message

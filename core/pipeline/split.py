@@ -85,8 +85,8 @@ def parse_layout(layout: str) -> list[str]:
     """
     text = re.sub(r"[,\s]", "", layout)
     # Groups first: a repeat inside one is then expanded in each of its copies.
-    for repeated in (r"\(([^()]*)\)\*(\d+)", r"([^()*])\*(\d+)"):
-        text = re.sub(repeated, lambda found: found[1] * int(found[2]), text)
+    text = re.sub(r"\(([^()]*)\)\*(\d+)", _written_out, text)
+    text = re.sub(r"([^()*])\*(\d+)", _written_out, text)
     if "m" in text:
         raise FlagError(
             f"{LAYOUT} {layout} has m, a multi-token prediction layer, and there are none; "
@@ -98,6 +98,12 @@ def parse_layout(layout: str) -> list[str]:
             f"{LAYOUT} {layout} has {' '.join(wrong)} where E, t, L, |, x*n or (...)*n is expected"
         )
     return text.split("|")
+
+
+def _written_out(repeated: re.Match[str]) -> str:
+    """Return a repetition in full: tt*3 is tttttt, given as the match (tt, 3)."""
+    times = int(repeated[2])
+    return repeated[1] * times
 
 
 def _given(flags: dict[str, bool]) -> list[str]:
@@ -134,8 +140,12 @@ def _uneven(num_layers: int, placement: Placement, embedding: bool, loss: bool) 
     num_stages = placement.num_stages
     extra = embedding + loss
     units = num_layers + extra
+    # The nearest numbers of layers on both sides that can be cut evenly.
     below = units // num_stages * num_stages - extra
-    fitting = [count for count in (below, below + num_stages) if count > 0]
+    above = below + num_stages
+    fitting = [above]
+    if below > 0:
+        fitting = [below, above]
     remedies = [f"use {_either(fitting)}"]
     counted = ""
     if extra:
@@ -160,9 +170,10 @@ def _counts_that_fit(num_layers: int, others: int, chunks: int) -> list[int]:
     if not others:
         return []
     fitting = []
+    stages = others * chunks
     for count in range(chunks, num_layers, chunks):
         rest = num_layers - count
-        if rest >= others * chunks and rest % (others * chunks) == 0:
+        if rest >= stages and rest % stages == 0:
             fitting.append(count)
     return fitting
 
@@ -184,13 +195,17 @@ def _counts_with_uneven_ends(
     rest = num_layers - sum(given.values())
     others = ranks - len(given)
     _check_rest(num_layers, given, rest, others, chunks)
-    of_rank = [rest // others if others else 0] * ranks
+    share = rest // others if others else 0
+    of_rank = [share] * ranks
     if first is not None:
         of_rank[0] = first
     if last is not None:
         of_rank[-1] = last
-    places = [placement.rank_and_chunk(stage) for stage in range(placement.num_stages)]
-    return [of_rank[place.rank] // chunks for place in places]
+    counts = []
+    for stage in range(placement.num_stages):
+        rank = placement.rank_and_chunk(stage).rank
+        counts.append(of_rank[rank] // chunks)
+    return counts
 
 
 def _check_end(flag: str, count: int, chunks: int) -> None:
