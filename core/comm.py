@@ -207,6 +207,7 @@ def start_gather_tokens(x: torch.Tensor, axis: Axis) -> Callable[[], torch.Tenso
     whole = x.new_empty(axis.size, *x.shape)
     whole[axis.rank] = x
     pending = start_all_gather(whole, axis)
+    # [size, B, T/size, H] -> [B, T, H]: ranks hold consecutive tokens.
     return lambda: pending.wait().transpose(0, 1).flatten(1, 2)
 
 
@@ -217,6 +218,7 @@ def start_reduce_tokens(x: torch.Tensor, axis: Axis) -> Callable[[], torch.Tenso
     """
     if axis.size == 1:
         return lambda: x
+    # The collective cuts the first dim, so the slices of T go there: [size, B, T/size, H].
     slices = x.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous()
     pending = start_reduce_scatter(slices, axis)
     return lambda: pending.wait()[0].clone()  # a view would keep all T tokens in memory
@@ -230,6 +232,7 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        # A copy, because all_reduce works in place and autograd may hand grad to others too.
         return all_reduce(grad.contiguous().clone(), ctx.axis), None
 
 

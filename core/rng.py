@@ -1,5 +1,4 @@
-"""Every random number of a run, as a function of what it is for and never of the rank that draws
-it.
+"""Draw every random number of a run as a function of its use, never of the rank that draws it.
 
 Problem. A run must give the same numbers under any layout, and go on after a restart as if nothing
 had happened. A generator with a state gives neither: what it draws depends on what was drawn

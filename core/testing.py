@@ -1,5 +1,4 @@
-"""Ranks for tests: a pool of processes that stays up, and `run_ranks`, which runs a function on
-them.
+"""Run a function on several ranks in a test, over a pool of processes that stays up.
 
     def sum_of_ranks(mesh):
         return comm.all_reduce(torch.tensor(mesh.rank), mesh.tp).item()

@@ -1,4 +1,4 @@
-"""From a command line and YAML files to a Config.
+"""Read a command line and YAML files into a Config.
 
 Flags have Megatron's names and are made from the fields of fields.py: a new field is a flag, a key
 of YAML files and a line of --help without an edit here.

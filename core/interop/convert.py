@@ -64,6 +64,7 @@ def write_checkpoint(
     dtype: what to write them in; None for what each is stored in
     Raises CheckpointError where the folder cannot be written.
     """
+    # The first tensor stands for all: a folder of mixed dtypes keeps them, tensor by tensor.
     precision = _precision(dtype or weights.dtype(weights.names()[0]))
     config = replace(Config(), model=described.model, data=described.data, precision=precision)
     state = {
@@ -145,6 +146,7 @@ def _blocks(weights: Weights, names: list[str], dtype: torch.dtype | None) -> It
         shape = weights.shape(name)
         stored_as = dtype or weights.dtype(name)
         origin = (0,) * len(shape)
+        # Read when it is written, so that one tensor is held at a time.
         read = partial(_bytes, weights.read, name, stored_as)
         yield TensorBox(name, shape, origin, DTYPE_NAMES[stored_as], shape, read)
 

@@ -53,6 +53,7 @@ def export_hf(
     config = config or read_config(checkpoint.config_yaml)
     working = dtype or working_dtype(config.precision)
     is_trained = any(name.startswith("optim.") for name in checkpoint.names())
+    # A trained checkpoint holds fp32 masters; the model ran in their rounded copies.
     as_stored = dtype is None and not is_trained
     folders = [path.parent for path in tokenizer_files]
     folders.append(checkpoint.folder.parent / TOKENIZER_FOLDER)

@@ -284,5 +284,6 @@ def _is_exported(path: Path, tokenizer_names: set[str]) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
+    """Return whether an export of ours wrote a file of weights."""
     with open_shard(path) as shard:
         return (shard.metadata() or {}).get("producer") == _PRODUCER

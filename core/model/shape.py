@@ -108,6 +108,7 @@ class ParameterShape:
         if self.cut in (TensorCut.TOKENS, TensorCut.HEADS):
             return part.numel
         if self.cut == TensorCut.VOCABULARY:
+            # Padded so that every rank has as many rows, a multiple of `multiple`.
             local_rows = math.ceil(rows / (self.multiple * tp)) * self.multiple
             return local_rows * part.numel // rows
         if part.shared_heads is not None:
@@ -290,6 +291,7 @@ def _attention(config: ModelConfig, layer: int, make: "_Maker") -> AttentionShap
     queries = config.num_attention_heads * size
     keys = config.num_kv_heads * size
     projections = {"attention.q": queries, "attention.k": keys, "attention.v": keys}
+    # With more ranks than key-value heads, several ranks hold the same head.
     shared = ("attention.k", "attention.v")
     q_norm = k_norm = None
     if config.qk_layernorm and config.qk_layernorm_width == "projection":

@@ -37,6 +37,7 @@ def select_ops(
         raise FlagError(f"--kernels {kernels}: {general!r} is not one of auto, torch, {known}")
     overrides = tuple(_override(kernels, exception, device, dtype) for exception in exceptions)
     implementation = _implementation(general, device, dtype)
+    # Without such instructions a 16-bit product is slower than one of fp32 copies.
     fp32_matmul = _lacks_instructions(device, dtype)
     selected = Ops(implementation, attention_backend, fp32_matmul, overrides)
     wants_step = ("block_step", "native") in overrides
@@ -58,6 +59,7 @@ def _implementation(kernels: str, device: torch.device, dtype: torch.dtype) -> s
     obstacle = _OBSTACLES[wanted](device, dtype)
     if obstacle is None:
         return wanted
+    # An implementation that was asked for by name is never replaced by another one in silence.
     if kernels != "auto":
         raise FlagError(f"--kernels {kernels}: {obstacle}, or use --kernels auto")
     get_logger().info(f"kernels: PyTorch in place of {wanted}: {obstacle}")

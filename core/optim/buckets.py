@@ -341,7 +341,7 @@ class Bucket(Shard):
             self.settle()
 
     def settle(self) -> None:
-        """ZeRO-2: wait for the reduction under way, and add what it brought to the sum."""
+        """Wait for the reduction under way, and add what it brought to the sum (ZeRO-2)."""
         if self._reducing is not None and not self.reduction.keep_gradients:
             self._sum += self._reducing.wait()
             self._reducing = None
@@ -369,7 +369,7 @@ class Bucket(Shard):
             self._gathering = None
 
     def _fresh_memory(self) -> torch.Tensor:
-        """ZeRO-2: return the memory of gradients that are not yet reduced; zeros to begin with."""
+        """Return the memory of gradients not yet reduced, zeros to begin with (ZeRO-2)."""
         if self._fresh is None:
             self.settle()  # so that this bucket is held whole once, not twice
             self._fresh = torch.zeros(self.size, device=self._sum.device)

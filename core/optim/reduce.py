@@ -1,9 +1,10 @@
-"""From each rank's gradients to those of the whole batch, their norm, and the factor that clips it.
+"""Sum each rank's gradients to those of the whole batch, and compute their norm and clip factor.
 
 1. Over data parallel and twins: `reduce_gradients` has each bucket do it (buckets.py).
 2. Over an axis whose ranks each saw a share, such as the tokens of sequence parallel:
-`sum_partial`. 3. The norm: `squared_norm` of what this rank counts; the sum over all ranks is the
-whole.
+   `sum_partial`.
+3. The norm: `squared_norm` of the elements that this rank counts; the sum over all ranks is the
+   whole.
 """
 
 from collections import defaultdict
@@ -33,6 +34,7 @@ def sum_partial(shards: Sequence[Shard]) -> None:
         for axis, start, stop in shard.partial_sums:
             views[axis].append(shard.gradients[start:stop])
     for axis, shares in views.items():
+        # As one message: the shares are small (norms and biases), and there are many.
         total = comm.all_reduce(torch.cat(shares), axis)
         torch._foreach_copy_(shares, list(total.split([share.numel() for share in shares])))
 
@@ -58,4 +60,5 @@ def clip_factor(norm: torch.Tensor, limit: float) -> torch.Tensor:
     """
     if limit == 0:
         return torch.ones_like(norm)
+    # Megatron's and torch's formula; the 1e-6 is for a norm of 0.
     return (limit / (norm + 1e-6)).clamp(max=1.0)

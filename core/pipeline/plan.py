@@ -305,8 +305,10 @@ def _better(paper: list[_Executed], filled: list[_Executed]) -> list[_Executed]:
 
 
 def _bubble_and_makespan(executed: list[_Executed]) -> tuple[float, float]:
-    """Return the most time that any rank idles between its first start and its last end, and the
-    last end of all."""
+    """Return two times: the longest that any rank idles, and the last end of all.
+
+    A rank idles between its first start and its last end.
+    """
     first: dict[int, float] = {}
     last: dict[int, float] = {}
     busy: dict[int, float] = defaultdict(float)

@@ -278,8 +278,10 @@ class _Links:
         return True
 
     def _pass(self, here: _Posted, there: _Posted) -> None:
-        """Let the first message of both ends pass. It starts when both have posted it and the
-        one before it is through."""
+        """Let the first message of both ends pass.
+
+        It starts when both have posted it and the one before it is through.
+        """
         sender, receiver = here, there
         if type(here.message) not in RECEIVE_OF:
             sender, receiver = there, here

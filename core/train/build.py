@@ -1,4 +1,4 @@
-"""From a configuration to this rank's part of the model and its optimizer."""
+"""Build this rank's part of the model and its optimizer from a configuration."""
 
 import torch
 
@@ -78,6 +78,7 @@ def build_passes(
             # Block by block: what passes between ranks, and into gradients, stays outside.
             for block in model.layers:
                 block.compile(dynamic=False)
+        # Chunk by chunk, so that the CPU never holds more than one of them.
         if not _cuts_parameters(config, mesh):
             model.to_device(device, torch.float32)
         chunks.append(model)

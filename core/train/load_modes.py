@@ -1,4 +1,4 @@
-"""The load modes: what --load takes over from a checkpoint, and the schedule of a cooldown."""
+"""Define the load modes: the state that --load takes over, and the schedule of a cooldown."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,6 +99,7 @@ def with_cooldown(config: Config) -> tuple[Config, list[str]]:
         problem = f"the rate of {folder} is {rate}, {least}"
         remedy = "choose an earlier one by --ckpt-step"
         return config, [f"--load-mode cooldown: {problem}; {remedy}"]
+    # A cooldown is the last phase of WSD alone, begun at the rate where the loaded run stands.
     schedule = replace(
         config.optimizer,
         lr=rate,

@@ -1,4 +1,4 @@
-"""From what a step left on the device to rows on rank 0: read late, measured once, for all sinks.
+"""Turn the results of a step into rows on rank 0: read late, measured once, for all sinks.
 
 Reading a number of a step waits until the device has finished it. On an accelerator the rows are
 therefore one step late: the host reads step n when it has already sent off step n + 1.

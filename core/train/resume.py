@@ -1,4 +1,4 @@
-"""A run's whole state into a checkpoint and out of it again.
+"""Save a run's whole state into a checkpoint, and restore it.
 
 What a run must know beside its tensors is a list of named items. Each is contributed by the
 object that owns it: the progress here, the count of updates by the optimizer, the loss scale by

@@ -39,6 +39,7 @@ def _global_batch(sizes: BatchConfig, dp: int) -> Iterator[str]:
     micro, total = sizes.micro_batch_size, sizes.global_batch_size
     if not micro or not total or micro < 0 or total < 0:
         return
+    # Each replica runs whole micro-batches, and all run as many.
     unit = micro * dp
     if total % unit:
         yield (
