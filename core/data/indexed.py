@@ -386,12 +386,16 @@ class IndexedDatasetWriter:
         self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
 
     def _extend(self, lengths: np.ndarray, documents: np.ndarray) -> None:
-        """`documents`: ends of the new documents, counted in the new sequences."""
+        """Add sequences and documents to the index.
+
+        documents: ends of the new documents, counted in the new sequences.
+        """
         self._documents.append(documents.astype(POINTER) + self._num_sequences)
         self._lengths.append(lengths.astype(LENGTH))
         self._num_sequences += len(lengths)
 
     def _write_index(self, file) -> None:
+        """Write the header and the three arrays, in the order that the module describes."""
         lengths = np.concatenate(self._lengths or [np.empty(0, LENGTH)])
         documents = np.concatenate(self._documents)
         file.write(HEADER.pack(MAGIC, 1, self._code, len(lengths), len(documents)))

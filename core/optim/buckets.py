@@ -145,17 +145,17 @@ class Shard(ABC):
     @property
     @abstractmethod
     def masters(self) -> torch.Tensor:
-        """The shard's weights, flat fp32."""
+        """Return the shard's weights, flat fp32."""
 
     @property
     @abstractmethod
     def gradients(self) -> torch.Tensor:
-        """The shard's gradients, flat fp32: of the whole batch once `finish` has returned."""
+        """Return the shard's gradients, flat fp32: of the whole batch once `finish` is done."""
 
     @property
     @abstractmethod
     def own_weights(self) -> torch.Tensor:
-        """The shard's weights in the working dtype, flat; may be masters itself."""
+        """Return the shard's weights in the working dtype, flat; may be masters itself."""
 
     @abstractmethod
     def begin(self, micro_batches: int) -> None:
