@@ -99,11 +99,16 @@ def normal_rows(seed: int, name: str, start: int, stop: int, columns: int) -> np
     halves = words.view(np.uint32).reshape(-1, 2)
     # Two uniform numbers of 24 bits each, u in (0, 1] and v in [0, 1):
     #   radius = sqrt(-2 ln u), angle = 2 pi v, normals = radius cos(angle), radius sin(angle).
-    u = ((halves[:, 0] >> 8) + 1).astype(np.float32) * np.float32(2**-24)
+    u_steps = (halves[:, 0] >> 8) + 1
+    v_steps = halves[:, 1] >> 8
+    u = u_steps.astype(np.float32) * np.float32(2**-24)
     radius = np.sqrt(np.float32(-2) * np.log(u))
-    angle = (halves[:, 1] >> 8).astype(np.float32) * np.float32(2**-24 * 2 * np.pi)
-    normals = np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=1)
-    return normals.reshape(stop - start, blocks * 8)[:, :columns]
+    angle = v_steps.astype(np.float32) * np.float32(2**-24 * 2 * np.pi)
+    x = radius * np.cos(angle)
+    y = radius * np.sin(angle)
+    normals = np.stack((x, y), axis=1)
+    rows = normals.reshape(stop - start, blocks * 8)
+    return rows[:, :columns]
 
 
 @dataclass(frozen=True)
@@ -150,8 +155,10 @@ class DropoutStream:
         width = shape[-1]
         columns = torch.arange(width, dtype=torch.int32, device=low.device)
         places = (self.positions.unsqueeze(1) * width + columns).flatten()
-        x = places ^ _hash32_(low ^ _signed(mix & _MASK32))
-        x = _hash32_(_hash32_(x) ^ (high ^ _signed(mix >> 32)))
+        first = _hash32_(low ^ _signed(mix & _MASK32))
+        second = high ^ _signed(mix >> 32)
+        x = _hash32_(places ^ first)
+        x = _hash32_(x ^ second)
         # The hash is uniform from -2^31 to 2^31 - 1: a share p of it lies below the threshold.
         threshold = min(2**31 - 1, int(-(2**31) + p * 2**32))
         return (x >= threshold).view(shape)
@@ -165,8 +172,10 @@ def dropout(x: torch.Tensor, p: float, stream: DropoutStream | None, site: str) 
     """
     if stream is None or p == 0.0:
         return x
+    kept = stream.keep(x.shape, p, site)
+    scaled = x * (1.0 / (1.0 - p))
     # Selected, never multiplied by zero: 0 x inf is NaN.
-    return torch.where(stream.keep(x.shape, p, site), x * (1.0 / (1.0 - p)), 0.0)
+    return torch.where(kept, scaled, 0.0)
 
 
 def attention_dropout_seed(

@@ -96,7 +96,9 @@ class Manifest:
         """Return the manifest as JSON, a line per tensor, so that a person can grep it."""
         lines = []
         for name, entry in sorted(self.tensors.items()):
-            lines.append(f"{json.dumps(name)}: {json.dumps(_plain(entry))}")
+            key = json.dumps(name)
+            value = json.dumps(_plain(entry))
+            lines.append(f"{key}: {value}")
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @staticmethod
@@ -106,7 +108,10 @@ class Manifest:
         Raises CheckpointError. What the slices cover is a question for `check_cover`.
         """
         tree = read_json(path)
-        return Manifest({name: _entry(fields, f"{path}: {name}") for name, fields in tree.items()})
+        tensors = {}
+        for name, fields in tree.items():
+            tensors[name] = _entry(fields, f"{path}: {name}")
+        return Manifest(tensors)
 
     @staticmethod
     def merge(parts: Iterable["Manifest"]) -> "Manifest":
@@ -156,9 +161,14 @@ class Manifest:
 
 def intersect(a: "Box", b: "Box") -> "Box | None":
     """Return the box common to both, or None. A tensor without dims has the box ()."""
-    sides = zip(a, b, strict=True)
-    common = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in sides)
-    return common if all(start < stop for start, stop in common) else None
+    common = []
+    for (a_start, a_stop), (b_start, b_stop) in zip(a, b, strict=True):
+        start = max(a_start, b_start)
+        stop = min(a_stop, b_stop)
+        if start >= stop:
+            return None
+        common.append((start, stop))
+    return tuple(common)
 
 
 def read_text(path: Path) -> str:

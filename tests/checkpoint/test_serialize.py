@@ -21,7 +21,7 @@ from trivium.checkpoint.manifest import DTYPES, CheckpointError
 from trivium.checkpoint.serialize import Stored, write_shard
 from trivium.checkpoint.shards import TORCH_DTYPES, host_bytes
 
-WITHOUT_TORCH = ("manifest", "publish", "serialize", "state", "retention", "part", "writer")
+WITHOUT_TORCH = ("manifest", "publish", "serialize", "state", "retention", "rank_files", "writer")
 
 
 def stored(key: str, tensor: torch.Tensor) -> Stored:
