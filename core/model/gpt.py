@@ -145,14 +145,15 @@ class GPT(nn.Module):
         if predicted is not None:
             # Before the head, whose product would cost V times H for each token that nobody reads.
             x = x[:, predicted]
+        assert self.final_norm is not None
+        # Under the same name, so that the norm's input is let go: the loss needs the memory.
+        x = self.final_norm(x)
         return self._predict(x, targets)
 
     def _predict(
         self, x: Tensor, targets: tuple[Tensor, Tensor] | None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the logits of hidden states, or their losses: the model's final norm and head."""
-        assert self.final_norm is not None
-        x = self.final_norm(x)
+        """Return the logits of normalized hidden states, or their losses."""
         head = self.head
         if head is None:
             assert self.embedding is not None, "a head has a weight of its own or the embedding's"
