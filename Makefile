@@ -46,7 +46,7 @@ test: $(VENV)/.peers lint  ## lint, and every test that needs neither a GPU nor 
 
 parity: $(VENV)/.ready  ## every layout against one process, and every mutation
 	@$(PYTEST) -m "not soak and not gpu" tests/parity tests/interop/test_families.py \
-	  tests/estimate/test_memory.py
+	  tests/estimate/test_activations.py
 
 soak: $(VENV)/.peers  ## the long proofs
 	@$(PY) -m pytest -m soak
