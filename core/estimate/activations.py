@@ -31,8 +31,8 @@ reading gives 34 b t H, equation 1 of Korthikanti et al. without its 5 a s / h o
 
 Tensor parallelism makes q, k and f narrower, sequence parallelism makes s = t / tp, context
 parallelism makes t = T / cp. Recomputation keeps the input of a group of layers in place of all
-this, and makes the rest again in backward. tests/estimate/test_activations.py holds every number against
-the storages that autograd really keeps.
+this, and makes the rest again in backward. tests/estimate/test_activations.py holds every number
+against the storages that autograd really keeps.
 
 ops_kept.py and attention_kept.py count single operations, working.py the memory of a pass that
 is gone again when it ends.
