@@ -56,7 +56,7 @@ LAST = 180  # iterations in all
 
 @dataclass(frozen=True)
 class Paths:
-    """Where everything is that the quickstart makes."""
+    """The paths of everything that the quickstart makes."""
 
     folder: Path
 

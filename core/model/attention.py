@@ -15,7 +15,7 @@ from .recompute import Recompute, again
 from .rotary import Angles
 from .shape import AttentionShape, NormShape
 from .tokens import TokenContext
-from .weights import column_parallel, row_parallel
+from .weights import new_column_parallel, new_row_parallel
 
 
 class Attention(nn.Module):
@@ -45,11 +45,11 @@ class Attention(nn.Module):
         heads = shape.heads // sharding.tp.size
         kv_heads = shape.kv_heads * sharding.kv.size // sharding.tp.size
         self.heads = heads, kv_heads, kv_heads  # of q, k and v on this rank
-        self.qkv = column_parallel(shape.qkv, sharding, ops, seed)
+        self.qkv = new_column_parallel(shape.qkv, sharding, ops, seed)
         self.normalizes = shape.q_norm is not None
         self.q_norm = _head_norm(shape.q_norm, sharding, ops, seed)
         self.k_norm = _head_norm(shape.k_norm, sharding, ops, seed)
-        self.out = row_parallel(shape.out, sharding, ops, seed)
+        self.out = new_row_parallel(shape.out, sharding, ops, seed)
         self.mix_over_ranks = partial(
             parallel_context.attention,
             cp=sharding.cp,

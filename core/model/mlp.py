@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..ops import Ops
 from ..parallel.sharding import Sharding
 from .shape import MLPShape
-from .weights import column_parallel, row_parallel
+from .weights import new_column_parallel, new_row_parallel
 
 
 class MLP(nn.Module):
@@ -19,8 +19,8 @@ class MLP(nn.Module):
         self.ops = ops
         self.kind = shape.activation
         self.gated = shape.gated
-        self.up = column_parallel(shape.up, sharding, ops, seed)
-        self.down = row_parallel(shape.down, sharding, ops, seed)
+        self.up = new_column_parallel(shape.up, sharding, ops, seed)
+        self.down = new_row_parallel(shape.down, sharding, ops, seed)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.up(x)

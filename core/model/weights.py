@@ -55,7 +55,7 @@ def new_bias(
     return new_parameter(shape, sharding, seed)
 
 
-def column_parallel(
+def new_column_parallel(
     shape: LinearShape,
     sharding: Sharding,
     ops: Ops,
@@ -67,7 +67,7 @@ def column_parallel(
     return ColumnParallelLinear(weight, bias, sharding, ops)
 
 
-def row_parallel(
+def new_row_parallel(
     shape: LinearShape,
     sharding: Sharding,
     ops: Ops,

@@ -28,7 +28,20 @@ from ..ops import Ops
 from .sharding import Sharding
 
 
-class ColumnParallelLinear(nn.Module):
+class _ParallelLinear(nn.Module):
+    """A linear layer whose weight is cut over tp; each subclass says how it multiplies."""
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, sharding: Sharding, ops: Ops
+    ):
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.sharding = sharding
+        self.ops = ops
+
+
+class ColumnParallelLinear(_ParallelLinear):
     """y = x W^T + b, with W cut by rows: each rank of tp computes its own slice of the features.
 
     x: [B, T, I] on every rank, or [B, T/tp, I] with sequence parallel.
@@ -39,22 +52,13 @@ class ColumnParallelLinear(nn.Module):
     Shoeybi et al. 2019, section 3; sequence parallel: Korthikanti et al. 2022, section 4.2.
     """
 
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, sharding: Sharding, ops: Ops
-    ):
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self.sharding = sharding
-        self.ops = ops
-
     def forward(self, x: Tensor) -> Tensor:
         multiply = _column_parallel if torch.is_grad_enabled() else _column_product
         y = multiply(x, self.weight, self.sharding, self.ops)
         return y if self.bias is None else y + use(self.bias)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_ParallelLinear):
     """y = x W^T + b, with W cut by columns: each rank of tp holds a slice of the input features.
 
     x: [B, T, I/tp].
@@ -63,15 +67,6 @@ class RowParallelLinear(nn.Module):
     The bias is whole on every rank and added once, after the sum. With sequence parallel a rank
     sees only its tokens' share of the bias' gradient.
     """
-
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, sharding: Sharding, ops: Ops
-    ):
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self.sharding = sharding
-        self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
         multiply = _row_parallel if torch.is_grad_enabled() else _row_product

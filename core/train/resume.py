@@ -228,7 +228,7 @@ class RunState:
         self._saved_fingerprints = dict(state["fingerprints"])
         if not restored.data:
             # Another order of the data is then what was asked for.
-            del self._saved_fingerprints["data"]
+            self._saved_fingerprints.pop("data", None)
 
     def _restore_from_hf(self, folder: Path) -> None:
         """Read the weights, each rank its slices; such a folder holds nothing else."""
