@@ -91,16 +91,31 @@ class Optimizer:
             weight_decay=weight_decay,
         )
 
-    def weight_pieces(self) -> Iterator[Piece]:
-        """Return the fp32 masters of this rank's shards, under their plain names."""
-        for bucket in self.buckets:
-            yield from bucket.pieces(bucket.masters)
+    def weight_pieces(self, *, owned: bool = False) -> Iterator[Piece]:
+        """Return the fp32 masters of this rank's shards, under their plain names.
 
-    def moment_pieces(self) -> Iterator[Piece]:
-        """Return the rule's state, named such as `optim.exp_avg.NAME` or `optim.momentum.NAME`."""
+        owned: only what this rank writes into a checkpoint. Over all ranks that is every element
+            once: of the copies of a shard the first writes it, of replicated parts the primary.
+        """
+        for bucket in self.buckets:
+            yield from self._chosen(bucket, bucket.pieces(bucket.masters), owned)
+
+    def moment_pieces(self, *, owned: bool = False) -> Iterator[Piece]:
+        """Return the rule's state, named such as `optim.exp_avg.NAME` or `optim.momentum.NAME`.
+
+        owned: as for weight_pieces.
+        """
         for bucket, state in zip(self.buckets, self.state, strict=True):
             for name, tensor in state.items():
-                yield from bucket.pieces(tensor, f"optim.{name}.")
+                pieces = bucket.pieces(tensor, f"optim.{name}.")
+                yield from self._chosen(bucket, pieces, owned)
+
+    def _chosen(self, bucket: Shard, pieces: Iterator[Piece], owned: bool) -> Iterator[Piece]:
+        # The copies are those of the bucket's own reduction: experts have others than the rest.
+        if not owned:
+            yield from pieces
+        elif bucket.reduction.copies.rank == 0:
+            yield from (piece for piece in pieces if piece.primary)
 
     def state_items(self) -> list[StateItem]:
         """Return what a run's state says of the optimizer beside tensors: its count of updates."""

@@ -141,14 +141,10 @@ class RunState:
         }
 
     def _owned(self) -> Iterator[Piece]:
-        """Yield what this rank writes.
-
-        The first of the copies of a shard writes it, and of replicated parts the primary.
-        """
+        """Yield what this rank writes: weights, then moments."""
         optimizer = self.trainer.optimizer
-        if self.trainer.mesh.copies.rank == 0:
-            for pieces in (optimizer.weight_pieces(), optimizer.moment_pieces()):
-                yield from (piece for piece in pieces if piece.primary)
+        yield from optimizer.weight_pieces(owned=True)
+        yield from optimizer.moment_pieces(owned=True)
 
     # The items of the state that belong to nobody else.
 

@@ -107,6 +107,28 @@ def test_experts_over_ranks_are_those_of_one_process(sizes, way):
     assert all(rank[2] == pytest.approx(norm, rel=1e-6) for rank in ranks)
 
 
+def owned_boxes(mesh: Mesh) -> list[tuple]:
+    """Return name, shape and box of every piece that this rank writes into a checkpoint."""
+    buckets = make_buckets(parameters(mesh), torch.float32, CPU, reductions_over(mesh), 40)
+    optimizer = Optimizer(buckets, OptimizerConfig(), Ops(), CPU)
+    pieces = [*optimizer.weight_pieces(owned=True), *optimizer.moment_pieces(owned=True)]
+    return [(piece.name, piece.shape, piece.box) for piece in pieces]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("sizes", [{"ep": 2}, {"tp": 2, "ep": 2, "etp": 1}], ids=str)
+def test_the_ranks_write_every_element_once(sizes, shards):
+    """Experts too, whose copies stand on other ranks than those of dense weights."""
+    written: dict[str, torch.Tensor] = {}
+    for boxes in run_ranks(4, owned_boxes, shards=shards, **sizes):
+        for name, shape, box in boxes:
+            times = written.setdefault(name, torch.zeros(shape))
+            times[tuple(slice(*interval) for interval in box)] += 1
+    assert len(written) == 3 * (2 + 2 * EXPERTS)  # weights, and AdamW's two moments
+    for name, times in written.items():
+        assert bool((times == 1).all()), name
+
+
 def buckets_by_group(mesh: Mesh) -> list[set[bool]]:
     buckets = make_buckets(parameters(mesh), torch.float32, CPU, reductions_over(mesh), 10_000)
     return [{"experts" in layout.parts[0].name for layout in b.layouts} for b in buckets]
