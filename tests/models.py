@@ -9,8 +9,6 @@ from trivium.interop.hf_names import hf_correspondences
 from trivium.model.gpt import GPT
 from trivium.ops import Ops
 
-transformers = pytest.importorskip("transformers")
-
 LLAMA = ModelConfig(
     num_layers=3,
     hidden_size=48,
@@ -61,6 +59,7 @@ def pieces_of(model: GPT, of=lambda p: p.data) -> dict[str, torch.Tensor]:
 
 def llama_of(model: GPT, **options):
     """Return transformers' model with the same weights."""
+    transformers = pytest.importorskip("transformers")
     values = families.write_config(model.config, VOCAB, {})
     peer = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**values), **options)
     places = hf_correspondences(model.config, VOCAB)

@@ -6,13 +6,13 @@ autograd would give.
 
 from dataclasses import replace
 
+import models
 import pytest
 import torch
 from layers import column_parallel, row_parallel
 from torch import nn
 
 from trivium import comm
-from trivium.config import ModelConfig
 from trivium.gradients import Deferral, Sink, attach_sink, ready_sink, sink_of, use
 from trivium.layout import Layout
 from trivium.mesh import Axis, Mesh
@@ -260,35 +260,24 @@ def test_a_backward_pass_that_fails_leaves_nothing_held():
 
 # --- the whole model ---
 
-LLAMA = ModelConfig(
+LLAMA = replace(
+    models.LLAMA,
     num_layers=2,
-    hidden_size=24,
     ffn_hidden_size=48,
-    num_attention_heads=4,
-    kv_channels=6,
-    group_query_attention=True,
-    num_query_groups=2,
-    max_position_embeddings=16,
-    position_embedding_type="rope",
-    normalization="RMSNorm",
-    swiglu=True,
-    disable_bias_linear=True,
-    untie_embeddings_and_output_weights=True,
-    qk_layernorm=True,
-    attention_dropout=0.0,
-    hidden_dropout=0.0,
-    init_method_std=0.1,
-)
-GPT2 = ModelConfig(
-    num_layers=2,
     hidden_size=24,
-    ffn_hidden_size=96,
     num_attention_heads=4,
     kv_channels=6,
     max_position_embeddings=16,
-    attention_dropout=0.0,
-    hidden_dropout=0.0,
-    init_method_std=0.1,
+    qk_layernorm=True,
+)
+GPT2 = replace(
+    models.GPT2,
+    num_layers=2,
+    ffn_hidden_size=96,
+    hidden_size=24,
+    num_attention_heads=4,
+    kv_channels=6,
+    max_position_embeddings=16,
 )
 
 

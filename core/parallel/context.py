@@ -61,6 +61,20 @@ def local_tokens(x: Tensor, cp: Axis) -> Tensor:
     return x[:, token_positions(x.shape[1], cp, x.device)]
 
 
+class _Mixing(NamedTuple):
+    """What every way of attending over cp is given beside q, k and v: see `attention`."""
+
+    cp: Axis
+    ops: Ops
+    rule: AttentionRule
+    documents: Tensor | None
+    dropout: float
+
+    def causal(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        """Attend from the last tokens of a sequence to all of it, on this rank alone."""
+        return causal(q, k, v, self.ops, self.rule, documents, self.dropout)
+
+
 @torch.compiler.disable
 def attention(
     q: Tensor,
@@ -97,7 +111,7 @@ def attention(
             f"{q.shape[1]} queries and {k.shape[1]} keys on one rank of {cp.name} are not "
             "two zig-zag chunks of each, as local_tokens gives"
         )
-    return _WAYS[comm_type](q, k, v, cp, ops, rule, documents, dropout)
+    return _WAYS[comm_type](q, k, v, _Mixing(cp, ops, rule, documents, dropout))
 
 
 def causal(
@@ -148,29 +162,20 @@ def _sees(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 # --- p2p: the ring ---
 
 
-def _by_ring(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cp: Axis,
-    ops: Ops,
-    rule: AttentionRule,
-    documents: Tensor | None,
-    dropout: float,
-) -> Tensor:
+def _by_ring(q: Tensor, k: Tensor, v: Tensor, mixing: _Mixing) -> Tensor:
     """Attend to each rank's keys as they come by."""
     other = "use --cp-comm-type allgather or a2a"
-    if documents is not None:
+    if mixing.documents is not None:
         raise FlagError(
             "--cp-comm-type p2p with --reset-attention-mask: "
             f"the ring's blocks are whole or causal, never cut by documents; {other}"
         )
-    if dropout > 0.0:
+    if mixing.dropout > 0.0:
         raise FlagError(
-            f"--cp-comm-type p2p with --attention-dropout {dropout}: the ring's backward "
+            f"--cp-comm-type p2p with --attention-dropout {mixing.dropout}: the ring's backward "
             f"cannot draw the masks of its forward again; {other}, or --attention-dropout 0"
         )
-    return _Ring.apply(q, k, v, cp, ops, rule)
+    return _Ring.apply(q, k, v, mixing.cp, mixing.ops, mixing.rule)
 
 
 class _Ring(torch.autograd.Function):
@@ -331,28 +336,20 @@ def _start_hop(outgoing: Tensor, cp: Axis) -> Callable[[], Tensor]:
 # --- allgather ---
 
 
-def _by_gathered_keys(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cp: Axis,
-    ops: Ops,
-    rule: AttentionRule,
-    documents: Tensor | None,
-    dropout: float,
-) -> Tensor:
+def _by_gathered_keys(q: Tensor, k: Tensor, v: Tensor, mixing: _Mixing) -> Tensor:
     """Gather all keys and values, then make two causal calls.
 
     Each of this rank's two chunks of queries sees the sequence up to its own end.
     """
+    cp = mixing.cp
     # k and v as one tensor: one collective forward and one backward.
     whole = _Gather.apply(torch.cat((k, v), dim=2), cp)
     keys, values = whole.split((k.shape[2], v.shape[2]), dim=2)
     outputs = []
     for queries, chunk in zip(q.chunk(2, dim=1), _chunks_of(cp), strict=True):
         end = (chunk + 1) * queries.shape[1]
-        seen = None if documents is None else documents[:, :end]
-        outputs.append(causal(queries, keys[:, :end], values[:, :end], ops, rule, seen, dropout))
+        seen = None if mixing.documents is None else mixing.documents[:, :end]
+        outputs.append(mixing.causal(queries, keys[:, :end], values[:, :end], seen))
     return torch.cat(outputs, dim=1)
 
 
@@ -383,21 +380,13 @@ class _Gather(torch.autograd.Function):
 # --- a2a: heads for tokens ---
 
 
-def _by_exchanged_heads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cp: Axis,
-    ops: Ops,
-    rule: AttentionRule,
-    documents: Tensor | None,
-    dropout: float,
-) -> Tensor:
+def _by_exchanged_heads(q: Tensor, k: Tensor, v: Tensor, mixing: _Mixing) -> Tensor:
     """Exchange heads for tokens: all tokens of A/cp query heads, and of their key-value heads.
 
     Key-value heads are repeated until cp divides their number. That number, the least common
     multiple of K and cp, divides A too, so the repeated heads group as the others do.
     """
+    cp = mixing.cp
     n = cp.size
     heads = q.shape[2]
     if heads % n:
@@ -413,7 +402,7 @@ def _by_exchanged_heads(
     to_send = torch.cat([t.unflatten(2, (n, -1)) for t in (q, k, v)], dim=3)
     whole = _Exchange.apply(to_send, cp, _to_heads, _to_tokens)
     q, k, v = whole.split([t.shape[2] // n for t in (q, k, v)], dim=2)
-    o = causal(q, k, v, ops, rule, documents, dropout)
+    o = mixing.causal(q, k, v, mixing.documents)
     return _Exchange.apply(o, cp, _to_tokens, _to_heads).flatten(2, 3)
 
 

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import models
 import pytest
 import torch
 
@@ -24,22 +25,13 @@ from trivium.parallel.sharding import Sharding
 pytestmark = pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")
 
 # Odd sizes: of no vector a multiple.
-LLAMA = ModelConfig(
+LLAMA = replace(
+    models.LLAMA,
     num_layers=2,
     hidden_size=27,
     ffn_hidden_size=37,
-    num_attention_heads=6,
     kv_channels=10,
-    group_query_attention=True,
-    num_query_groups=2,
     max_position_embeddings=64,
-    position_embedding_type="rope",
-    normalization="RMSNorm",
-    swiglu=True,
-    disable_bias_linear=True,
-    untie_embeddings_and_output_weights=True,
-    attention_dropout=0.0,
-    hidden_dropout=0.0,
     init_method_std=0.3,
 )
 GPT2 = replace(

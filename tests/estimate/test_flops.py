@@ -1,6 +1,9 @@
 """FLOP and parameter counts against numbers worked out by hand."""
 
-from trivium.config import ModelConfig
+from dataclasses import replace
+
+import models
+
 from trivium.estimate.flops import flops_per_token, peak_flops
 from trivium.estimate.parameters import matrix_parameters, parameters_by_role, total_parameters
 from trivium.layout import layout_of
@@ -8,22 +11,17 @@ from trivium.model.gpt import GPT
 from trivium.ops import Ops
 from trivium.role import Role
 
-LLAMA = ModelConfig(
+LLAMA = replace(
+    models.LLAMA,
     num_layers=2,
     hidden_size=8,
     ffn_hidden_size=24,
     num_attention_heads=4,
     kv_channels=2,
-    group_query_attention=True,
-    num_query_groups=2,
     max_position_embeddings=16,
-    position_embedding_type="rope",
-    normalization="RMSNorm",
-    swiglu=True,
-    disable_bias_linear=True,
-    untie_embeddings_and_output_weights=True,
 )
-GPT2 = ModelConfig(
+GPT2 = replace(
+    models.GPT2,
     num_layers=2,
     hidden_size=8,
     ffn_hidden_size=32,

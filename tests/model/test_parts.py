@@ -5,6 +5,7 @@ Each is bit for bit the whole, under dropout too.
 
 from dataclasses import replace
 
+import models
 import pytest
 import torch
 
@@ -21,35 +22,24 @@ from trivium.parallel.sharding import Sharding
 from trivium.rng import DropoutStream
 
 CPU, VOCAB, LENGTH = torch.device("cpu"), 101, 16
-UNTIED = ModelConfig(
-    num_layers=3,
-    hidden_size=24,
+UNTIED = replace(
+    models.LLAMA,
     ffn_hidden_size=48,
+    hidden_size=24,
     num_attention_heads=4,
     kv_channels=6,
-    group_query_attention=True,
-    num_query_groups=2,
     max_position_embeddings=LENGTH,
-    position_embedding_type="rope",
-    normalization="RMSNorm",
-    swiglu=True,
-    disable_bias_linear=True,
-    untie_embeddings_and_output_weights=True,
-    attention_dropout=0.0,
     hidden_dropout=0.3,
-    init_method_std=0.1,
 )
 TIED = replace(UNTIED, untie_embeddings_and_output_weights=False)
-GPT2 = ModelConfig(
-    num_layers=3,
-    hidden_size=24,
+GPT2 = replace(
+    models.GPT2,
     ffn_hidden_size=96,
+    hidden_size=24,
     num_attention_heads=4,
     kv_channels=6,
     max_position_embeddings=LENGTH,
-    attention_dropout=0.0,
     hidden_dropout=0.3,
-    init_method_std=0.1,
 )
 MODELS = {"untied llama": UNTIED, "tied llama": TIED, "gpt2": GPT2}
 TOKENS = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
