@@ -549,4 +549,5 @@ def _kind(name: str) -> Any:
 
 
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    # A list first: a generator would be one more call for every tensor.
+    return tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])

@@ -62,7 +62,7 @@ def local_tokens(x: Tensor, cp: Axis) -> Tensor:
 
 
 class _Mixing(NamedTuple):
-    """What every way of attending over cp is given beside q, k and v: see `attention`."""
+    """The values that every way of attending over cp takes beside q, k, v: see `attention`."""
 
     cp: Axis
     ops: Ops
