@@ -27,12 +27,6 @@ def dtype_name(tensor: torch.Tensor, name: str) -> str:
     return DTYPE_NAMES[tensor.dtype]
 
 
-def host_copy(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a contiguous copy on the CPU with storage of its own."""
-    copy = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
-    return copy.copy_(tensor.detach())
-
-
 def host_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor, in C order; a contiguous one on the CPU is not copied."""
     on_host = tensor.detach().cpu().contiguous()
